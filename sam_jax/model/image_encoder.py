@@ -1,0 +1,128 @@
+"""A plain vision transformer that encodes an image once for all of its prompts.
+
+Source: segment-anything `modeling/image_encoder.py` (Li et al. 2022, ViTDet).
+
+Differences: any frame divisible by the patch (positions are interpolated); drop path and remat,
+which the released code leaves out; attention as in `attention.py`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam_jax.model.attention import Attention
+from sam_jax.model.layers import ENCODER_INIT, fan_in_uniform, gelu, layer_norm
+
+
+class ImageEncoder(nn.Module):
+    """Encodes normalised images 'b h w 3' as 'b gh gw out_dim'.
+
+    Attributes:
+      image_size: (height, width) in pixels that the position tables are stored for.
+      patch_size: side of a patch in pixels.
+      embed_dim: channels; mlp_ratio: the MLPs' hidden channels over these.
+      depth: blocks; num_heads: attention heads of each.
+      global_blocks: indices of the blocks that attend globally; the others attend in windows.
+      window_size: side of a window in tokens.
+      out_dim: channels of the embedding.
+      drop_path: chance that the last block's branches are dropped; it grows linearly from 0.
+      remat: recompute each block in the backward pass, to save memory.
+      dtype: compute type; parameters are float32.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_blocks: tuple[int, ...]
+    window_size: int
+    mlp_ratio: int
+    out_dim: int
+    drop_path: float
+    remat: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        patch, c = (self.patch_size, self.patch_size), self.embed_dim
+        grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
+        x = nn.Conv(
+            c,
+            patch,
+            strides=patch,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=ENCODER_INIT,
+            name="patch_embed",
+        )(image)
+        positions = self.param("pos_embed", ENCODER_INIT, (1, *grid, c))
+        x = x + resize_positions(positions, x.shape[1:3]).astype(self.dtype)
+
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for i in range(self.depth):
+            window = 0 if i in self.global_blocks else self.window_size
+            x = block(
+                num_heads=self.num_heads,
+                table_size=(window, window) if window else grid,
+                window=window,
+                mlp_dim=self.mlp_ratio * c,
+                drop_path=self.drop_path * i / max(1, self.depth - 1),
+                dtype=self.dtype,
+                name=f"block_{i:02d}",
+            )(x, train)
+        return Neck(self.out_dim, self.dtype, name="neck")(x)
+
+
+def resize_positions(table, grid):
+    """Interpolates positions '1 th tw c' to a grid (gh, gw), bicubic as PyTorch has it."""
+    if table.shape[1:3] == tuple(grid):
+        return table
+    shape = (1, *grid, table.shape[-1])
+    return jax.image.resize(table, shape, jax.image.ResizeMethod.CUBIC_PYTORCH, antialias=False)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the norm of its input and added to it."""
+
+    num_heads: int
+    table_size: tuple[int, int]
+    window: int
+    mlp_dim: int
+    drop_path: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        c = x.shape[-1]
+        dense = lambda features, name: nn.Dense(
+            features, dtype=self.dtype, kernel_init=ENCODER_INIT, name=name
+        )
+        drop = nn.Dropout(
+            self.drop_path, broadcast_dims=(1, 2, 3), rng_collection="drop_path", deterministic=not train
+        )
+        attend = Attention(self.num_heads, self.table_size, self.window, self.dtype, name="attention")
+        x = x + drop(attend(layer_norm(1e-6, self.dtype, "norm1")(x)))
+        y = gelu(dense(self.mlp_dim, "lin1")(layer_norm(1e-6, self.dtype, "norm2")(x)))
+        return x + drop(dense(c, "lin2")(y))
+
+
+class Neck(nn.Module):
+    """A 1x1 and a 3x3 convolution to `out_dim` channels, a norm after each."""
+
+    out_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        for i, size in enumerate((1, 3), start=1):
+            x = nn.Conv(
+                self.out_dim,
+                (size, size),
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=fan_in_uniform(size * size * x.shape[-1]),
+                name=f"conv{i}",
+            )(x)
+            x = layer_norm(1e-6, self.dtype, f"norm{i}")(x)
+        return x

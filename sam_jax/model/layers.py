@@ -1,0 +1,67 @@
+"""The few layers whose initial values or numerics differ from Flax's defaults.
+
+Sources: PyTorch's default initial values, which the released segment-anything code relies on;
+truncated normals of 0.02 in the image encoder, as in ViTDet (`modeling/backbone/vit.py`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+ENCODER_INIT = nn.initializers.truncated_normal(0.02)
+
+
+def fan_in_uniform(fan_in):
+    """PyTorch's initial values for weights and biases alike: uniform within 1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def linear(in_features, features, dtype, name):
+    """A dense layer with PyTorch's initial values, as in the prompt encoder and mask decoder."""
+    init = fan_in_uniform(in_features)
+    return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+
+
+def layer_norm(epsilon, dtype, name):
+    """A LayerNorm with statistics in float32 and PyTorch's two-pass variance."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def gelu(x):
+    """The exact GELU. `jax.nn.gelu(approximate=False)` calls erfc, which CPUs compute slower."""
+    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+
+
+class Mlp(nn.Module):
+    """Dense layers `lin1`, `lin2`, ... of the given widths, with an activation between them."""
+
+    features: Sequence[int]
+    activation: Callable
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        for i, features in enumerate(self.features, start=1):
+            x = linear(x.shape[-1], features, self.dtype, f"lin{i}")(x)
+            if i < len(self.features):
+                x = self.activation(x)
+        return x
+
+
+class Projection(nn.Module):
+    """The weights of a linear map (kernel 'i o', bias 'o'), for callers that fold it elsewhere."""
+
+    in_features: int
+    features: int
+
+    @nn.compact
+    def __call__(self):
+        init = fan_in_uniform(self.in_features)
+        kernel = self.param("kernel", init, (self.in_features, self.features))
+        return kernel, self.param("bias", init, (self.features,))

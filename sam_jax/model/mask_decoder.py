@@ -1,0 +1,126 @@
+"""Masks of the prompted objects, from the image's embedding and the prompts' features.
+
+Source: segment-anything `modeling/mask_decoder.py`.
+
+Differences: all four masks are always returned (`choose_masks` chooses); the transposed
+convolutions, whose 2x2 patches do not overlap, are dense layers whose pixels stay grouped by token
+until the masks are made, as norm, GELU and the last product act on each pixel alone.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from sam_jax.model.layers import Mlp, fan_in_uniform, gelu, layer_norm
+from sam_jax.model.two_way_transformer import TwoWayTransformer
+
+NUM_MASKS = 4  # 0 is the single-mask output; 1 to 3 are those of an ambiguous prompt
+
+
+@flax.struct.dataclass
+class Masks:
+    """Predicted masks of n objects in each of b images.
+
+    Attributes:
+      logits: 'b n m lh lw' float32, positive inside; a token is 4x4 of these pixels.
+      iou: 'b n m' float32, predicted IoU of each mask with the truth; not confined to [0, 1].
+    """
+
+    logits: jax.Array
+    iou: jax.Array
+
+
+def choose_masks(masks, multimask_output):
+    """Keeps masks 1 to 3 of the four for an ambiguous prompt, else mask 0 alone."""
+    kept = slice(1, None) if multimask_output else slice(0, 1)
+    return jax.tree.map(lambda x: x[:, :, kept], masks)
+
+
+class MaskDecoder(nn.Module):
+    """Decodes four masks and their predicted IoUs for every object.
+
+    Attributes:
+      depth: two-way blocks; mlp_dim: hidden channels of their MLPs.
+      iou_hidden_dim: hidden channels of the IoU head.
+      dropout: rate after each attention and MLP of the transformer.
+      dtype: compute type; logits and IoUs are float32.
+    """
+
+    depth: int
+    mlp_dim: int
+    iou_hidden_dim: int
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, embedding, features, image_pe, train=False):
+        """Decodes `PromptFeatures` on embeddings 'b gh gw c' with positions '(gh gw) c'."""
+        (b, n), c = features.sparse.shape[:2], embedding.shape[-1]
+        normal = nn.initializers.normal(1.0)
+        outputs = jnp.concatenate(
+            [
+                self.param("iou_token", normal, (1, c)),
+                self.param("mask_tokens", normal, (NUM_MASKS, c)),
+            ]
+        ).astype(self.dtype)
+        num_outputs = len(outputs)
+        outputs = jnp.broadcast_to(outputs, (b, n, num_outputs, c))
+        tokens = jnp.concatenate([outputs, features.sparse], axis=2)
+        present = jnp.concatenate(
+            [jnp.ones((b, n, num_outputs), bool), features.present], axis=2
+        )
+        image = rearrange(embedding, "b gh gw c -> b 1 (gh gw) c").astype(self.dtype)
+        transformer = TwoWayTransformer(
+            self.depth, self.mlp_dim, self.dropout, self.dtype, name="transformer"
+        )
+        tokens, image = transformer(
+            tokens, present, image + features.dense, image_pe, num_outputs=num_outputs, train=train
+        )
+
+        hyper = [
+            Mlp((c, c, c // 8), nn.relu, self.dtype, name=f"hypernetwork_{m}")(tokens[:, :, 1 + m])
+            for m in range(NUM_MASKS)
+        ]
+        pixels = Upscaling(self.dtype, name="upscaling")(image)
+        logits = jnp.einsum(
+            "bnpijklc,bnmc->bnpijklm",
+            pixels,
+            jnp.stack(hyper, axis=2),
+            preferred_element_type=jnp.float32,
+        )
+        logits = rearrange(
+            logits, "b n (gh gw) i j k l m -> b n m (gh i k) (gw j l)", gh=embedding.shape[1]
+        )
+        iou_head = Mlp(
+            (self.iou_hidden_dim, self.iou_hidden_dim, NUM_MASKS), nn.relu, self.dtype, name="iou_head"
+        )
+        return Masks(logits=logits, iou=iou_head(tokens[:, :, 0]).astype(jnp.float32))
+
+
+class Upscaling(nn.Module):
+    """'b n p c' tokens -> 'b n p 2 2 2 2 c/8' pixels: rows and columns of halves, then quarters."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, image):
+        c = image.shape[-1]
+        x = Deconvolution(c // 4, self.dtype, name="conv1")(image)
+        x = gelu(layer_norm(1e-6, self.dtype, "norm")(x))
+        return gelu(Deconvolution(c // 8, self.dtype, name="conv2")(x))
+
+
+class Deconvolution(nn.Module):
+    """A transposed convolution of size and stride 2, each pixel's patch apart: '... c' -> '... 2 2 o'."""
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        init = fan_in_uniform(4 * self.features)
+        kernel = self.param("kernel", init, (x.shape[-1], 2, 2, self.features))
+        bias = self.param("bias", init, (self.features,))
+        return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)

@@ -1,0 +1,134 @@
+"""Points, boxes and masks as tokens and as an image of features.
+
+Source: segment-anything `modeling/prompt_encoder.py`, in the form of `utils/onnx.py`: one list of
+points in which a box is two points with labels 2 and 3.
+
+Differences: every object has the same number of slots, and absent ones (label -2) are masked out;
+the padding point of the reference (label -1) is added by whoever builds the prompts, not here.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from sam_jax.model.layers import fan_in_uniform, gelu, layer_norm
+
+FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3
+NOT_A_POINT = -1  # the reference's padding point: a token of its own, which is attended to
+ABSENT = -2  # an empty slot: never attended to
+
+
+@flax.struct.dataclass
+class Prompts:
+    """What is known of n objects in each of b images.
+
+    Attributes:
+      points: 'b n k 2' float32, (x, y) in pixels of the padded frame; pixel centres lie at +0.5.
+      labels: 'b n k' int32: 1 foreground, 0 background, 2 and 3 the top-left and bottom-right
+        corners of a box, -1 the reference's "not a point" token, -2 absent.
+      mask: 'b n lh lw' float32 logits of an earlier prediction, or None if no object has one.
+      has_mask: 'b n' bool, the objects whose `mask` counts; None if `mask` is.
+    """
+
+    points: jax.Array
+    labels: jax.Array
+    mask: jax.Array | None = None
+    has_mask: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class PromptFeatures:
+    """Prompts as the mask decoder reads them.
+
+    Attributes:
+      sparse: 'b n k c' tokens; absent slots are zero and must be masked.
+      present: 'b n k' bool, the slots that are not absent.
+      dense: 'b n (gh gw) c' to be added to the image; n and (gh gw) are 1 where all are alike.
+    """
+
+    sparse: jax.Array
+    present: jax.Array
+    dense: jax.Array
+
+
+class PromptEncoder(nn.Module):
+    """Encodes prompts, and positions in general.
+
+    Attributes:
+      dim: channels of a token.
+      mask_channels: channels before the last convolution of a mask prompt.
+      dtype: compute type; positions are always encoded in float32.
+    """
+
+    dim: int
+    mask_channels: int
+    dtype: str
+
+    def setup(self):
+        gaussian = lambda: jax.random.normal(self.make_rng("params"), (2, self.dim // 2))
+        self.gaussian = self.variable("constants", "gaussian", gaussian)
+        embedding = lambda name: self.param(name, nn.initializers.normal(1.0), (self.dim,))
+        self.by_label = [  # in the order of the labels 0, 1, 2, 3
+            embedding("background"),
+            embedding("foreground"),
+            embedding("top_left"),
+            embedding("bottom_right"),
+        ]
+        self.not_a_point = embedding("not_a_point")
+        self.no_mask = embedding("no_mask")
+        self.mask_downscaling = MaskDownscaling(self.dim, self.mask_channels, self.dtype)
+
+    def __call__(self, prompts, frame):
+        """Encodes `Prompts` on a padded frame of (height, width) pixels as `PromptFeatures`."""
+        height, width = frame
+        labels = prompts.labels[..., None]
+        positions = self.encode_positions((prompts.points + 0.5) / jnp.array([width, height]))
+        sparse = positions + jnp.stack(self.by_label)[jnp.clip(prompts.labels, 0)]
+        sparse = jnp.where(labels == NOT_A_POINT, self.not_a_point, sparse)
+        sparse = jnp.where(labels == ABSENT, 0.0, sparse)
+
+        dense = self.no_mask[None, None, None]
+        if prompts.mask is not None:
+            masks = self.mask_downscaling(prompts.mask)
+            dense = jnp.where(prompts.has_mask[..., None, None], masks, dense)
+        return PromptFeatures(
+            sparse=sparse.astype(self.dtype),
+            present=prompts.labels != ABSENT,
+            dense=dense.astype(self.dtype),
+        )
+
+    def encode_grid(self, gh, gw):
+        """Encodes the centres of a grid's cells -> '(gh gw) c' in `dtype`."""
+        y, x = jnp.meshgrid((jnp.arange(gh) + 0.5) / gh, (jnp.arange(gw) + 0.5) / gw, indexing="ij")
+        positions = self.encode_positions(jnp.stack([x, y], axis=-1))
+        return rearrange(positions, "gh gw c -> (gh gw) c").astype(self.dtype)
+
+    def encode_positions(self, xy):
+        """Random Fourier features of '... 2' positions in [0, 1] -> '... c' float32."""
+        phase = jnp.matmul(2 * xy - 1, self.gaussian.value, precision=jax.lax.Precision.HIGHEST)
+        phase = 2 * jnp.pi * phase
+        return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
+class MaskDownscaling(nn.Module):
+    """'b n lh lw' mask logits -> 'b n (lh/4 lw/4) dim' features."""
+
+    dim: int
+    channels: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, mask):
+        def conv(x, features, size, name):
+            init = fan_in_uniform(size * size * x.shape[-1])
+            sizes = dict(kernel_size=(size, size), strides=size, padding="VALID", dtype=self.dtype)
+            return nn.Conv(features, **sizes, kernel_init=init, bias_init=init, name=name)(x)
+
+        n = mask.shape[1]
+        x = rearrange(mask, "b n h w -> (b n) h w 1")
+        x = gelu(layer_norm(1e-6, self.dtype, "norm1")(conv(x, self.channels // 4, 2, "conv1")))
+        x = gelu(layer_norm(1e-6, self.dtype, "norm2")(conv(x, self.channels, 2, "conv2")))
+        x = conv(x, self.dim, 1, "conv3")
+        return rearrange(x, "(b n) h w c -> b n (h w) c", n=n)

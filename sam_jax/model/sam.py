@@ -1,0 +1,195 @@
+"""Segment Anything: one encoding of an image, any number of prompted masks from it.
+
+Source: Kirillov et al. 2023, and segment-anything `modeling/sam.py`, `build_sam.py`.
+
+Differences: images and prompted objects are both batched, in one program; float32 means float32
+products on every device; preprocessing and postprocessing live in `sam_jax.predict`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam_jax.model.image_encoder import ImageEncoder
+from sam_jax.model.mask_decoder import MaskDecoder
+from sam_jax.model.prompt_encoder import PromptEncoder
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB values in 0..255
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class Sam(nn.Module):
+    """The promptable model. It is its own configuration: frozen, hashable, comparable.
+
+    Attributes:
+      image_size: (height, width) in pixels of the frame that positions are stored for. Images of
+        any size that the patch divides are accepted; positions are interpolated for them.
+      patch_size, embed_dim, depth, num_heads, global_blocks, window_size, mlp_ratio: of the image
+        encoder, see `ImageEncoder`.
+      prompt_dim: channels of embeddings and tokens.
+      mask_channels: channels before the last convolution of a mask prompt.
+      decoder_depth, decoder_mlp_dim: two-way blocks and the hidden channels of their MLPs.
+      iou_hidden_dim: hidden channels of the IoU head.
+      drop_path: of the image encoder's last block; dropout: of the mask decoder. In training only.
+      remat: recompute the image encoder's blocks in the backward pass, to save memory.
+      dtype: "float32" or "bfloat16", the compute type. Parameters, norms, softmax, positions and
+        outputs of the mask decoder are float32 in either case.
+    """
+
+    image_size: tuple[int, int] = (1024, 1024)
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    global_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    window_size: int = 14
+    mlp_ratio: int = 4
+    prompt_dim: int = 256
+    mask_channels: int = 16
+    decoder_depth: int = 2
+    decoder_mlp_dim: int = 2048
+    iou_hidden_dim: int = 256
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: str = "float32"
+
+    def setup(self):
+        self.image_encoder = ImageEncoder(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.embed_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            global_blocks=self.global_blocks,
+            window_size=self.window_size,
+            mlp_ratio=self.mlp_ratio,
+            out_dim=self.prompt_dim,
+            drop_path=self.drop_path,
+            remat=self.remat,
+            dtype=self.dtype,
+        )
+        self.prompt_encoder = PromptEncoder(self.prompt_dim, self.mask_channels, self.dtype)
+        self.mask_decoder = MaskDecoder(
+            depth=self.decoder_depth,
+            mlp_dim=self.decoder_mlp_dim,
+            iou_hidden_dim=self.iou_hidden_dim,
+            dropout=self.dropout,
+            dtype=self.dtype,
+        )
+
+    def __call__(self, image, prompts, train=False):
+        """Encodes images and decodes prompts: see `encode` and `decode`."""
+        return self.decode(self.encode(image, train), prompts, train)
+
+    def encode(self, image, train=False):
+        """Encodes images.
+
+        Args:
+          image: 'b h w 3' float, normalised (`normalize`) and then padded with zeros.
+          train: whether to drop paths; needs the rng "drop_path".
+        Returns:
+          'b gh gw c' in `dtype`.
+        Raises:
+          ValueError: if the image has another rank, or sides that the patch does not divide.
+        """
+        p = self.patch_size
+        if image.ndim != 4 or image.shape[-1] != 3 or image.shape[1] % p or image.shape[2] % p:
+            raise ValueError(
+                f"image must have shape (b, h, w, 3) with h and w divisible by the patch of {p} "
+                f"pixels, e.g. (1, {self.image_size[0]}, {self.image_size[1]}, 3); got {image.shape}"
+            )
+        with self.precision():
+            return self.image_encoder(image.astype(self.dtype), train)
+
+    def decode(self, embedding, prompts, train=False):
+        """Decodes four masks for every prompted object; `choose_masks` keeps three or one.
+
+        Args:
+          embedding: 'b gh gw c' from `encode`.
+          prompts: `Prompts` for b images and n objects each.
+          train: whether to drop out; needs the rng "dropout".
+        Returns:
+          `Masks`, with logits at a quarter of a token: 'b n m (4 gh) (4 gw)'.
+        Raises:
+          ValueError: if shapes disagree.
+        """
+        self.check_prompts(embedding, prompts)
+        gh, gw = embedding.shape[1:3]
+        with self.precision():
+            frame = (gh * self.patch_size, gw * self.patch_size)
+            features = self.prompt_encoder(prompts, frame)
+            positions = self.prompt_encoder.encode_grid(gh, gw)
+            return self.mask_decoder(embedding, features, positions, train)
+
+    def precision(self):
+        """By default TPUs multiply float32 in bfloat16 and GPUs in TF32; float32 means float32."""
+        return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
+
+    def check_prompts(self, embedding, prompts):
+        if embedding.ndim != 4 or embedding.shape[-1] != self.prompt_dim:
+            raise ValueError(
+                f"embedding must have shape (b, gh, gw, {self.prompt_dim}); got {embedding.shape}"
+            )
+        b, gh, gw, _ = embedding.shape
+        points, labels = prompts.points.shape, prompts.labels.shape
+        if len(points) != 4 or points[0] != b or points[-1] != 2 or labels != points[:-1]:
+            raise ValueError(
+                f"prompts.points must have shape ({b}, n, k, 2) and prompts.labels ({b}, n, k) for "
+                f"{b} embeddings; got {points} and {labels}"
+            )
+        if (prompts.mask is None) != (prompts.has_mask is None):
+            raise ValueError("prompts.mask and prompts.has_mask must both be given, or neither")
+        expected = (b, points[1], 4 * gh, 4 * gw)
+        if prompts.mask is not None and prompts.mask.shape != expected:
+            raise ValueError(f"prompts.mask must have shape {expected}; got {prompts.mask.shape}")
+
+
+def normalize(image, size):
+    """Normalises colours, then sets what lies outside the image to zero.
+
+    Args:
+      image: 'b h w 3' uint8 RGB, padded bottom and right.
+      size: 'b 2' int32, (height, width) of each image without its padding.
+    Returns:
+      'b h w 3' float32.
+    """
+    inside_h = jnp.arange(image.shape[1]) < size[:, :1]
+    inside_w = jnp.arange(image.shape[2]) < size[:, 1:]
+    inside = (inside_h[:, :, None] & inside_w[:, None, :])[..., None]
+    normalized = (image.astype(jnp.float32) - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+    return jnp.where(inside, normalized, 0.0)
+
+
+def sam_vit_b(**overrides):
+    """The smallest official size: 93.7 M parameters."""
+    return Sam(**overrides)
+
+
+def sam_vit_l(**overrides):
+    """The middle official size: 312 M parameters."""
+    sizes = dict(embed_dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23))
+    return Sam(**sizes | overrides)
+
+
+def sam_vit_h(**overrides):
+    """The largest official size, the default of the released code: 641 M parameters."""
+    sizes = dict(embed_dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31))
+    return Sam(**sizes | overrides)
+
+
+def sam_tiny(**overrides):
+    """A size that trains on two CPU cores: 0.7 M parameters on frames of 128 pixels."""
+    sizes = dict(
+        image_size=(128, 128),
+        patch_size=8,
+        embed_dim=96,
+        depth=4,
+        num_heads=3,
+        global_blocks=(1, 3),
+        window_size=8,
+        prompt_dim=64,
+        decoder_mlp_dim=256,
+        iou_hidden_dim=64,
+    )
+    return Sam(**sizes | overrides)

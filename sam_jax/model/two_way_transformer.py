@@ -1,0 +1,182 @@
+"""A transformer in which a few tokens and the image attend to each other.
+
+Source: segment-anything `modeling/transformer.py`.
+
+Differences, all exact up to rounding:
+- Between tokens and image, the projections of the image's side are absorbed into the tokens' side:
+  `q (x W_k + b_k)^T` is `(q W_k^T) x^T` plus a constant per row, which softmax drops, and
+  `P (x W_v + b_v)` is `(P x) W_v + b_v`, as the rows of P sum to one. No projected image is ever
+  made, and with up to 16 tokens it is less arithmetic.
+- The image may be one for all objects (n = 1) until the objects change it, so that the first
+  layer's products over it are shared.
+- Only the tokens that are read afterwards query the image in the last attention.
+- Absent tokens are masked out as keys.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from sam_jax.model.layers import Mlp, Projection, layer_norm, linear
+
+NUM_HEADS = 8
+CROSS_DOWNSAMPLE = 2  # channels over the inner channels of the attention between tokens and image
+
+
+class TwoWayTransformer(nn.Module):
+    """Two-way attention blocks and a last attention of the tokens to the image."""
+
+    depth: int
+    mlp_dim: int
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens, present, image, image_pe, *, num_outputs, train):
+        """Lets tokens and image attend to each other.
+
+        Args:
+          tokens: 'b n t c'; also their own positional encoding.
+          present: 'b n t' bool; others are never attended to.
+          image: 'b n (gh gw) c', n may be 1 for all objects alike.
+          image_pe: '(gh gw) c'.
+          num_outputs: how many of the first tokens are wanted.
+          train: whether to drop out.
+        Returns:
+          'b n num_outputs c' and 'b n (gh gw) c'.
+        """
+        token_pe = tokens
+        for i in range(self.depth):
+            block = TwoWayBlock(i == 0, self.mlp_dim, self.dropout, self.dtype, name=f"layer_{i}")
+            tokens, image = block(tokens, token_pe, present, image, image_pe, train)
+        tokens, token_pe = tokens[:, :, :num_outputs], token_pe[:, :, :num_outputs]
+        attended = TokenToImage(self.dtype, name="final_attention")(tokens + token_pe, image, image_pe)
+        attended = nn.Dropout(self.dropout, deterministic=not train)(attended)
+        return layer_norm(1e-5, self.dtype, "final_norm")(tokens + attended), image
+
+
+class TwoWayBlock(nn.Module):
+    """Self-attention of tokens, tokens to image, MLP of tokens, image to tokens; norms after each.
+
+    The first block's self-attention replaces the tokens and adds no positions.
+    """
+
+    is_first: bool
+    mlp_dim: int
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens, token_pe, present, image, image_pe, train):
+        c = tokens.shape[-1]
+        norm = lambda name: layer_norm(1e-5, self.dtype, name)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+
+        attend = SelfAttention(self.dtype, name="self_attention")
+        if self.is_first:
+            tokens = drop(attend(tokens, tokens, present))
+        else:
+            tokens = tokens + drop(attend(tokens + token_pe, tokens, present))
+        tokens = norm("norm1")(tokens)
+
+        attended = TokenToImage(self.dtype, name="token_to_image")(tokens + token_pe, image, image_pe)
+        tokens = norm("norm2")(tokens + drop(attended))
+
+        tokens = tokens + drop(Mlp((self.mlp_dim, c), nn.relu, self.dtype, name="mlp")(tokens))
+        tokens = norm("norm3")(tokens)
+
+        attend = ImageToToken(self.dtype, name="image_to_token")
+        attended = attend(image + image_pe, tokens + token_pe, tokens, present)
+        return tokens, norm("norm4")(image + drop(attended))
+
+
+class SelfAttention(nn.Module):
+    """Attention of tokens to the tokens that are present."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, queries, values, present):
+        """Attends queries, which are the keys too, to values: 'b n t c' each -> 'b n t c'."""
+        c = queries.shape[-1]
+        project = lambda x, name: rearrange(
+            linear(c, c, self.dtype, name)(x), "... t (head d) -> ... head t d", head=NUM_HEADS
+        )
+        q, k, v = project(queries, "q"), project(queries, "k"), project(values, "v")
+        logits = jnp.einsum("...qd,...kd->...qk", q, k) * q.shape[-1] ** -0.5
+        weights = masked_softmax(logits, present[..., None, None, :], axis=-1)
+        out = rearrange(weights @ v, "... head t d -> ... t (head d)")
+        return linear(c, c, self.dtype, "out")(out)
+
+
+class TokenToImage(nn.Module):
+    """Attention of tokens to the image, the image's projections absorbed."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, queries, image, image_pe):
+        """Attends queries 'b n t c' to image 'b n p c' with positions 'p c' -> 'b n t c'."""
+        c = queries.shape[-1]
+        q = split_heads(linear(c, c // CROSS_DOWNSAMPLE, self.dtype, "q")(queries))
+        k_kernel, _ = head_weights(c, "k", self.dtype)
+        v_kernel, v_bias = head_weights(c, "v", self.dtype)
+
+        absorbed = jnp.einsum("bnthd,chd->bnhtc", q * q.shape[-1] ** -0.5, k_kernel)
+        absorbed = rearrange(absorbed, "b n h t c -> b n (h t) c")
+        logits = (absorbed @ jnp.swapaxes(image + image_pe, -1, -2)).astype(jnp.float32)
+        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        context = ((weights.astype(self.dtype) @ image) / total).astype(self.dtype)
+        context = rearrange(context, "b n (h t) c -> b n h t c", h=NUM_HEADS)
+        out = jnp.einsum("bnhtc,chd->bnthd", context, v_kernel) + v_bias
+        return linear(out.shape[-2] * out.shape[-1], c, self.dtype, "out")(merge_heads(out))
+
+
+class ImageToToken(nn.Module):
+    """Attention of the image to the tokens that are present, the image's projections absorbed."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, queries, keys, values, present):
+        """Attends image queries 'b n p c' to keys and values 'b n t c' -> 'b n p c'."""
+        c = queries.shape[-1]
+        inner = c // CROSS_DOWNSAMPLE
+        k = split_heads(linear(c, inner, self.dtype, "k")(keys))
+        v = split_heads(linear(c, inner, self.dtype, "v")(values))
+        q_kernel, q_bias = head_weights(c, "q", self.dtype)
+        out_kernel, out_bias = Projection(inner, c, name="out")()
+        out_kernel = rearrange(out_kernel.astype(self.dtype), "(h d) c -> h d c", h=NUM_HEADS)
+
+        k = k * k.shape[-1] ** -0.5
+        absorbed = rearrange(jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c")
+        offset = rearrange(jnp.einsum("bnthd,hd->bnht", k, q_bias), "b n h t -> b n (h t) 1")
+        logits = absorbed @ jnp.swapaxes(queries, -1, -2) + offset
+        logits = rearrange(logits, "b n (h t) p -> b n h t p", h=NUM_HEADS)
+        weights = masked_softmax(logits, present[:, :, None, :, None], axis=-2)
+        weights = rearrange(weights, "b n h t p -> b n (h t) p")
+        absorbed = jnp.einsum("bnthd,hdc->bnhtc", v, out_kernel)
+        absorbed = rearrange(absorbed, "b n h t c -> b n (h t) c")
+        return jnp.swapaxes(weights, -1, -2) @ absorbed + out_bias.astype(self.dtype)
+
+
+def masked_softmax(logits, present, axis):
+    """Softmax in float32 over the entries that are present, in the logits' dtype."""
+    masked = jnp.where(present, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(masked, axis=axis).astype(logits.dtype)
+
+
+def head_weights(c, name, dtype):
+    """The kernel 'c h d' and bias 'h d' of a projection to the inner channels, by head."""
+    kernel, bias = Projection(c, c // CROSS_DOWNSAMPLE, name=name)()
+    return split_heads(kernel.astype(dtype)), split_heads(bias.astype(dtype))
+
+
+def split_heads(x):
+    return rearrange(x, "... (h d) -> ... h d", h=NUM_HEADS)
+
+
+def merge_heads(x):
+    return rearrange(x, "... h d -> ... (h d)")

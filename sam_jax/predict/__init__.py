@@ -1,0 +1,1 @@
+"""Prediction: numpy in, numpy out."""

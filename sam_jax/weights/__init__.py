@@ -1,0 +1,1 @@
+"""Files to variables and back."""
