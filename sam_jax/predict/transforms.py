@@ -1,0 +1,66 @@
+"""Images, points and boxes into the model's frame, and masks back out of it.
+
+Source: segment-anything `utils/transforms.py`, `modeling/sam.py` (`postprocess_masks`).
+
+Differences: frames need not be square; everything here runs on the host in numpy, so that no image
+size means a compilation; the two bilinear resizes of a mask, separable and linear, are one matrix
+for its rows and one for its columns.
+"""
+
+import functools
+
+import numpy as np
+from PIL import Image
+
+
+def size_in_frame(size, frame):
+    """(height, width) of an image of `size` when its longest side fills the `frame`."""
+    scale = min(frame[0] / size[0], frame[1] / size[1])
+    return tuple(max(1, int(side * scale + 0.5)) for side in size)
+
+
+def image_to_frame(image, frame):
+    """Resizes 'h w 3' uint8 by Pillow's antialiased bilinear filter, pads bottom and right.
+
+    Returns:
+      'fh fw 3' uint8, and the (height, width) in it that is not padding.
+    """
+    size = size_in_frame(image.shape[:2], frame)
+    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    padded = np.zeros((*frame, 3), np.uint8)
+    padded[: size[0], : size[1]] = resized
+    return padded, size
+
+
+def points_to_frame(points, original_size, frame):
+    """Moves '... 2' points (x, y) from pixels of the image to pixels of the frame."""
+    height, width = size_in_frame(original_size, frame)
+    return points * np.array([width / original_size[1], height / original_size[0]])
+
+
+def masks_to_image(logits, original_size, frame):
+    """Resizes '... lh lw' logits to the frame, crops its padding, resizes to '... h w'.
+
+    Both resizes are bilinear without antialias, as the reference's.
+    """
+    height, width = size_in_frame(original_size, frame)
+    rows = _two_resizes(logits.shape[-2], frame[0], height, original_size[0])
+    columns = _two_resizes(logits.shape[-1], frame[1], width, original_size[1])
+    return rows @ logits @ columns.T
+
+
+@functools.lru_cache(maxsize=64)
+def _two_resizes(low, frame, inside, original):
+    """The float32 matrix 'original low' of: resize to `frame`, keep `inside`, resize."""
+    to_frame = _bilinear(low, frame)[:inside]
+    return (_bilinear(inside, original) @ to_frame).astype(np.float32)
+
+
+def _bilinear(size, new_size):
+    """The matrix 'new_size size' of a bilinear resize of one axis, pixel centres at +0.5."""
+    position = np.clip((np.arange(new_size) + 0.5) * size / new_size - 0.5, 0, size - 1)
+    below = np.minimum(position.astype(int), max(size - 2, 0))
+    matrix = np.zeros((new_size, size))
+    matrix[np.arange(new_size), below] = 1 - (position - below)
+    matrix[np.arange(new_size), np.minimum(below + 1, size - 1)] += position - below
+    return matrix

@@ -1,0 +1,91 @@
+"""One way in and one way out for weights, whatever their format."""
+
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sam_jax.weights import download, safetensors_file, store, torch_file
+from sam_jax.weights.convert import WeightsError, from_torch, to_torch
+
+FORMATS = ("sam_jax", "official", "huggingface")
+
+log = logging.getLogger("sam_jax")
+
+
+def load(path):
+    """Loads a model and its variables.
+
+    Args:
+      path: a weights directory, a Hugging Face folder, a `.pth` or safetensors file with official,
+        Hugging Face or MAE names, or "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official file,
+        which is downloaded once.
+    Returns:
+      (`Sam`, {"params", "constants"} of float32 arrays on the default device).
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is damaged, or holds other than exactly the tensors of a SAM.
+      DownloadError: if an official file could not be fetched.
+    """
+    model, variables, notes = read(path)
+    for note in notes:
+        log.warning("%s: %s", path, note)
+    return model, jax.tree.map(jax.numpy.asarray, variables)
+
+
+def read(path):
+    """Like `load`, but returns numpy arrays and, third, a list of what is notable about the file."""
+    notes = []
+    if str(path) in download.OFFICIAL and not Path(path).exists():
+        path = download.fetch(str(path))
+    path = Path(path)
+    if (path / store.MODEL).is_file():
+        return *store.read(path), notes
+    if path.is_dir():
+        state = store.read_huggingface(path)
+    elif path.is_file():
+        state = safetensors_file.read(path) if _is_safetensors(path) else torch_file.read(path)
+    else:
+        raise FileNotFoundError(
+            f"no weights at {path}: pass a weights directory, a .pth or safetensors file, a Hugging "
+            f"Face folder, or one of {', '.join(download.OFFICIAL)}"
+        )
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path} must hold a dict of tensors; got {type(state).__name__}")
+    return *from_torch(state, notes), notes
+
+
+def save(path, model, variables, format=None):
+    """Saves a model and its variables; nothing half-written is left behind.
+
+    Args:
+      path: of a file for the official format, of a directory for the others.
+      model: `Sam`; variables: its {"params", "constants"}.
+      format: "sam_jax" (a weights directory), "official" (official names, a `.safetensors` file or
+        else a PyTorch one) or "huggingface" (a folder for transformers). By default official for
+        paths that end in .pth, .pt or .safetensors, otherwise sam_jax.
+    Raises:
+      ValueError: if the format is unknown or the variables are not those of the model.
+    """
+    path = Path(path)
+    if format is None:
+        is_file = path.suffix in (".pth", ".pt", ".safetensors")
+        format = "official" if is_file else "sam_jax"
+    if format == "sam_jax":
+        store.write(path, model, variables)
+    elif format == "huggingface":
+        store.write_huggingface(path, model, variables)
+    elif format == "official":
+        state = to_torch(model, variables)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (safetensors_file if path.suffix == ".safetensors" else torch_file).write(path, state)
+    else:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+
+
+def _is_safetensors(path):
+    """By content: eight bytes of length, then a JSON object. (A .pth starts as a zip, PK.)"""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or start[8:] == b"{"

@@ -1,0 +1,226 @@
+"""Weights directories: our own (`model.json`, `weights.safetensors`) and Hugging Face's.
+
+A directory is written under a temporary name beside its target and then renamed, so that one under
+the target's name is whole. Ours holds a model's fields as JSON and its arrays flat by parameter
+path; Hugging Face's opens with transformers' `SamModel.from_pretrained`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import flax.traverse_util
+import numpy as np
+
+from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
+from sam_jax.weights import safetensors_file
+from sam_jax.weights.convert import WeightsError, check_shapes, to_huggingface
+
+MODEL, WEIGHTS = "model.json", "weights.safetensors"
+HF_CONFIG, HF_WEIGHTS, HF_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+HF_PREPROCESSOR = "preprocessor_config.json"
+_JSON_LIMIT = 1 << 22  # bytes
+
+
+def write(path, model, variables):
+    """Writes a model and its variables as a weights directory, in place of an older one.
+
+    Raises:
+      WeightsError: if the variables are not those of the model.
+      FileExistsError: if something else is there.
+    """
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    flat = {name: np.asarray(value, np.float32) for name, value in flat.items()}
+    check_shapes(model, flat, "variables")
+    with _replaced(Path(path), marker=MODEL) as folder:
+        safetensors_file.write(folder / WEIGHTS, flat)
+        _write_json(folder / MODEL, fields_of(model))
+
+
+def read(path):
+    """Reads a weights directory -> (`Sam`, variables of numpy arrays).
+
+    Raises:
+      ValueError: if a file is missing or damaged, or the two do not belong together.
+    """
+    path = Path(path)
+    model = model_from_fields(_read_json(path / MODEL), path / MODEL)
+    if not (path / WEIGHTS).is_file():
+        raise WeightsError(f"{path / WEIGHTS} is missing")
+    flat = safetensors_file.read(path / WEIGHTS)
+    check_shapes(model, flat, str(path / WEIGHTS))
+    return model, flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def write_huggingface(path, model, variables):
+    """Writes what `transformers.SamModel.from_pretrained` and `SamProcessor` open.
+
+    Raises:
+      WeightsError: if the frame is not square, which Hugging Face's configuration cannot say.
+    """
+    if model.image_size[0] != model.image_size[1]:
+        raise WeightsError(f"Hugging Face's SAM has square frames only; got {model.image_size}")
+    state = to_huggingface(model, variables)
+    with _replaced(Path(path), marker=HF_CONFIG) as folder:
+        safetensors_file.write(folder / HF_WEIGHTS, state)
+        _write_json(folder / HF_CONFIG, _huggingface_config(model))
+        _write_json(folder / HF_PREPROCESSOR, _huggingface_preprocessor(model))
+
+
+def read_huggingface(path):
+    """Reads the tensors of a Hugging Face folder, sharded or not -> {name: array}."""
+    path = Path(path)
+    if (path / HF_WEIGHTS).is_file():
+        return safetensors_file.read(path / HF_WEIGHTS)
+    if not (path / HF_INDEX).is_file():
+        raise WeightsError(
+            f"{path} has no {HF_WEIGHTS}; folders with pytorch_model.bin only: pass that file itself"
+        )
+    shards = _read_json(path / HF_INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in shards.values()
+    ):
+        raise WeightsError(f"{path / HF_INDEX}: weight_map must name files in the same folder")
+    tensors = {}
+    for name in sorted(set(shards.values())):
+        tensors |= safetensors_file.read(path / name)
+    return tensors
+
+
+def fields_of(model):
+    """A model's fields as a dict; `model_from_fields` undoes it."""
+    return {f.name: getattr(model, f.name) for f in _sam_fields()}
+
+
+def model_from_fields(fields, where):
+    """The `Sam` with these fields, lists for tuples allowed.
+
+    Raises:
+      WeightsError: naming what is unknown or of the wrong type, and `where` it stands.
+    """
+    known = {f.name: f.default for f in _sam_fields()}
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise WeightsError(f"{where}: unknown fields {unknown}; allowed are {sorted(known)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    for name, value in values.items():
+        if not _is_like(value, known[name]):
+            raise WeightsError(f"{where}: {name} must be like {known[name]!r}; got {value!r}")
+    return Sam(**values)
+
+
+def _sam_fields():
+    return [f for f in dataclasses.fields(Sam) if f.name not in ("parent", "name")]
+
+
+def _is_like(value, default):
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
+    if type(default) is float:
+        return type(value) in (int, float) and 0 <= value < 1
+    if type(default) is int:
+        return type(value) is int and value > 0
+    if type(default) is str:
+        return value in ("float32", "bfloat16")
+    return type(value) is type(default)
+
+
+@contextlib.contextmanager
+def _replaced(path, marker):
+    """A temporary directory that takes `path`'s name at the end, or is removed on an error.
+
+    What was there before must be such a directory, known by the file `marker`.
+    """
+    if path.exists() and not (path / marker).is_file() and not _is_empty(path):
+        raise FileExistsError(f"{path} exists and has no {marker}: choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        (temporary / "new").mkdir()
+        yield temporary / "new"
+        if path.exists():
+            path.rename(temporary / "old")
+        (temporary / "new").rename(path)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _is_empty(path):
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path):
+    try:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise WeightsError(f"{path} is larger than {_JSON_LIMIT} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} must hold a JSON object; got {type(value).__name__}")
+    return value
+
+
+def _huggingface_config(model):
+    side = model.image_size[0]
+    return {
+        "architectures": ["SamModel"],
+        "model_type": "sam",
+        "vision_config": {
+            "hidden_size": model.embed_dim,
+            "num_hidden_layers": model.depth,
+            "num_attention_heads": model.num_heads,
+            "mlp_dim": model.mlp_ratio * model.embed_dim,
+            "mlp_ratio": model.mlp_ratio,
+            "image_size": side,
+            "patch_size": model.patch_size,
+            "output_channels": model.prompt_dim,
+            "num_pos_feats": model.prompt_dim // 2,
+            "window_size": model.window_size,
+            "global_attn_indexes": list(model.global_blocks),
+            "layer_norm_eps": 1e-6,
+        },
+        "prompt_encoder_config": {
+            "hidden_size": model.prompt_dim,
+            "image_size": side,
+            "patch_size": model.patch_size,
+            "image_embedding_size": side // model.patch_size,
+            "mask_input_channels": model.mask_channels,
+        },
+        "mask_decoder_config": {
+            "hidden_size": model.prompt_dim,
+            "mlp_dim": model.decoder_mlp_dim,
+            "num_hidden_layers": model.decoder_depth,
+            "iou_head_hidden_dim": model.iou_hidden_dim,
+        },
+    }
+
+
+def _huggingface_preprocessor(model):
+    side = model.image_size[0]
+    return {
+        "image_processor_type": "SamImageProcessor",
+        "processor_class": "SamProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [mean / 255 for mean in PIXEL_MEAN],
+        "image_std": [std / 255 for std in PIXEL_STD],
+        "rescale_factor": 1 / 255,
+        "resample": 2,
+        "size": {"longest_edge": side},
+        "pad_size": {"height": side, "width": side},
+        "mask_size": {"longest_edge": 4 * side // model.patch_size},
+        "mask_pad_size": {
+            "height": 4 * side // model.patch_size,
+            "width": 4 * side // model.patch_size,
+        },
+    }

@@ -1,0 +1,342 @@
+"""Reads and writes PyTorch's zip `.pth` files without torch, refusing all but tensors and values.
+
+Source: PyTorch 2.13, `torch/serialization.py`, `torch/_utils.py` (`_rebuild_tensor_v2`).
+
+A pickle is a program that may call any function. Here it is never run: `pickletools` parses its
+opcodes, a small interpreter applies them to inert values, and a global is a name to compare with a
+list, never an import. No size in a file is believed before it is compared with the bytes there are.
+
+Differences from `torch.load`:
+  - zip files of uncompressed entries only, as torch has written since 1.6: nothing can unpack;
+  - the globals below only: no NumPy scalars, no complex, quantized or float8 tensors;
+  - `OrderedDict` and `argparse.Namespace` become dicts, parameters and storages plain arrays;
+    gradient flags, hooks, devices and an OrderedDict's attributes (`_metadata`) are dropped;
+  - a tensor with more elements than its storage (`expand`) is refused: a copy would be larger;
+  - little-endian files only; the checksum of every entry that is used is verified.
+"""
+
+import functools
+import itertools
+import math
+import os
+import pickletools
+import struct
+import uuid
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+_TYPES = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16}
+_TYPES |= {"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
+_DTYPES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _TYPES.items()}
+_STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
+_WRITABLE = ", ".join(str(dtype) for dtype in _STORAGES)
+_REBUILD = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+_GLOBALS = {"argparse Namespace", "collections OrderedDict", *_REBUILD, *_DTYPES}
+
+# How many values an opcode takes from the stack; None: all down to the last mark.
+_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
+_TAKEN |= {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}
+_TAKEN |= {"BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2, "BUILD": 1}
+
+# Together these bound memory and time, whatever the file. SAM ViT-H needs a fortieth of each.
+_MAX_DIRECTORY = 4 << 20  # bytes; zipfile makes objects ten times as large
+_MAX_PICKLE = 16 << 20  # bytes
+_MAX_VALUES = 1_000_000  # opcodes run, and values in the result if what is shared counts each time
+_MAX_DEPTH = 32
+
+_RESAVE = "torch.save(torch.load(path), new_path)"
+_ALLOWED = f"allowed are {', '.join(sorted(_GLOBALS))}. If you trust it, save only its weights"
+_DAMAGED = "the file is damaged: download or save it again"
+
+
+class TorchFileError(ValueError):
+    """The file is damaged or holds what is not read; the message says what, and what to do."""
+
+
+def read(path: str | os.PathLike[str]) -> dict[str | int, Any]:
+    """Reads a checkpoint.
+
+    Returns:
+      The dict that was saved. Tensors are read-only arrays, views of one memory where they shared
+      a storage; together they take the size of the file.
+    Raises:
+      TorchFileError: if anything is not as `torch.save` writes it, or is not allowed.
+      OSError: if the file cannot be opened.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise TorchFileError(f"{path}: not a regular file; give the path of a .pth file")
+    with open(path, "rb") as file:
+        try:
+            return _read(file)
+        except ValueError as error:
+            raise TorchFileError(f"{path}: {error}") from error
+        # A Warning is pickletools' about an odd string, under `python -W error`.
+        except (zipfile.BadZipFile, NotImplementedError, LookupError, Warning) as error:
+            raise TorchFileError(f"{path}: {_DAMAGED} ({error!r})") from error
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict that `torch.load(path, weights_only=True)` opens.
+
+    Equal tensors in equal order give equal bytes. The file appears whole or not at all.
+
+    Args:
+      path: replaced if it exists.
+      tensors: any shapes and strides; bool, uint8, int8 to int64, float16 to float64, bfloat16.
+    Raises:
+      ValueError: if a name is not a string or a value cannot be stored; nothing is written then.
+    """
+    tensors = dict(tensors)
+    for name, array in tensors.items():
+        _check(isinstance(name, str), f"{name!r}: names must be strings")
+        got = f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}"
+        known = isinstance(array, np.ndarray) and array.dtype in _STORAGES
+        _check(known, f"{name!r}: got {got}, must be ndarray of {_WRITABLE}")
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            _write(file, tensors)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _read(file: BinaryIO) -> dict[str | int, Any]:
+    size = _check_ends(file)
+    archive = zipfile.ZipFile(file)
+    entries = _entries(archive, file, size)
+    folder = next(iter(entries), "").split("/")[0]
+    pickle, order = entries.get(f"{folder}/data.pkl"), entries.get(f"{folder}/byteorder")
+    if pickle is None or pickle.file_size > _MAX_PICKLE:
+        raise ValueError(f"has no {folder}/data.pkl of at most {_MAX_PICKLE} bytes: no checkpoint")
+    if order and (order.file_size != 6 or archive.read(order) != b"little"):
+        raise ValueError(f"not little-endian; save it again on a usual machine: {_RESAVE}")
+    content = functools.cache(archive.read)
+
+    def storage(dtype: np.dtype, key: str, numel: int) -> np.ndarray:
+        name, size = f"{folder}/data/{key}", numel * dtype.itemsize
+        _check(name in entries, f"{name[:80]!r} is missing; {_DAMAGED}")
+        there = entries[name].file_size
+        _check(there == size, f"{name!r} has {there} bytes, must have {size}; {_DAMAGED}")
+        return np.frombuffer(content(name), dtype)
+
+    checkpoint = _unpickle(archive.read(pickle), storage)
+    _check(isinstance(checkpoint, dict), f"holds a {type(checkpoint).__name__}, must hold a dict")
+    return dict(_tree(checkpoint, itertools.count()))
+
+
+def _entries(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> dict[str, zipfile.ZipInfo]:
+    """Lists the entries by name: plain bytes, one after the other, inside the file's `size`."""
+    entries: dict[str, zipfile.ZipInfo] = {}
+    end = 0
+    for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
+        name, start = entry.filename, entry.header_offset
+        plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~0x808
+        if not plain or entry.compress_size != entry.file_size:
+            raise ValueError(f"{name!r} is packed or encrypted; if you trust the file: {_RESAVE}")
+        _check(name not in entries, f"two entries are named {name!r}; {_DAMAGED}")
+        _check(end <= start <= size - 30, f"{name!r} overlaps another entry; {_DAMAGED}")
+        file.seek(start + 26)
+        end = start + 30 + sum(struct.unpack("<2H", file.read(4))) + entry.file_size
+        _check(end <= size, f"{name!r} reaches past the end; {_DAMAGED}")
+        entries[name] = entry
+    return entries
+
+
+def _check_ends(file: BinaryIO) -> int:
+    """Checks that the zip is whole and its directory not too long for zipfile; returns the size."""
+    head = file.read(4)
+    older = f"If PyTorch before 1.6 wrote it and you trust it, save it with a newer one: {_RESAVE}"
+    _check(head == b"PK\x03\x04", f"starts with {head!r}, not as a zip file. {older}")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 98))
+    tail = file.read()
+    _check(tail[-22:-18] == b"PK\x05\x06" and tail[-2:] == b"\0\0", f"cut off: {_DAMAGED}")
+    (length,) = struct.unpack("<I", tail[-10:-6])
+    if tail[-42:-38] == b"PK\x06\x07":  # zip64: a longer record in front may have another length
+        (start,) = struct.unpack("<Q", tail[-34:-26])
+        _check(start == size - 98, f"the zip64 directory is misplaced; {_DAMAGED}")
+        length = max(length, *struct.unpack("<Q", tail[40:48]))
+    _check(length <= _MAX_DIRECTORY, f"zip directory of {length} bytes, at most {_MAX_DIRECTORY}")
+    return size
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str  # its module and its name there, with a space between
+
+
+@dataclass
+class _Namespace:
+    items: dict[str | int, Any]  # set by BUILD; not copied, so that nothing grows by being shared
+
+
+def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
+    """Returns built-in values, arrays and instances of the above, possibly shared or cyclic."""
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # what lies below each open mark
+    memo: dict[int, Any] = {}
+    argument: Any
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if count == _MAX_VALUES:
+            raise ValueError(f"data.pkl has over {count} opcodes; save only the weights")
+        name, taken = opcode.name, _TAKEN.get(opcode.name, 0)
+        if taken is None:
+            items, stack = stack, below.pop()
+        else:
+            items = [stack.pop() for _ in range(taken)][::-1]
+        match name:
+            case "PROTO":
+                _check(argument == 2, f"has pickle protocol {argument}, must be torch's default, 2")
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "BININT1" | "BININT2" | "BININT" | "BINFLOAT" | "BINUNICODE" | "NONE":
+                stack.append(argument)
+            case "LONG1":  # longer ones could be chosen so that as dict keys they all collide
+                _check(abs(argument) < 1 << 64, "holds an integer of more than 64 bits")
+                stack.append(argument)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(name == "NEWTRUE")
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
+                stack.append(tuple(items))
+            case "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append([] if name == "EMPTY_LIST" else {})
+            case "APPEND" | "APPENDS":
+                _check(isinstance(stack[-1], list), f"data.pkl appends to no list; {_DAMAGED}")
+                stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS":
+                _check(isinstance(stack[-1], dict), f"data.pkl adds items to no dict; {_DAMAGED}")
+                names = all(type(key) in (str, int) for key in items[::2])
+                _check(names, "has a dict key that is neither a string nor an integer")
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "GLOBAL":
+                _check(argument in _GLOBALS, f"refers to {argument[:80]!r}; {_ALLOWED}")
+                stack.append(_Global(argument))
+            case "BINPERSID" | "REDUCE" | "NEWOBJ":
+                stack.append(_made(items, storage))
+            case "BUILD":
+                target, state = stack[-1], items[0]
+                known = isinstance(target, OrderedDict | _Namespace) and isinstance(state, dict)
+                _check(known, f"data.pkl sets attributes of a {type(target).__name__}; {_DAMAGED}")
+                if isinstance(target, _Namespace):
+                    target.items = state
+            case "STOP":
+                _check(len(stack) == 1 and not below, f"data.pkl leaves values over; {_DAMAGED}")
+            case _:
+                raise ValueError(f"data.pkl has the opcode {name}, which torch.save does not use")
+    return stack[0]
+
+
+def _made(items: list[Any], storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
+    """Returns what a persistent id, or a global with arguments, stands for."""
+    match items:
+        case [(str(kind), _Global(name), str(key), str(), int(numel))] if kind == "storage":
+            return storage(_DTYPES[name], key, numel)
+        case [_Global("collections OrderedDict"), ()]:
+            return OrderedDict()
+        case [_Global("argparse Namespace"), ()]:
+            return _Namespace({})
+        case [_Global("torch._utils _rebuild_parameter"), (np.ndarray() as tensor, _, _)]:
+            return tensor
+        case [
+            _Global("torch._utils _rebuild_tensor_v2"),
+            (np.ndarray() as flat, offset, tuple(sizes), tuple(strides), _, _),
+        ]:
+            return _view(flat, offset, sizes, strides)
+    raise ValueError(f"data.pkl calls something with arguments that torch never gives; {_DAMAGED}")
+
+
+def _view(flat: np.ndarray, offset: Any, sizes: tuple[Any, ...], strides: tuple[Any, ...]) -> Any:
+    """Returns the tensor with these sizes; offset and strides count elements of the storage."""
+    numbers = (offset, *sizes, *strides)
+    real = all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)
+    _check(real and len(sizes) == len(strides) <= 64, f"has a tensor of no real shape; {_DAMAGED}")
+    numel = math.prod(sizes)
+    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if numel > flat.size or (numel and last >= flat.size):
+        raise ValueError(f"a tensor exceeds its storage of {flat.size} elements; save a clone()")
+    start, steps = offset * flat.itemsize, [stride * flat.itemsize for stride in strides]
+    return np.ndarray(sizes, flat.dtype, flat, start if numel else 0, steps)
+
+
+def _tree(value: Any, visited: Iterator[int], depth: int = 0) -> Any:
+    """Copies a value into plain dicts, lists and tuples of which none is shared."""
+    if next(visited) > _MAX_VALUES or depth > _MAX_DEPTH:
+        raise ValueError(f"has over {_MAX_VALUES} values or {_MAX_DEPTH} levels; save less")
+    value = value.items if isinstance(value, _Namespace) else value
+    if isinstance(value, dict):
+        return {key: _tree(item, visited, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_tree(item, visited, depth + 1) for item in value)
+    if isinstance(value, _Global):
+        raise ValueError(f"holds {value.name!r} itself, which is no tensor or value")
+    return value
+
+
+def _write(file: BinaryIO, tensors: dict[str, np.ndarray]) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+
+        def add(name: str, data: Any) -> None:
+            entry = zipfile.ZipInfo(f"archive/{name}")  # dated 1980
+            entry.create_system = 0
+            # Before the data come the header, the name, 20 bytes of zip64 sizes, and the padding
+            # with its own 4 bytes of header.
+            padding = -(file.tell() + 30 + len(entry.filename) + 20 + 4) % 64
+            entry.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+            with archive.open(entry, "w", force_zip64=True) as out:
+                out.write(data)
+
+        add("data.pkl", _pickle(tensors))
+        add("byteorder", b"little")
+        for key, array in enumerate(tensors.values()):
+            add(f"data/{key}", np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        add("version", b"3\n")
+
+
+def _pickle(tensors: dict[str, np.ndarray]) -> bytes:
+    """Returns opcodes that make an OrderedDict of `_rebuild_tensor_v2(storage, 0, sizes, ...)`."""
+    empty = b"ccollections\nOrderedDict\n)R"
+    items = []
+    for key, (name, array) in enumerate(tensors.items()):
+        kind = b"c%s\n" % _STORAGES[array.dtype].replace(" ", "\n").encode()
+        storage = _push(("storage", kind, str(key), "cpu", array.size)) + b"Q"
+        lengths = [max(size, 1) for size in array.shape]
+        strides = tuple(math.prod(lengths[axis + 1 :]) for axis in range(array.ndim))
+        tensor = _push((storage, 0, array.shape, strides, b"\x89", empty))
+        items += [_push(name), b"ctorch._utils\n_rebuild_tensor_v2\n", tensor, b"R"]
+    return b"\x80\x02" + empty + b"(" + b"".join(items) + b"u."
+
+
+def _push(value: Any) -> bytes:
+    """Returns opcodes that push a value; bytes are opcodes already."""
+    match value:
+        case str():
+            text = value.encode("utf-8", "surrogatepass")
+            return b"X" + struct.pack("<I", len(text)) + text
+        case int():
+            size = value.bit_length() // 8 + 1
+            return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
+        case tuple():
+            return b"(" + b"".join(map(_push, value)) + b"t"
+    return bytes(value)
