@@ -45,14 +45,15 @@ _TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
 _TAKEN |= {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}
 _TAKEN |= {"BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2, "BUILD": 1}
 
-# Together these bound memory and time, whatever the file. SAM ViT-H needs a fortieth of each.
+# Together these bound memory and time, whatever the file. SAM ViT-H needs a twentieth of each.
 _MAX_DIRECTORY = 4 << 20  # bytes; zipfile makes objects ten times as large
 _MAX_PICKLE = 16 << 20  # bytes
-_MAX_VALUES = 1_000_000  # opcodes run, and values in the result if what is shared counts each time
+_MAX_VALUES = 500_000  # opcodes run, and values in the result if what is shared counts each time
 _MAX_DEPTH = 32
 
+_WEIGHTS = "torch.save(model.state_dict(), new_path)"
 _RESAVE = "torch.save(torch.load(path), new_path)"
-_ALLOWED = f"allowed are {', '.join(sorted(_GLOBALS))}. If you trust it, save only its weights"
+_ALLOWED = f"allowed are {', '.join(sorted(_GLOBALS))}. If you trust it: {_WEIGHTS}"
 _DAMAGED = "the file is damaged: download or save it again"
 
 
@@ -76,10 +77,10 @@ def read(path: str | os.PathLike[str]) -> dict[str | int, Any]:
     with open(path, "rb") as file:
         try:
             return _read(file)
-        except ValueError as error:
+        except TorchFileError as error:
             raise TorchFileError(f"{path}: {error}") from error
         # A Warning is pickletools' about an odd string, under `python -W error`.
-        except (zipfile.BadZipFile, NotImplementedError, LookupError, Warning) as error:
+        except (zipfile.BadZipFile, NotImplementedError, LookupError, ValueError, Warning) as error:
             raise TorchFileError(f"{path}: {_DAMAGED} ({error!r})") from error
 
 
@@ -96,10 +97,11 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
     """
     tensors = dict(tensors)
     for name, array in tensors.items():
-        _check(isinstance(name, str), f"{name!r}: names must be strings")
-        got = f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}"
-        known = isinstance(array, np.ndarray) and array.dtype in _STORAGES
-        _check(known, f"{name!r}: got {got}, must be ndarray of {_WRITABLE}")
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r}: names must be strings")
+        if not isinstance(array, np.ndarray) or array.dtype not in _STORAGES:
+            got = f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}"
+            raise ValueError(f"{name!r}: got {got}, must be ndarray of {_WRITABLE}")
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -114,7 +116,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise TorchFileError(message)
 
 
 def _read(file: BinaryIO) -> dict[str | int, Any]:
@@ -124,9 +126,9 @@ def _read(file: BinaryIO) -> dict[str | int, Any]:
     folder = next(iter(entries), "").split("/")[0]
     pickle, order = entries.get(f"{folder}/data.pkl"), entries.get(f"{folder}/byteorder")
     if pickle is None or pickle.file_size > _MAX_PICKLE:
-        raise ValueError(f"has no {folder}/data.pkl of at most {_MAX_PICKLE} bytes: no checkpoint")
+        raise TorchFileError(f"has no {folder}/data.pkl of at most {_MAX_PICKLE} bytes: no checkpoint")
     if order and (order.file_size != 6 or archive.read(order) != b"little"):
-        raise ValueError(f"not little-endian; save it again on a usual machine: {_RESAVE}")
+        raise TorchFileError(f"not little-endian; save it again on a usual machine: {_RESAVE}")
     content = functools.cache(archive.read)
 
     def storage(dtype: np.dtype, key: str, numel: int) -> np.ndarray:
@@ -149,7 +151,7 @@ def _entries(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> dict[str, z
         name, start = entry.filename, entry.header_offset
         plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~0x808
         if not plain or entry.compress_size != entry.file_size:
-            raise ValueError(f"{name!r} is packed or encrypted; if you trust the file: {_RESAVE}")
+            raise TorchFileError(f"{name!r} is packed or encrypted; if you trust the file: {_RESAVE}")
         _check(name not in entries, f"two entries are named {name!r}; {_DAMAGED}")
         _check(end <= start <= size - 30, f"{name!r} overlaps another entry; {_DAMAGED}")
         file.seek(start + 26)
@@ -195,7 +197,7 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
     argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if count == _MAX_VALUES:
-            raise ValueError(f"data.pkl has over {count} opcodes; save only the weights")
+            raise TorchFileError(f"data.pkl has over {count} opcodes; {_WEIGHTS}")
         name, taken = opcode.name, _TAKEN.get(opcode.name, 0)
         if taken is None:
             items, stack = stack, below.pop()
@@ -203,7 +205,7 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
             items = [stack.pop() for _ in range(taken)][::-1]
         match name:
             case "PROTO":
-                _check(argument == 2, f"has pickle protocol {argument}, must be torch's default, 2")
+                _check(argument == 2, f"has pickle protocol {argument}, must be 2, torch.save's default")
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
@@ -211,7 +213,7 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
             case "BININT1" | "BININT2" | "BININT" | "BINFLOAT" | "BINUNICODE" | "NONE":
                 stack.append(argument)
             case "LONG1":  # longer ones could be chosen so that as dict keys they all collide
-                _check(abs(argument) < 1 << 64, "holds an integer of more than 64 bits")
+                _check(abs(argument) < 1 << 64, f"has an integer over 64 bits; {_WEIGHTS}")
                 stack.append(argument)
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(name == "NEWTRUE")
@@ -227,8 +229,8 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
                 stack[-1].extend(items)
             case "SETITEM" | "SETITEMS":
                 _check(isinstance(stack[-1], dict), f"data.pkl adds items to no dict; {_DAMAGED}")
-                names = all(type(key) in (str, int) for key in items[::2])
-                _check(names, "has a dict key that is neither a string nor an integer")
+                keys = {type(key) for key in items[::2]}
+                _check(keys <= {str, int}, "has a dict key that is neither a string nor an integer")
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "GLOBAL":
                 _check(argument in _GLOBALS, f"refers to {argument[:80]!r}; {_ALLOWED}")
@@ -244,7 +246,7 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
             case "STOP":
                 _check(len(stack) == 1 and not below, f"data.pkl leaves values over; {_DAMAGED}")
             case _:
-                raise ValueError(f"data.pkl has the opcode {name}, which torch.save does not use")
+                raise TorchFileError(f"data.pkl has the opcode {name}, which torch.save does not use")
     return stack[0]
 
 
@@ -264,18 +266,19 @@ def _made(items: list[Any], storage: Callable[[np.dtype, str, int], np.ndarray])
             (np.ndarray() as flat, offset, tuple(sizes), tuple(strides), _, _),
         ]:
             return _view(flat, offset, sizes, strides)
-    raise ValueError(f"data.pkl calls something with arguments that torch never gives; {_DAMAGED}")
+    raise TorchFileError(f"data.pkl calls what torch.save never calls; {_DAMAGED}")
 
 
 def _view(flat: np.ndarray, offset: Any, sizes: tuple[Any, ...], strides: tuple[Any, ...]) -> Any:
     """Returns the tensor with these sizes; offset and strides count elements of the storage."""
     numbers = (offset, *sizes, *strides)
     real = all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)
-    _check(real and len(sizes) == len(strides) <= 64, f"has a tensor of no real shape; {_DAMAGED}")
+    _check(real and len(sizes) == len(strides) <= 64, f"a tensor has no real shape; {_DAMAGED}")
     numel = math.prod(sizes)
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if numel > flat.size or (numel and last >= flat.size):
-        raise ValueError(f"a tensor exceeds its storage of {flat.size} elements; save a clone()")
+        expanded = "if it was expanded, save its clone() instead"
+        raise TorchFileError(f"{sizes} exceeds a storage of {flat.size} elements; {expanded}")
     start, steps = offset * flat.itemsize, [stride * flat.itemsize for stride in strides]
     return np.ndarray(sizes, flat.dtype, flat, start if numel else 0, steps)
 
@@ -283,14 +286,14 @@ def _view(flat: np.ndarray, offset: Any, sizes: tuple[Any, ...], strides: tuple[
 def _tree(value: Any, visited: Iterator[int], depth: int = 0) -> Any:
     """Copies a value into plain dicts, lists and tuples of which none is shared."""
     if next(visited) > _MAX_VALUES or depth > _MAX_DEPTH:
-        raise ValueError(f"has over {_MAX_VALUES} values or {_MAX_DEPTH} levels; save less")
+        raise TorchFileError(f"has over {_MAX_VALUES} values or {_MAX_DEPTH} levels; {_WEIGHTS}")
     value = value.items if isinstance(value, _Namespace) else value
     if isinstance(value, dict):
         return {key: _tree(item, visited, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_tree(item, visited, depth + 1) for item in value)
     if isinstance(value, _Global):
-        raise ValueError(f"holds {value.name!r} itself, which is no tensor or value")
+        raise TorchFileError(f"holds {value.name!r} itself, which is no tensor or value")
     return value
 
 

@@ -1,0 +1,38 @@
+# On a machine with Python >= 3.11 and nothing else, `make test` is all there is to type.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install test test-colabs test-reference lint bench clean
+
+install: .venv/test
+
+.venv/test: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv/reference: .venv/test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,reference]'
+	touch $@
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2 -m 'not reference and not colab'
+
+test-colabs: .venv/test
+	$(BIN)/python -m pytest -m colab
+
+test-reference: .venv/reference
+	$(BIN)/python -m pytest -m reference
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/reference
+	$(BIN)/python tests/benchmarks/predict.py
+
+clean:
+	rm -rf .venv build dist *.egg-info
