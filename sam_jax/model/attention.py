@@ -43,14 +43,20 @@ class Attention(nn.Module):
         """Attends 'b gh gw c' -> 'b gh gw c'."""
         gh, gw, c = x.shape[-3:]
         project = nn.Dense(3 * c, dtype=self.dtype, kernel_init=ENCODER_INIT, name="qkv")
-        table_h = self.param("rel_pos_h", nn.initializers.zeros, (2 * self.table_size[0] - 1, c // self.num_heads))
-        table_w = self.param("rel_pos_w", nn.initializers.zeros, (2 * self.table_size[1] - 1, c // self.num_heads))
+        table_h = self.param(
+            "rel_pos_h", nn.initializers.zeros, (2 * self.table_size[0] - 1, c // self.num_heads)
+        )
+        table_w = self.param(
+            "rel_pos_w", nn.initializers.zeros, (2 * self.table_size[1] - 1, c // self.num_heads)
+        )
 
         qkv = project(x)
         if self.window:
             qkv = split_windows(qkv, self.window, fill=project(jnp.zeros(c, x.dtype)))
         *_, height, width, _ = qkv.shape
-        q, k, v = rearrange(qkv, "... h w (qkv head d) -> qkv (...) head h w d", qkv=3, head=self.num_heads)
+        q, k, v = rearrange(
+            qkv, "... h w (qkv head d) -> qkv (...) head h w d", qkv=3, head=self.num_heads
+        )
         rel_h = jnp.einsum("nahwd,hud->nahwu", q, relative_positions(table_h, height, self.dtype))
         rel_w = jnp.einsum("nahwd,wud->nahwu", q, relative_positions(table_w, width, self.dtype))
         q = q * (c // self.num_heads) ** -0.5
@@ -102,7 +108,11 @@ def attend_folded(q, k, v, rel_h, rel_w):
     columns = repeat(jnp.eye(width, dtype=k.dtype), "w u -> n a h w u", n=n, a=heads, h=height)
     q, k, v = (
         rearrange(x, "n a h w d -> (n a) (h w) d")
-        for x in (jnp.concatenate([q, rel_h, rel_w], -1), jnp.concatenate([k, rows, columns], -1), v)
+        for x in (
+            jnp.concatenate([q, rel_h, rel_w], -1),
+            jnp.concatenate([k, rows, columns], -1),
+            v,
+        )
     )
     out = attend(jnp.einsum("nqd,nkd->nqk", q, k), v)
     return rearrange(out, "(n a) (h w) d -> n a h w d", a=heads, h=height)

@@ -99,9 +99,14 @@ class Block(nn.Module):
             features, dtype=self.dtype, kernel_init=ENCODER_INIT, name=name
         )
         drop = nn.Dropout(
-            self.drop_path, broadcast_dims=(1, 2, 3), rng_collection="drop_path", deterministic=not train
+            self.drop_path,
+            broadcast_dims=(1, 2, 3),
+            rng_collection="drop_path",
+            deterministic=not train,
         )
-        attend = Attention(self.num_heads, self.table_size, self.window, self.dtype, name="attention")
+        attend = Attention(
+            self.num_heads, self.table_size, self.window, self.dtype, name="attention"
+        )
         x = x + drop(attend(layer_norm(1e-6, self.dtype, "norm1")(x)))
         y = gelu(dense(self.mlp_dim, "lin1")(layer_norm(1e-6, self.dtype, "norm2")(x)))
         return x + drop(dense(c, "lin2")(y))

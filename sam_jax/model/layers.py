@@ -19,7 +19,9 @@ ENCODER_INIT = nn.initializers.truncated_normal(0.02)
 def fan_in_uniform(fan_in):
     """PyTorch's initial values for weights and biases alike: uniform within 1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 def linear(in_features, features, dtype, name):

@@ -68,9 +68,7 @@ class MaskDecoder(nn.Module):
         num_outputs = len(outputs)
         outputs = jnp.broadcast_to(outputs, (b, n, num_outputs, c))
         tokens = jnp.concatenate([outputs, features.sparse], axis=2)
-        present = jnp.concatenate(
-            [jnp.ones((b, n, num_outputs), bool), features.present], axis=2
-        )
+        present = jnp.concatenate([jnp.ones((b, n, num_outputs), bool), features.present], axis=2)
         image = rearrange(embedding, "b gh gw c -> b 1 (gh gw) c").astype(self.dtype)
         transformer = TwoWayTransformer(
             self.depth, self.mlp_dim, self.dropout, self.dtype, name="transformer"
@@ -94,7 +92,10 @@ class MaskDecoder(nn.Module):
             logits, "b n (gh gw) i j k l m -> b n m (gh i k) (gw j l)", gh=embedding.shape[1]
         )
         iou_head = Mlp(
-            (self.iou_hidden_dim, self.iou_hidden_dim, NUM_MASKS), nn.relu, self.dtype, name="iou_head"
+            (self.iou_hidden_dim, self.iou_hidden_dim, NUM_MASKS),
+            nn.relu,
+            self.dtype,
+            name="iou_head",
         )
         return Masks(logits=logits, iou=iou_head(tokens[:, :, 0]).astype(jnp.float32))
 
@@ -123,4 +124,6 @@ class Deconvolution(nn.Module):
         init = fan_in_uniform(4 * self.features)
         kernel = self.param("kernel", init, (x.shape[-1], 2, 2, self.features))
         bias = self.param("bias", init, (self.features,))
-        return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(self.dtype)) + bias.astype(
+            self.dtype
+        )

@@ -100,10 +100,20 @@ class PromptEncoder(nn.Module):
         )
 
     def encode_grid(self, gh, gw):
-        """Encodes the centres of a grid's cells -> '(gh gw) c' in `dtype`."""
-        y, x = jnp.meshgrid((jnp.arange(gh) + 0.5) / gh, (jnp.arange(gw) + 0.5) / gw, indexing="ij")
-        positions = self.encode_positions(jnp.stack([x, y], axis=-1))
-        return rearrange(positions, "gh gw c -> (gh gw) c").astype(self.dtype)
+        """Encodes the centres of a grid's cells -> '(gh gw) c' in `dtype`.
+
+        As `encode_positions` would, but by the angle sum identities: sines are slow, and those of
+        'gh + gw' angles make all 'gh gw'. A product cannot be fused with the sines, which would
+        compute them anew in every cell.
+        """
+        x, y = (jnp.arange(gw) + 0.5) / gw, (jnp.arange(gh) + 0.5) / gh
+        x = 2 * jnp.pi * (2 * x - 1)[:, None] * self.gaussian.value[0]
+        y = 2 * jnp.pi * (2 * y - 1)[:, None] * self.gaussian.value[1]
+        sin, cos = jnp.sin, jnp.cos
+        by_x = jnp.array([[sin(x), cos(x)], [cos(x), -sin(x)]])  # 'sin|cos pair gw c/2'
+        by_y = jnp.array([cos(y), sin(y)])  # 'pair gh c/2'
+        positions = jnp.einsum("skxc,kyc->yxsc", by_x, by_y, precision=jax.lax.Precision.HIGHEST)
+        return rearrange(positions, "gh gw s c -> (gh gw) (s c)").astype(self.dtype)
 
     def encode_positions(self, xy):
         """Random Fourier features of '... 2' positions in [0, 1] -> '... c' float32."""

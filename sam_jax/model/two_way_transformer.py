@@ -51,7 +51,9 @@ class TwoWayTransformer(nn.Module):
             block = TwoWayBlock(i == 0, self.mlp_dim, self.dropout, self.dtype, name=f"layer_{i}")
             tokens, image = block(tokens, token_pe, present, image, image_pe, train)
         tokens, token_pe = tokens[:, :, :num_outputs], token_pe[:, :, :num_outputs]
-        attended = TokenToImage(self.dtype, name="final_attention")(tokens + token_pe, image, image_pe)
+        attended = TokenToImage(self.dtype, name="final_attention")(
+            tokens + token_pe, image, image_pe
+        )
         attended = nn.Dropout(self.dropout, deterministic=not train)(attended)
         return layer_norm(1e-5, self.dtype, "final_norm")(tokens + attended), image
 
@@ -80,7 +82,9 @@ class TwoWayBlock(nn.Module):
             tokens = tokens + drop(attend(tokens + token_pe, tokens, present))
         tokens = norm("norm1")(tokens)
 
-        attended = TokenToImage(self.dtype, name="token_to_image")(tokens + token_pe, image, image_pe)
+        attended = TokenToImage(self.dtype, name="token_to_image")(
+            tokens + token_pe, image, image_pe
+        )
         tokens = norm("norm2")(tokens + drop(attended))
 
         tokens = tokens + drop(Mlp((self.mlp_dim, c), nn.relu, self.dtype, name="mlp")(tokens))
@@ -125,7 +129,7 @@ class TokenToImage(nn.Module):
 
         absorbed = jnp.einsum("bnthd,chd->bnhtc", q * q.shape[-1] ** -0.5, k_kernel)
         absorbed = rearrange(absorbed, "b n h t c -> b n (h t) c")
-        logits = (absorbed @ jnp.swapaxes(image + image_pe, -1, -2)).astype(jnp.float32)
+        logits = jnp.einsum("bnqc,bnpc->bnqp", absorbed, image + image_pe).astype(jnp.float32)
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         context = ((weights.astype(self.dtype) @ image) / total).astype(self.dtype)
@@ -151,9 +155,11 @@ class ImageToToken(nn.Module):
         out_kernel = rearrange(out_kernel.astype(self.dtype), "(h d) c -> h d c", h=NUM_HEADS)
 
         k = k * k.shape[-1] ** -0.5
-        absorbed = rearrange(jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c")
+        absorbed = rearrange(
+            jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c"
+        )
         offset = rearrange(jnp.einsum("bnthd,hd->bnht", k, q_bias), "b n h t -> b n (h t) 1")
-        logits = absorbed @ jnp.swapaxes(queries, -1, -2) + offset
+        logits = jnp.einsum("bnkc,bnpc->bnkp", absorbed, queries) + offset
         logits = rearrange(logits, "b n (h t) p -> b n h t p", h=NUM_HEADS)
         weights = masked_softmax(logits, present[:, :, None, :, None], axis=-2)
         weights = rearrange(weights, "b n h t p -> b n (h t) p")

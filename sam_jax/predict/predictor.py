@@ -18,7 +18,8 @@ from sam_jax.predict.prompts import check_prompt, mask_of, points_of, stack_prom
 from sam_jax.predict.transforms import image_to_frame, masks_to_image
 
 MASK_THRESHOLD = 0.0
-OBJECTS = 8  # decoded at a time, unless there is only one
+CHUNK = 4  # objects decoded at a time: what they need stays in the cache
+GROUP = 32  # objects of one program, where there are as many
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -29,8 +30,13 @@ def encode_images(model, variables, images, sizes):
 
 @functools.partial(jax.jit, static_argnames="model")
 def decode_prompts(model, variables, embedding, prompts):
-    """Decodes `Prompts` into `Masks`, in one program for each shape."""
-    return model.apply(variables, embedding, prompts, method="decode")
+    """Decodes `Prompts` into `Masks`, CHUNK objects at a time, in one program for each shape."""
+    decode = functools.partial(model.apply, variables, embedding, method="decode")
+    if prompts.points.shape[1] <= CHUNK:
+        return decode(prompts)
+    split = lambda x: rearrange(x, "b (s r) ... -> s b r ...", r=CHUNK)
+    join = lambda x: rearrange(x, "s b r ... -> b (s r) ...")
+    return jax.tree.map(join, jax.lax.map(decode, jax.tree.map(split, prompts)))
 
 
 class SamPredictor:
@@ -179,7 +185,9 @@ class SamPredictor:
 
     def _encode(self, images, batch_size):
         """Encodes up to batch_size images -> 'batch_size gh gw c', and their sizes in the frame."""
-        padded, sizes = zip(*(image_to_frame(i, self.model.image_size) for i in images), strict=True)
+        padded, sizes = zip(
+            *(image_to_frame(i, self.model.image_size) for i in images), strict=True
+        )
         missing = batch_size - len(images)
         padded, all_sizes = padded + padded[-1:] * missing, sizes + sizes[-1:] * missing
         arrays = np.stack(padded), np.array(all_sizes, np.int32)
@@ -187,15 +195,15 @@ class SamPredictor:
 
     def _decode(self, embedding, objects, multimask_output):
         """Decodes the objects of each image -> for each, logits 'n m lh lw' and IoUs 'n m'."""
-        most = max(map(len, objects))
-        group = 1 if most == 1 else OBJECTS
-        decoded = []
-        for start in range(0, most, group):
-            some = [of_image[start : start + group] for of_image in objects]
+        decoded, start = [], 0
+        for size in group_sizes(max(map(len, objects))):
+            some = [of_image[start : start + size] for of_image in objects]
             some += [[]] * (len(embedding) - len(some))
             slots = max(len(labels) for of_image in some for _, labels, _ in of_image)
-            prompts = stack_prompts(some, group, num_slots(slots))
-            decoded.append(jax.device_get(decode_prompts(self.model, self.variables, embedding, prompts)))
+            prompts = stack_prompts(some, size, num_slots(slots))
+            masks = decode_prompts(self.model, self.variables, embedding, prompts)
+            decoded.append(jax.device_get(masks))
+            start += size
         masks = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *decoded)
         masks = choose_masks(masks, multimask_output)
         counts = map(len, objects)
@@ -209,6 +217,13 @@ class SamPredictor:
             logits = masks_to_image(logits, original_size, self.model.image_size)
             masks[i] = logits if return_logits else logits > MASK_THRESHOLD
         return masks, scores, low_res
+
+
+def group_sizes(n):
+    """Splits n objects into programs of 1, CHUNK or GROUP of them, the last perhaps padded."""
+    if n <= 1:
+        return [1]
+    return [GROUP] * (n // GROUP) + [CHUNK] * -(-(n % GROUP) // CHUNK)
 
 
 def num_slots(most):

@@ -76,7 +76,10 @@ def stack_prompts(objects, num_objects, num_slots):
     if not masks:
         return Prompts(points=points, labels=labels)
     shape = next(iter(masks.values())).shape
-    mask, has_mask = np.zeros((b, num_objects, *shape), np.float32), np.zeros((b, num_objects), bool)
+    mask, has_mask = (
+        np.zeros((b, num_objects, *shape), np.float32),
+        np.zeros((b, num_objects), bool),
+    )
     for index, value in masks.items():
         mask[index], has_mask[index] = value, True
     return Prompts(points=points, labels=labels, mask=mask, has_mask=has_mask)

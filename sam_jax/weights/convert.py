@@ -71,7 +71,9 @@ def check_shapes(model, flat, what):
     """Raises WeightsError unless {path: array} has the paths and shapes of the model's variables."""
     expected = _shapes(model)
     _check_names(what, flat, expected)
-    if odd := [f"{k} {v.shape} instead of {expected[k]}" for k, v in flat.items() if v.shape != expected[k]]:
+    if odd := [
+        f"{k} {v.shape} instead of {expected[k]}" for k, v in flat.items() if v.shape != expected[k]
+    ]:
         raise WeightsError(f"{what} holds arrays of wrong shapes: {_listed(odd)}")
 
 
@@ -115,10 +117,14 @@ def _take_tensors(state):
     """Checks that all values are floating-point arrays, and takes the pixel statistics away."""
     odd = [k for k, v in state.items() if not isinstance(k, str) or not _is_floating(v)]
     if odd:
-        raise WeightsError(f"weights must be floating-point tensors by name; got others: {_listed(odd)}")
+        raise WeightsError(
+            f"weights must be floating-point tensors by name; got others: {_listed(odd)}"
+        )
     for key, expected in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
         if key in state and not np.allclose(np.ravel(state[key]), expected, atol=1e-3):
-            raise WeightsError(f"{key} must be {expected}, as the model has it; got {np.ravel(state[key])}")
+            raise WeightsError(
+                f"{key} must be {expected}, as the model has it; got {np.ravel(state[key])}"
+            )
     return {k: v for k, v in state.items() if k not in ("pixel_mean", "pixel_std")}
 
 

@@ -221,7 +221,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        if not (_is_https(newurl) or _is_local(req.full_url) and _is_local(newurl)):
+        if not (_is_https(newurl) or (_is_local(req.full_url) and _is_local(newurl))):
             raise DownloadError(f"{req.full_url} redirects to {newurl}; only https is allowed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

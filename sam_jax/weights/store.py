@@ -134,7 +134,9 @@ def _replaced(path, marker):
     What was there before must be such a directory, known by the file `marker`.
     """
     if path.exists() and not (path / marker).is_file() and not _is_empty(path):
-        raise FileExistsError(f"{path} exists and has no {marker}: choose another name or remove it")
+        raise FileExistsError(
+            f"{path} exists and has no {marker}: choose another name or remove it"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -126,7 +126,7 @@ def _read(file: BinaryIO) -> dict[str | int, Any]:
     folder = next(iter(entries), "").split("/")[0]
     pickle, order = entries.get(f"{folder}/data.pkl"), entries.get(f"{folder}/byteorder")
     if pickle is None or pickle.file_size > _MAX_PICKLE:
-        raise TorchFileError(f"has no {folder}/data.pkl of at most {_MAX_PICKLE} bytes: no checkpoint")
+        raise TorchFileError(f"no checkpoint: needs data.pkl of at most {_MAX_PICKLE} bytes")
     if order and (order.file_size != 6 or archive.read(order) != b"little"):
         raise TorchFileError(f"not little-endian; save it again on a usual machine: {_RESAVE}")
     content = functools.cache(archive.read)
@@ -151,7 +151,7 @@ def _entries(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> dict[str, z
         name, start = entry.filename, entry.header_offset
         plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~0x808
         if not plain or entry.compress_size != entry.file_size:
-            raise TorchFileError(f"{name!r} is packed or encrypted; if you trust the file: {_RESAVE}")
+            raise TorchFileError(f"{name!r} is packed or encrypted; if you trust it: {_RESAVE}")
         _check(name not in entries, f"two entries are named {name!r}; {_DAMAGED}")
         _check(end <= start <= size - 30, f"{name!r} overlaps another entry; {_DAMAGED}")
         file.seek(start + 26)
@@ -205,7 +205,7 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
             items = [stack.pop() for _ in range(taken)][::-1]
         match name:
             case "PROTO":
-                _check(argument == 2, f"has pickle protocol {argument}, must be 2, torch.save's default")
+                _check(argument == 2, f"pickle protocol {argument}, must be torch.save's 2")
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
@@ -246,7 +246,7 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
             case "STOP":
                 _check(len(stack) == 1 and not below, f"data.pkl leaves values over; {_DAMAGED}")
             case _:
-                raise TorchFileError(f"data.pkl has the opcode {name}, which torch.save does not use")
+                raise TorchFileError(f"data.pkl has the opcode {name}, unknown to torch.save")
     return stack[0]
 
 

@@ -1,0 +1,94 @@
+"""Our run lengths against pycocotools, byte for byte."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sam_jax.masks import rle
+
+coco = pytest.importorskip("pycocotools.mask")
+
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # theirs
+]
+
+COCO_EVAL = Path(__file__).parents[3] / "shared" / "realdata" / "coco_eval"
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_random_masks(order):
+    rng = np.random.default_rng(0)
+    for _ in range(1500):
+        mask = _random_mask(rng, *rng.integers(0, 120, 2))
+        _assert_same(np.asarray(mask, order=order))
+
+
+def test_large_masks():
+    rng = np.random.default_rng(1)
+    for shape in [(1500, 2250), (3000, 1), (1, 3000)]:
+        _assert_same(rng.random(shape) < 0.5)
+        _assert_same(_ellipse(*shape))
+        _assert_same(np.zeros(shape, bool))
+        _assert_same(np.ones(shape, bool))
+
+
+def test_runs_of_every_number_of_characters():
+    for bits in range(1, 25):
+        for length in (2**bits - 1, 2**bits, 2**bits + 1):
+            flat = np.repeat([False, True, False, True, False], [3, length, 1, 2, length])
+            _assert_same(flat[None])
+
+
+def test_uncompressed():
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        height, width = (int(side) for side in rng.integers(1, 40, 2))
+        encoded = rle.encode(_random_mask(rng, height, width))
+        uncompressed = {"size": [height, width], "counts": rle.runs(encoded).tolist()}
+        compressed = coco.frPyObjects(uncompressed, height, width)
+        assert compressed["counts"].decode() == encoded["counts"]
+        np.testing.assert_array_equal(rle.decode(uncompressed), coco.decode(compressed))
+
+
+def test_real_strings():
+    files = sorted(COCO_EVAL.glob("*.json"))
+    if not files:
+        pytest.skip(f"no COCO results in {COCO_EVAL}")
+    strings = [found for file in files for found in _strings(json.loads(file.read_text()))]
+    assert strings
+    for real in strings:
+        painted = coco.decode(real)
+        np.testing.assert_array_equal(rle.decode(real), painted)
+        assert rle.encode(painted == 1) == real
+        assert rle.area(real) == coco.area(real)
+
+
+def _assert_same(mask: np.ndarray) -> None:
+    theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    ours = rle.encode(mask)
+    assert ours == {"size": theirs["size"], "counts": theirs["counts"].decode()}
+    np.testing.assert_array_equal(rle.decode(ours), mask)
+    assert rle.area(ours) == coco.area(theirs)
+
+
+def _random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise of any density, in blocks, so that runs of all lengths occur."""
+    block = int(rng.integers(1, 12))
+    coarse = rng.random((height // block + 1, width // block + 1)) < rng.random()
+    return np.repeat(np.repeat(coarse, block, axis=0), block, axis=1)[:height, :width]
+
+
+def _ellipse(height: int, width: int) -> np.ndarray:
+    y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    return x**2 + y**2 < 0.7
+
+
+def _strings(node) -> list[dict]:
+    """Every compressed RLE in a JSON tree."""
+    if isinstance(node, dict) and isinstance(node.get("counts"), str):
+        return [{"size": node["size"], "counts": node["counts"]}]
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return [found for child in children for found in _strings(child)]

@@ -1,0 +1,163 @@
+"""torch and `sam_jax.weights.torch_file` read each other's files bit for bit."""
+
+import argparse
+from collections import OrderedDict
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sam_jax.weights import torch_file
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.reference
+
+DTYPES = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.bfloat16: ml_dtypes.bfloat16,
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.int16: np.int16,
+    torch.int8: np.int8,
+    torch.uint8: np.uint8,
+    torch.bool: np.bool_,
+}
+SHAPES = [(), (0,), (0, 3), (1,), (5,), (2, 3), (3, 1, 2, 5)]
+
+
+def random_tensor(dtype, shape) -> "torch.Tensor":
+    """Any bits, NaNs and subnormal numbers included."""
+    size = torch.empty((), dtype=dtype).element_size()
+    high = 2 if dtype == torch.bool else 256
+    data = torch.randint(high, (int(np.prod(shape)) * size,), dtype=torch.uint8)
+    return data.view(dtype).reshape(shape)
+
+
+def assert_same_bits(array: np.ndarray, tensor: "torch.Tensor") -> None:
+    assert array.dtype == DTYPES[tensor.dtype]
+    assert array.shape == tuple(tensor.shape)
+    bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert array.tobytes() == bits
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "file.pth"
+
+
+def mixed_tensors() -> dict[str, "torch.Tensor"]:
+    return {f"{d}{shape}": random_tensor(d, shape) for d in DTYPES for shape in SHAPES}
+
+
+def test_reads_every_dtype_and_shape(path):
+    tensors = mixed_tensors()
+    torch.save(tensors, path)
+    read = torch_file.read(path)
+    assert list(read) == list(tensors)
+    for name, tensor in tensors.items():
+        assert_same_bits(read[name], tensor)
+
+
+def test_torch_reads_every_dtype_and_shape(path):
+    tensors = mixed_tensors()
+    torch.save(tensors, path)
+    arrays = torch_file.read(path)
+    torch_file.write(path, arrays)
+    for mapped in (False, True):
+        loaded = torch.load(path, weights_only=True, mmap=mapped)
+        assert type(loaded) is OrderedDict
+        assert list(loaded) == list(tensors)
+        for name, tensor in tensors.items():
+            assert loaded[name].dtype == tensor.dtype
+            assert loaded[name].is_contiguous()
+            assert_same_bits(arrays[name], loaded[name])
+
+
+def test_reads_views(path):
+    base = torch.randn(4, 6, 5)
+    tied = torch.nn.Parameter(torch.randn(3, 2))
+    tensors = {
+        "base": base,
+        "transposed": base.permute(2, 0, 1),
+        "sliced": base[1:3, ::2, 4],
+        "empty": base[4:],
+        "unfolded": torch.arange(6).as_strided((2, 3), (3, 1)),
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "tied": tied,
+        "tied too": tied,
+        "expanded by one": torch.randn(3).expand(1, 3),
+    }
+    torch.save(tensors, path)
+    read = torch_file.read(path)
+    for name, tensor in tensors.items():
+        assert_same_bits(read[name], tensor)
+    assert np.shares_memory(read["base"], read["sliced"])
+    assert np.shares_memory(read["tied"], read["tied too"])
+
+
+def test_reads_a_module_and_torch_loads_it_back(path):
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4)).bfloat16()
+    torch.save(module.state_dict(), path)
+    read = torch_file.read(path)
+    torch_file.write(path, read)
+    other = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4)).bfloat16()
+    other.load_state_dict(torch.load(path, weights_only=True))
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name])
+
+
+def test_reads_a_training_checkpoint(path):
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(lr=1e-3, resume="", device="cuda", betas=(0.9, 0.95), seed=1 << 40)
+    content = {
+        "model": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "weight": torch.nn.Parameter(torch.ones(2)),
+        "epoch": 799,
+        "args": args,
+        "best": None,
+    }
+    torch.save(content, path)
+    read = torch_file.read(path)
+    assert (read["epoch"], read["best"], read["args"]) == (799, None, vars(args))
+    assert_same_bits(read["weight"], content["weight"])
+    for name, tensor in module.state_dict().items():
+        assert_same_bits(read["model"][name], tensor)
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, tensor in state.items():
+            assert_same_bits(read["optimizer"]["state"][index][name], tensor)
+    assert read["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.nn.Linear(1, 1), "torch.nn.modules.linear Linear"),
+        (torch.zeros(2, dtype=torch.complex64), "ComplexFloatStorage"),
+        (torch.zeros(2, dtype=torch.uint16), "_rebuild_tensor_v3"),
+        (torch.zeros(1).expand(9), "expanded"),
+        (np.float64(1), "scalar"),
+    ],
+    ids=["module", "complex", "uint16", "expanded", "NumPy scalar"],
+)
+def test_refuses(path, value, message):
+    torch.save({"value": value}, path)
+    with pytest.raises(torch_file.TorchFileError, match=message):
+        torch_file.read(path)
+
+
+def test_refuses_what_torch_wrote_before_1_6(path):
+    torch.save({"value": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(torch_file.TorchFileError, match=r"before 1\.6"):
+        torch_file.read(path)
+
+
+def test_refuses_another_pickle_protocol(path):
+    torch.save({"value": torch.zeros(2)}, path, pickle_protocol=4)
+    with pytest.raises(torch_file.TorchFileError, match="protocol 4"):
+        torch_file.read(path)
