@@ -1,0 +1,8 @@
+"""`python -m sam_jax` is `sam-jax`."""
+
+import sys
+
+from sam_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""`sam-jax VERB`: the command line. A verb's code is imported only when it runs."""
+
+import argparse
+import sys
+
+EXAMPLES = {
+    "predict": "sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/",
+    "convert": "sam-jax convert sam_vit_b_01ec64.pth sam_b/",
+    "info": "sam-jax info --weights sam_b/",
+}
+
+
+def main(argv=None):
+    """Runs a verb -> the exit code: 0 done, 1 failed, 2 wrong usage."""
+    parser = argparse.ArgumentParser(prog="sam-jax", description="Segment Anything in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_predict(verbs)
+    _add_convert(verbs)
+    _add_info(verbs)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, ValueError) as error:
+        print(f"sam-jax {args.verb}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_verb(verbs, name, help, run):
+    verb = verbs.add_parser(
+        name, help=help, description=f"{help}.", epilog=f"example: {EXAMPLES[name]}"
+    )
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _add_predict(verbs):
+    verb = _add_verb(verbs, "predict", "mask one object of an image from points and a box", _predict)
+    verb.add_argument("image", help="a JPEG, PNG or WebP file")
+    verb.add_argument("--weights", required=True, help="anything that sam_jax.load takes")
+    verb.add_argument(
+        "--point",
+        action="append",
+        default=[],
+        type=_point,
+        metavar="X,Y[,0|1]",
+        help="a point in pixels, on the object (1, the default) or off it (0); repeat for more",
+    )
+    verb.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="a box around the object")
+    verb.add_argument(
+        "--masks",
+        type=int,
+        choices=(1, 3),
+        help="how many masks; by default 3 for a single point or box, which may mean several things",
+    )
+    verb.add_argument("--out", required=True, help="folder for overlay.png, masks and masks.json")
+
+
+def _add_convert(verbs):
+    verb = _add_verb(verbs, "convert", "convert weights from any known format to any other", _convert)
+    verb.add_argument("source", metavar="SRC", help="anything that sam_jax.load takes")
+    verb.add_argument(
+        "target",
+        metavar="DST",
+        help="a .pth or .safetensors file with official names, otherwise a weights directory",
+    )
+    verb.add_argument(
+        "--format",
+        choices=("sam_jax", "official", "huggingface"),
+        help="the format of DST, if its name does not say it",
+    )
+
+
+def _add_info(verbs):
+    verb = _add_verb(verbs, "info", "print versions, devices, memory and, given weights, the model", _info)
+    verb.add_argument("--weights", help="anything that sam_jax.load takes")
+
+
+def _predict(args):
+    if not args.point and args.box is None:
+        raise ValueError("nothing was asked for: give --point X,Y, --box X0,Y0,X1,Y1 or both")
+    from sam_jax.predict.files import predict_file
+    from sam_jax.predict.predictor import SamPredictor
+    from sam_jax.weights.formats import load
+
+    result = predict_file(
+        SamPredictor(*load(args.weights)),
+        args.image,
+        args.out,
+        points=[point[:2] for point in args.point],
+        labels=[point[2] for point in args.point],
+        box=args.box,
+        num_masks=args.masks,
+    )
+    for mask in result["masks"]:
+        print(f"{mask['file']}  predicted IoU {mask['predicted_iou']:.3f}  {mask['area']} pixels")
+    print(f"overlay.png, masks and masks.json are in {args.out}")
+
+
+def _convert(args):
+    from sam_jax.weights import formats
+
+    model, variables, notes = formats.read(args.source)
+    formats.save(args.target, model, variables, format=args.format)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{args.source} -> {args.target}")
+
+
+def _info(args):
+    from sam_jax import info
+
+    info.print_info(args.weights)
+
+
+def _point(text):
+    """'X,Y' or 'X,Y,LABEL' -> (x, y, label)."""
+    numbers = _numbers(text)
+    if len(numbers) not in (2, 3) or numbers[2:] not in ([], [0], [1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y or X,Y,0 or X,Y,1")
+    return (*numbers[:2], int(numbers[2]) if len(numbers) == 3 else 1)
+
+
+def _box(text):
+    numbers = _numbers(text)
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not X0,Y0,X1,Y1")
+    return numbers
+
+
+def _numbers(text):
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from None
