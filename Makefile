@@ -32,7 +32,7 @@ lint: .venv/test
 	$(BIN)/mypy
 
 bench: .venv/reference
-	$(BIN)/python tests/benchmarks/predict.py
+	$(BIN)/python -m tests.benchmarks.predict
 
 clean:
 	rm -rf .venv build dist *.egg-info

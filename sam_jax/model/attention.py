@@ -53,19 +53,18 @@ class Attention(nn.Module):
         qkv = project(x)
         if self.window:
             qkv = split_windows(qkv, self.window, fill=project(jnp.zeros(c, x.dtype)))
-        *_, height, width, _ = qkv.shape
-        q, k, v = rearrange(
-            qkv, "... h w (qkv head d) -> qkv (...) head h w d", qkv=3, head=self.num_heads
-        )
-        rel_h = jnp.einsum("nahwd,hud->nahwu", q, relative_positions(table_h, height, self.dtype))
-        rel_w = jnp.einsum("nahwd,wud->nahwu", q, relative_positions(table_w, width, self.dtype))
-        q = q * (c // self.num_heads) ** -0.5
-
-        out = (attend_folded if self.window else attend_by_rows)(q, k, v, rel_h, rel_w)
-        out = rearrange(out, "n head h w d -> n h w (head d)")
+        rel_h = relative_positions(table_h, qkv.shape[1], self.dtype)
+        rel_w = relative_positions(table_w, qkv.shape[2], self.dtype)
+        attend = attend_folded if self.window else attend_by_rows
+        out = for_each(lambda qkv: attend(qkv, rel_h, rel_w, self.num_heads), qkv)
         if self.window:
             out = join_windows(out, gh, gw)
         return nn.Dense(c, dtype=self.dtype, kernel_init=ENCODER_INIT, name="proj")(out)
+
+
+def for_each(f, xs):
+    """Applies f along the first axis: one by one on CPUs, whose caches hold one; else together."""
+    return lax.platform_dependent(xs, cpu=lambda xs: lax.map(f, xs), default=jax.vmap(f))
 
 
 def relative_positions(table, n, dtype):
@@ -94,56 +93,65 @@ def join_windows(x, gh, gw):
     return x[:, :gh, :gw]
 
 
-def attend_folded(q, k, v, rel_h, rel_w):
+def attend_folded(qkv, rel_h, rel_w, num_heads):
     """Attention whose relative positions ride in extra channels: `[q, rel_h, rel_w] . [k, 1_u, 1_v]`.
 
     Args:
-      q, k, v: 'n head h w d', q already scaled.
-      rel_h: 'n head h w h', the vertical term for each key row; rel_w: 'n head h w w', likewise.
+      qkv: 'h w (3 head d)', the queries, keys and values of one grid of tokens.
+      rel_h: 'h u d', the vertical position of key row u relative to query row h; rel_w: 'w v d'.
+      num_heads: heads.
     Returns:
-      'n head h w d'.
+      'h w (head d)'.
     """
-    n, heads, height, width, _ = q.shape
-    rows = repeat(jnp.eye(height, dtype=k.dtype), "h u -> n a h w u", n=n, a=heads, w=width)
-    columns = repeat(jnp.eye(width, dtype=k.dtype), "w u -> n a h w u", n=n, a=heads, h=height)
-    q, k, v = (
-        rearrange(x, "n a h w d -> (n a) (h w) d")
-        for x in (
-            jnp.concatenate([q, rel_h, rel_w], -1),
-            jnp.concatenate([k, rows, columns], -1),
-            v,
-        )
-    )
-    out = attend(jnp.einsum("nqd,nkd->nqk", q, k), v)
-    return rearrange(out, "(n a) (h w) d -> n a h w d", a=heads, h=height)
+    height, width = qkv.shape[:2]
+    q, k, v, q_rel_h, q_rel_w = project_positions(qkv, rel_h, rel_w, num_heads)
+    rows = repeat(jnp.eye(height, dtype=k.dtype), "h u -> head h w u", head=num_heads, w=width)
+    columns = repeat(jnp.eye(width, dtype=k.dtype), "w v -> head h w v", head=num_heads, h=height)
+    q = jnp.concatenate([q, q_rel_h, q_rel_w], axis=-1)
+    k = jnp.concatenate([k, rows, columns], axis=-1)
+    q, k, v = (rearrange(x, "head h w d -> head (h w) d") for x in (q, k, v))
+    out = attend(jnp.einsum("aqd,akd->aqk", q, k), v)
+    return rearrange(out, "head (h w) d -> h w (head d)", w=width)
 
 
-def attend_by_rows(q, k, v, rel_h, rel_w):
-    """The same attention over a large grid, a few rows of queries of one head at a time.
+def attend_by_rows(qkv, rel_h, rel_w, num_heads):
+    """The same as `attend_folded` for a large grid, a few rows of queries of one head at a time.
 
-    The relative terms are added to the logits here: the extra channels would cost more than they
-    save where the logits stay in the cache. Arguments and result as in `attend_folded`.
+    The relative terms are added to the logits here: extra channels would cost more than they save
+    where the logits stay in the cache.
     """
-    n, heads, height, width, _ = q.shape
+    height, width = qkv.shape[:2]
     rows = next(r for r in range(max(1, QUERIES_PER_STEP // width), 0, -1) if height % r == 0)
 
     def one_head(inputs):
-        q, k, v, rel_h, rel_w = inputs
+        q, k, v, q_rel_h, q_rel_w = inputs
         k, v = (rearrange(x, "h w d -> (h w) d") for x in (k, v))
 
         @jax.checkpoint
         def some_rows(inputs):
-            q, rel_h, rel_w = inputs
+            q, q_rel_h, q_rel_w = inputs
             logits = rearrange(q, "r w d -> (r w) d") @ k.T
             logits = rearrange(logits, "(r w) (u v) -> r w u v", w=width, v=width)
-            logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
+            logits = logits + q_rel_h[..., :, None] + q_rel_w[..., None, :]
             return attend(rearrange(logits, "r w u v -> (r w) (u v)"), v)
 
-        steps = [rearrange(x, "(s r) w d -> s r w d", r=rows) for x in (q, rel_h, rel_w)]
-        return rearrange(lax.map(some_rows, steps), "s (r w) d -> (s r) w d", w=width)
+        steps = [rearrange(x, "(s r) w d -> s r w d", r=rows) for x in (q, q_rel_h, q_rel_w)]
+        return lax.map(some_rows, steps)
 
-    inputs = [rearrange(x, "n a h w d -> (n a) h w d") for x in (q, k, v, rel_h, rel_w)]
-    return rearrange(lax.map(one_head, inputs), "(n a) h w d -> n a h w d", n=n)
+    out = lax.map(one_head, project_positions(qkv, rel_h, rel_w, num_heads))
+    return rearrange(out, "head s (r w) d -> (s r) w (head d)", w=width)
+
+
+def project_positions(qkv, rel_h, rel_w, num_heads):
+    """Splits heads, scales queries, and multiplies unscaled queries with relative positions.
+
+    Returns:
+      q, k, v: 'head h w d', and what is to be added to the logits: 'head h w u', 'head h w v'.
+    """
+    q, k, v = rearrange(qkv, "h w (qkv head d) -> qkv head h w d", qkv=3, head=num_heads)
+    q_rel_h = jnp.einsum("ahwd,hud->ahwu", q, rel_h)
+    q_rel_w = jnp.einsum("ahwd,wvd->ahwv", q, rel_w)
+    return q * q.shape[-1] ** -0.5, k, v, q_rel_h, q_rel_w
 
 
 def attend(logits, v):

@@ -113,7 +113,7 @@ class SamPredictor:
         """
         self._check_image_set()
         objects = [self._objects(prompts, self.original_size)]
-        (result,) = self._decode(self._embedding, objects, multimask_output)
+        (result,) = self.decode(self._embedding, objects, multimask_output)
         return self._finish(*result, self.original_size, return_logits)
 
     def predict_batch(
@@ -153,7 +153,7 @@ class SamPredictor:
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)
             embedding, _ = self._encode(images[batch], batch_size)
-            decoded = self._decode(embedding, objects[batch], multimask_output)
+            decoded = self.decode(embedding, objects[batch], multimask_output)
             for image, of_image in zip(images[batch], decoded, strict=True):
                 results.append(self._finish(*of_image, image.shape[:2], return_logits))
         return results
@@ -193,7 +193,7 @@ class SamPredictor:
         arrays = np.stack(padded), np.array(all_sizes, np.int32)
         return encode_images(self.model, self.variables, *arrays), sizes
 
-    def _decode(self, embedding, objects, multimask_output):
+    def decode(self, embedding, objects, multimask_output):
         """Decodes the objects of each image -> for each, logits 'n m lh lw' and IoUs 'n m'."""
         decoded, start = [], 0
         for size in group_sizes(max(map(len, objects))):
