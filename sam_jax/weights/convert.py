@@ -27,7 +27,8 @@ def from_torch(state, notes):
     """Makes a model and its variables from a state dict of any known family.
 
     Args:
-      state: {name: array}, possibly inside a training checkpoint ({"model": {...}, ...}).
+      state: {name: array}, possibly inside a training checkpoint ({"model": {...}, ...}). It is
+        emptied on the way, so that the arrays are not in memory twice.
       notes: a list; what was dropped, resized or drawn afresh is appended to it.
     Returns:
       (`Sam`, {"params", "constants"} of float32 numpy arrays).
@@ -35,6 +36,7 @@ def from_torch(state, notes):
       WeightsError: with the names of unknown, missing or misshapen tensors.
     """
     tensors = _take_tensors(_unwrap(state, notes))
+    state.clear()
     if "vision_encoder.pos_embed" in tensors:
         tensors = _official_from_huggingface(tensors)
     elif "cls_token" in tensors and "blocks.0.attn.qkv.weight" in tensors:
@@ -79,11 +81,11 @@ def check_shapes(model, flat, what):
 
 def _shapes(model):
     """The shapes of a model's variables, flat: {path: shape}, without computing anything."""
-    shapes = jax.eval_shape(lambda: _initialize(model, 0))
+    shapes = jax.eval_shape(lambda: initialize(model, 0))
     return {k: v.shape for k, v in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
 
 
-def _initialize(model, seed):
+def initialize(model, seed):
     """Draws a model's variables."""
     gh, gw = (side // model.patch_size for side in model.image_size)
     prompts = Prompts(
@@ -225,7 +227,7 @@ def _fill(model, tensors):
     shapes = _shapes(model)
     flat, misshapen = {}, []
     for ours, (official, layout) in table.items():
-        tensor = tensors[official]
+        tensor = tensors.pop(official)
         expected = np.shape(layout.to_torch(np.broadcast_to(np.float32(0), shapes[ours])))
         if tensor.shape != expected:
             misshapen.append(f"{official} {tensor.shape} instead of {expected}")
@@ -268,7 +270,7 @@ def _from_mae(tensors, notes):
 
     @jax.jit
     def fresh():
-        drawn = flax.traverse_util.flatten_dict(_initialize(model, 0), sep="/")
+        drawn = flax.traverse_util.flatten_dict(initialize(model, 0), sep="/")
         table = names.official_names(depth, model.decoder_depth)
         return {
             name: layout.to_torch(drawn[ours])

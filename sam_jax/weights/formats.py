@@ -31,7 +31,16 @@ def load(path):
     model, variables, notes = read(path)
     for note in notes:
         log.warning("%s: %s", path, note)
-    return model, jax.tree.map(jax.numpy.asarray, variables)
+    return model, _to_device(variables)
+
+
+def _to_device(tree):
+    """Moves a tree of arrays, forgetting each on the host before the next one is moved."""
+    moved = {}
+    for key in list(tree):
+        value = tree.pop(key)
+        moved[key] = _to_device(value) if isinstance(value, dict) else jax.device_put(value)
+    return moved
 
 
 def read(path):
