@@ -35,7 +35,7 @@ def _add_verb(verbs, name, help, run):
 
 
 def _add_predict(verbs):
-    verb = _add_verb(verbs, "predict", "mask one object of an image from points and a box", _predict)
+    verb = _add_verb(verbs, "predict", "mask one object of an image", _predict)
     verb.add_argument("image", help="a JPEG, PNG or WebP file")
     verb.add_argument("--weights", required=True, help="anything that sam_jax.load takes")
     verb.add_argument(
@@ -51,13 +51,13 @@ def _add_predict(verbs):
         "--masks",
         type=int,
         choices=(1, 3),
-        help="how many masks; by default 3 for a single point or box, which may mean several things",
+        help="how many; by default 3 for a single point or box, which may mean several things",
     )
     verb.add_argument("--out", required=True, help="folder for overlay.png, masks and masks.json")
 
 
 def _add_convert(verbs):
-    verb = _add_verb(verbs, "convert", "convert weights from any known format to any other", _convert)
+    verb = _add_verb(verbs, "convert", "convert weights between formats", _convert)
     verb.add_argument("source", metavar="SRC", help="anything that sam_jax.load takes")
     verb.add_argument(
         "target",
@@ -72,7 +72,7 @@ def _add_convert(verbs):
 
 
 def _add_info(verbs):
-    verb = _add_verb(verbs, "info", "print versions, devices, memory and, given weights, the model", _info)
+    verb = _add_verb(verbs, "info", "print versions, devices and a model", _info)
     verb.add_argument("--weights", help="anything that sam_jax.load takes")
 
 

@@ -76,7 +76,7 @@ def relative_positions(table, n, dtype):
 
 
 def split_windows(x, window, fill):
-    """Cuts 'b gh gw c' into '(b nh nw) window window c', padded bottom and right with `fill` 'c'."""
+    """Cuts 'b gh gw c' into '(b nh nw) window window c', padded bottom right with `fill` 'c'."""
     gh, gw = x.shape[1:3]
     pad_h, pad_w = -gh % window, -gw % window
     if pad_h or pad_w:
@@ -94,7 +94,7 @@ def join_windows(x, gh, gw):
 
 
 def attend_folded(qkv, rel_h, rel_w, num_heads):
-    """Attention whose relative positions ride in extra channels: `[q, rel_h, rel_w] . [k, 1_u, 1_v]`.
+    """Attention with relative positions in extra channels: `[q, q_rel_h, q_rel_w] . [k, 1_u, 1_v]`.
 
     Args:
       qkv: 'h w (3 head d)', the queries, keys and values of one grid of tokens.

@@ -8,7 +8,6 @@ which the released code leaves out; attention as in `attention.py`.
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from sam_jax.model.attention import Attention
 from sam_jax.model.layers import ENCODER_INIT, fan_in_uniform, gelu, layer_norm

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-
 ENCODER_INIT = nn.initializers.truncated_normal(0.02)
 
 

@@ -114,7 +114,7 @@ class Upscaling(nn.Module):
 
 
 class Deconvolution(nn.Module):
-    """A transposed convolution of size and stride 2, each pixel's patch apart: '... c' -> '... 2 2 o'."""
+    """A transposed convolution of size and stride 2, pixels kept apart: '... c' -> '... 2 2 o'."""
 
     features: int
     dtype: str

@@ -11,6 +11,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from sam_jax.model.layers import fan_in_uniform, gelu, layer_norm
@@ -32,10 +33,10 @@ class Prompts:
       has_mask: 'b n' bool, the objects whose `mask` counts; None if `mask` is.
     """
 
-    points: jax.Array
-    labels: jax.Array
-    mask: jax.Array | None = None
-    has_mask: jax.Array | None = None
+    points: jax.Array | np.ndarray
+    labels: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray | None = None
+    has_mask: jax.Array | np.ndarray | None = None
 
 
 @flax.struct.dataclass

@@ -6,13 +6,16 @@ Differences: images and prompted objects are both batched, in one program; float
 products on every device; preprocessing and postprocessing live in `sam_jax.predict`.
 """
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sam_jax.model.image_encoder import ImageEncoder
-from sam_jax.model.mask_decoder import MaskDecoder
-from sam_jax.model.prompt_encoder import PromptEncoder
+from sam_jax.model.mask_decoder import MaskDecoder, Masks
+from sam_jax.model.prompt_encoder import PromptEncoder, Prompts
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB values in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -54,7 +57,7 @@ class Sam(nn.Module):
     remat: bool = False
     dtype: str = "float32"
 
-    def setup(self):
+    def setup(self) -> None:
         self.image_encoder = ImageEncoder(
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -78,11 +81,11 @@ class Sam(nn.Module):
             dtype=self.dtype,
         )
 
-    def __call__(self, image, prompts, train=False):
+    def __call__(self, image: jax.Array, prompts: Prompts, train: bool = False) -> Masks:
         """Encodes images and decodes prompts: see `encode` and `decode`."""
         return self.decode(self.encode(image, train), prompts, train)
 
-    def encode(self, image, train=False):
+    def encode(self, image: jax.Array, train: bool = False) -> jax.Array:
         """Encodes images.
 
         Args:
@@ -97,12 +100,12 @@ class Sam(nn.Module):
         if image.ndim != 4 or image.shape[-1] != 3 or image.shape[1] % p or image.shape[2] % p:
             raise ValueError(
                 f"image must have shape (b, h, w, 3) with h and w divisible by the patch of {p} "
-                f"pixels, e.g. (1, {self.image_size[0]}, {self.image_size[1]}, 3); got {image.shape}"
+                f"pixels, e.g. {(1, *self.image_size, 3)}; got {image.shape}"
             )
         with self.precision():
             return self.image_encoder(image.astype(self.dtype), train)
 
-    def decode(self, embedding, prompts, train=False):
+    def decode(self, embedding: jax.Array, prompts: Prompts, train: bool = False) -> Masks:
         """Decodes four masks for every prompted object; `choose_masks` keeps three or one.
 
         Args:
@@ -122,11 +125,11 @@ class Sam(nn.Module):
             positions = self.prompt_encoder.encode_grid(gh, gw)
             return self.mask_decoder(embedding, features, positions, train)
 
-    def precision(self):
+    def precision(self) -> AbstractContextManager[Any]:
         """By default TPUs multiply float32 in bfloat16 and GPUs in TF32; float32 means float32."""
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
 
-    def check_prompts(self, embedding, prompts):
+    def check_prompts(self, embedding: jax.Array, prompts: Prompts) -> None:
         if embedding.ndim != 4 or embedding.shape[-1] != self.prompt_dim:
             raise ValueError(
                 f"embedding must have shape (b, gh, gw, {self.prompt_dim}); got {embedding.shape}"
@@ -145,7 +148,7 @@ class Sam(nn.Module):
             raise ValueError(f"prompts.mask must have shape {expected}; got {prompts.mask.shape}")
 
 
-def normalize(image, size):
+def normalize(image: jax.Array, size: jax.Array) -> jax.Array:
     """Normalises colours, then sets what lies outside the image to zero.
 
     Args:
@@ -161,26 +164,30 @@ def normalize(image, size):
     return jnp.where(inside, normalized, 0.0)
 
 
-def sam_vit_b(**overrides):
+def sam_vit_b(**overrides: Any) -> Sam:
     """The smallest official size: 93.7 M parameters."""
     return Sam(**overrides)
 
 
-def sam_vit_l(**overrides):
+def sam_vit_l(**overrides: Any) -> Sam:
     """The middle official size: 312 M parameters."""
-    sizes = dict(embed_dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23))
-    return Sam(**sizes | overrides)
+    sizes: dict[str, Any] = dict(
+        embed_dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23)
+    )
+    return Sam(**(sizes | overrides))
 
 
-def sam_vit_h(**overrides):
+def sam_vit_h(**overrides: Any) -> Sam:
     """The largest official size, the default of the released code: 641 M parameters."""
-    sizes = dict(embed_dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31))
-    return Sam(**sizes | overrides)
+    sizes: dict[str, Any] = dict(
+        embed_dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31)
+    )
+    return Sam(**(sizes | overrides))
 
 
-def sam_tiny(**overrides):
+def sam_tiny(**overrides: Any) -> Sam:
     """A size that trains on two CPU cores: 0.7 M parameters on frames of 128 pixels."""
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         image_size=(128, 128),
         patch_size=8,
         embed_dim=96,
@@ -192,4 +199,4 @@ def sam_tiny(**overrides):
         decoder_mlp_dim=256,
         iou_hidden_dim=64,
     )
-    return Sam(**sizes | overrides)
+    return Sam(**(sizes | overrides))

@@ -90,8 +90,9 @@ class TwoWayBlock(nn.Module):
         tokens = tokens + drop(Mlp((self.mlp_dim, c), nn.relu, self.dtype, name="mlp")(tokens))
         tokens = norm("norm3")(tokens)
 
-        attend = ImageToToken(self.dtype, name="image_to_token")
-        attended = attend(image + image_pe, tokens + token_pe, tokens, present)
+        attended = ImageToToken(self.dtype, name="image_to_token")(
+            image + image_pe, tokens + token_pe, tokens, present
+        )
         return tokens, norm("norm4")(image + drop(attended))
 
 

@@ -7,15 +7,20 @@ neither their number nor the image's size compiles a new program.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from einops import rearrange
 
 from sam_jax.model.mask_decoder import choose_masks
-from sam_jax.model.sam import normalize
+from sam_jax.model.sam import Sam, normalize
 from sam_jax.predict.prompts import check_prompt, mask_of, points_of, stack_prompts
 from sam_jax.predict.transforms import image_to_frame, masks_to_image
+
+Prompt = dict[str, Any]  # some of the first four arguments of `SamPredictor.predict`
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # masks, scores, low-resolution logits
 
 MASK_THRESHOLD = 0.0
 CHUNK = 4  # objects decoded at a time: what they need stays in the cache
@@ -45,15 +50,16 @@ class SamPredictor:
     Attributes:
       model, variables: as given.
       original_size, input_size: (height, width) of the image, and of it in the model's frame.
-      is_image_set: whether there is an image to predict on.
     """
 
-    def __init__(self, model, variables):
+    def __init__(self, model: Sam, variables: dict[str, Any]) -> None:
         self.model = model
         self.variables = variables
-        self.reset_image()
+        self.original_size: tuple[int, ...] | None = None
+        self.input_size: tuple[int, ...] | None = None
+        self._embedding: jax.Array | None = None
 
-    def set_image(self, image, image_format="RGB"):
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
         """Encodes an image for the predictions that follow.
 
         Args:
@@ -66,17 +72,16 @@ class SamPredictor:
         self.reset_image()
         self._embedding, (self.input_size,) = self._encode([image], 1)
         self.original_size = image.shape[:2]
-        self.is_image_set = True
 
     def predict(
         self,
-        point_coords=None,
-        point_labels=None,
-        box=None,
-        mask_input=None,
-        multimask_output=True,
-        return_logits=False,
-    ):
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> Arrays:
         """Predicts masks of one object.
 
         Args:
@@ -102,7 +107,9 @@ class SamPredictor:
         masks, scores, low_res = self.predict_many([prompt], multimask_output, return_logits)
         return masks[0], scores[0], low_res[0]
 
-    def predict_many(self, prompts, multimask_output=True, return_logits=False):
+    def predict_many(
+        self, prompts: Sequence[Prompt], multimask_output: bool = True, return_logits: bool = False
+    ) -> Arrays:
         """Predicts masks of n objects of the image.
 
         Args:
@@ -113,19 +120,19 @@ class SamPredictor:
         """
         self._check_image_set()
         objects = [self._objects(prompts, self.original_size)]
-        (result,) = self.decode(self._embedding, objects, multimask_output)
-        return self._finish(*result, self.original_size, return_logits)
+        ((low_res, scores),) = self.decode(self._embedding, objects, multimask_output)
+        return self._finish(low_res, scores, self.original_size, return_logits)
 
     def predict_batch(
         self,
-        images,
-        prompts,
-        multimask_output=True,
-        return_logits=False,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Sequence[Prompt]],
+        multimask_output: bool = True,
+        return_logits: bool = False,
         *,
-        image_format="RGB",
-        batch_size=1,
-    ):
+        image_format: str = "RGB",
+        batch_size: int = 1,
+    ) -> list[Arrays]:
         """Predicts masks of any number of objects in each of many images.
 
         Args:
@@ -140,7 +147,7 @@ class SamPredictor:
         """
         if len(images) != len(prompts):
             raise ValueError(
-                f"prompts must hold one list for each of the {len(images)} images; got {len(prompts)}"
+                f"prompts must hold one list for each of {len(images)} images; got {len(prompts)}"
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
@@ -154,21 +161,25 @@ class SamPredictor:
             batch = slice(start, start + batch_size)
             embedding, _ = self._encode(images[batch], batch_size)
             decoded = self.decode(embedding, objects[batch], multimask_output)
-            for image, of_image in zip(images[batch], decoded, strict=True):
-                results.append(self._finish(*of_image, image.shape[:2], return_logits))
+            for image, (low_res, scores) in zip(images[batch], decoded, strict=True):
+                results.append(self._finish(low_res, scores, image.shape[:2], return_logits))
         return results
 
-    def get_image_embedding(self):
+    @property
+    def is_image_set(self) -> bool:
+        """Whether there is an image to predict on."""
+        return self._embedding is not None
+
+    def get_image_embedding(self) -> np.ndarray:
         """The image's embedding '1 c gh gw' float32, as the reference lays it out."""
         self._check_image_set()
-        return np.asarray(rearrange(self._embedding, "b gh gw c -> b c gh gw"), np.float32)
+        return rearrange(np.asarray(self._embedding, np.float32), "b gh gw c -> b c gh gw")
 
-    def reset_image(self):
+    def reset_image(self) -> None:
         """Forgets the image."""
-        self.is_image_set = False
         self.original_size = self.input_size = self._embedding = None
 
-    def _check_image_set(self):
+    def _check_image_set(self) -> None:
         if not self.is_image_set:
             raise RuntimeError("no image is set: call set_image(image) first")
 
@@ -199,7 +210,7 @@ class SamPredictor:
         for size in group_sizes(max(map(len, objects))):
             some = [of_image[start : start + size] for of_image in objects]
             some += [[]] * (len(embedding) - len(some))
-            slots = max(len(labels) for of_image in some for _, labels, _ in of_image)
+            slots = max((len(labels) for of_image in some for _, labels, _ in of_image), default=0)
             prompts = stack_prompts(some, size, num_slots(slots))
             masks = decode_prompts(self.model, self.variables, embedding, prompts)
             decoded.append(jax.device_get(masks))
@@ -219,20 +230,20 @@ class SamPredictor:
         return masks, scores, low_res
 
 
-def group_sizes(n):
+def group_sizes(n: int) -> list[int]:
     """Splits n objects into programs of 1, CHUNK or GROUP of them, the last perhaps padded."""
     if n <= 1:
         return [1]
     return [GROUP] * (n // GROUP) + [CHUNK] * -(-(n % GROUP) // CHUNK)
 
 
-def num_slots(most):
+def num_slots(most: int) -> int:
     """The slots for up to `most` points, so that with the decoder's five outputs there are 7 tokens
     (for a click or a box), 16, 32, 64, ...: few programs, and no wasted lanes."""
     return 2 if most <= 2 else max(16, 1 << (most + 4).bit_length()) - 5
 
 
-def _checked_image(image, image_format):
+def _checked_image(image: np.ndarray, image_format: str) -> np.ndarray:
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f'image_format must be "RGB" or "BGR"; got {image_format!r}')
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:

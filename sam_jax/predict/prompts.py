@@ -105,7 +105,7 @@ def _checked_points(coords, labels):
         )
     if labels.shape != coords.shape[:1]:
         raise ValueError(
-            f"point_labels must have shape {coords.shape[:1]}, one label a point; got {labels.shape}"
+            f"point_labels must have shape {coords.shape[:1]}, one a point; got {labels.shape}"
         )
     if not np.isin(labels, (0, 1)).all():
         odd = sorted(set(labels.tolist()) - {0, 1})

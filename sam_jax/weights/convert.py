@@ -70,7 +70,7 @@ def to_huggingface(model, variables):
 
 
 def check_shapes(model, flat, what):
-    """Raises WeightsError unless {path: array} has the paths and shapes of the model's variables."""
+    """Raises WeightsError unless {path: array} has a model's paths and shapes."""
     expected = _shapes(model)
     _check_names(what, flat, expected)
     if odd := [
@@ -200,8 +200,8 @@ def _windows(tables, grid_table):
         odd = []
     if odd or any(h != w or h % 2 == 0 for h, w in window_sizes):
         raise WeightsError(
-            f"relative positions must have {grid_table} rows in global blocks and 2 * window - 1 in "
-            f"both directions in the others; got {sorted(set(tables))}"
+            f"relative positions must have {grid_table} rows in global blocks and 2 * window - 1 "
+            f"in both directions in the others; got {sorted(set(tables))}"
         )
     window = (window_sizes[0][0] + 1) // 2 if window_sizes else 14
     return window, tuple(i for i, table in enumerate(tables) if table not in window_sizes)

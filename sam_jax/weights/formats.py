@@ -1,11 +1,13 @@
 """One way in and one way out for weights, whatever their format."""
 
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 
+from sam_jax.model.sam import Sam
 from sam_jax.weights import download, safetensors_file, store, torch_file
 from sam_jax.weights.convert import WeightsError, from_torch, to_torch
 
@@ -14,7 +16,7 @@ FORMATS = ("sam_jax", "official", "huggingface")
 log = logging.getLogger("sam_jax")
 
 
-def load(path):
+def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
     """Loads a model and its variables.
 
     Args:
@@ -34,7 +36,7 @@ def load(path):
     return model, _to_device(variables)
 
 
-def _to_device(tree):
+def _to_device(tree: dict[str, Any]) -> dict[str, Any]:
     """Moves a tree of arrays, forgetting each on the host before the next one is moved."""
     moved = {}
     for key in list(tree):
@@ -43,9 +45,9 @@ def _to_device(tree):
     return moved
 
 
-def read(path):
-    """Like `load`, but returns numpy arrays and, third, a list of what is notable about the file."""
-    notes = []
+def read(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any], list[str]]:
+    """Like `load`, but with numpy arrays, and a third result: what is notable about the file."""
+    notes: list[str] = []
     if str(path) in download.OFFICIAL and not Path(path).exists():
         path = download.fetch(str(path))
     path = Path(path)
@@ -57,15 +59,20 @@ def read(path):
         state = safetensors_file.read(path) if _is_safetensors(path) else torch_file.read(path)
     else:
         raise FileNotFoundError(
-            f"no weights at {path}: pass a weights directory, a .pth or safetensors file, a Hugging "
-            f"Face folder, or one of {', '.join(download.OFFICIAL)}"
+            f"no weights at {path}: pass a weights directory, a .pth or safetensors file, a "
+            f"Hugging Face folder, or one of {', '.join(download.OFFICIAL)}"
         )
     if not isinstance(state, dict):
         raise WeightsError(f"{path} must hold a dict of tensors; got {type(state).__name__}")
     return *from_torch(state, notes), notes
 
 
-def save(path, model, variables, format=None):
+def save(
+    path: str | os.PathLike[str],
+    model: Sam,
+    variables: dict[str, Any],
+    format: str | None = None,
+) -> None:
     """Saves a model and its variables; nothing half-written is left behind.
 
     Args:
@@ -93,7 +100,7 @@ def save(path, model, variables, format=None):
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
 
 
-def _is_safetensors(path):
+def _is_safetensors(path: Path) -> bool:
     """By content: eight bytes of length, then a JSON object. (A .pth starts as a zip, PK.)"""
     with open(path, "rb") as file:
         start = file.read(9)

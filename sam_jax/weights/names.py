@@ -1,4 +1,4 @@
-"""What each parameter is called and how it lies, in sam_jax, segment-anything, Hugging Face and MAE.
+"""Names and layouts of each parameter in sam_jax, segment-anything, Hugging Face and MAE.
 
 Sources: the state dicts of facebookresearch/segment-anything, of transformers' `SamModel`
 (`models/sam/convert_sam_to_hf.py`) and of facebookresearch/mae (`models_mae.py`).

@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import flax.traverse_util
 import numpy as np
@@ -77,14 +78,15 @@ def read_huggingface(path):
         return safetensors_file.read(path / HF_WEIGHTS)
     if not (path / HF_INDEX).is_file():
         raise WeightsError(
-            f"{path} has no {HF_WEIGHTS}; folders with pytorch_model.bin only: pass that file itself"
+            f"{path} has neither {MODEL} nor {HF_WEIGHTS}; if it has pytorch_model.bin only, pass "
+            "that file itself"
         )
     shards = _read_json(path / HF_INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in shards.values()
     ):
         raise WeightsError(f"{path / HF_INDEX}: weight_map must name files in the same folder")
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(shards.values())):
         tensors |= safetensors_file.read(path / name)
     return tensors
@@ -104,7 +106,7 @@ def model_from_fields(fields, where):
     known = {f.name: f.default for f in _sam_fields()}
     if unknown := sorted(fields.keys() - known.keys()):
         raise WeightsError(f"{where}: unknown fields {unknown}; allowed are {sorted(known)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     for name, value in values.items():
         if not _is_like(value, known[name]):
             raise WeightsError(f"{where}: {name} must be like {known[name]!r}; got {value!r}")

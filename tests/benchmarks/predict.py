@@ -83,28 +83,29 @@ def compare(outputs):
 
 
 def print_table(times, peaks):
-    print(f"\nmedian seconds [fastest, slowest]; {THREADS} threads, {len(times[WORK[0]]['ours'])} rounds")
+    rounds = len(times[WORK[0]]["ours"])
+    print(f"\nmedian seconds [fastest, slowest]; {THREADS} threads, {rounds} rounds")
     print(f"{'':22}" + "".join(f"{name:>26}" for name in CONTESTANTS))
     for w, by_name in times.items():
         cells = (
             f"{statistics.median(t):.4f} [{min(t):.4f}, {max(t):.4f}]" for t in by_name.values()
         )
         print(f"{w:22}" + "".join(f"{cell:>26}" for cell in cells))
-    print("\nours / PyTorch          time: as it comes   memory kept    peak memory: as it comes   kept")
+    print(f"\n{'ours / PyTorch':22}   time: as it comes   kept   peak memory: as it comes   kept")
     for w, by_name in times.items():
         ratios = {
-            name: statistics.median(a / b for a, b in zip(by_name["ours"], by_name[name], strict=True))
+            name: statistics.median(np.divide(by_name["ours"], by_name[name]))
             for name in ("torch", "torch kept")
         }
         memory = [peaks["ours"][w] / peaks[name][w] for name in ("torch", "torch kept")]
         print(
-            f"{w:22}{ratios['torch']:19.2f}{ratios['torch kept']:14.2f}"
-            f"{memory[0]:18.2f} ({peaks['ours'][w]:.0f} MiB){memory[1]:8.2f}"
+            f"{w:22}{ratios['torch']:20.2f}{ratios['torch kept']:7.2f}"
+            f"{memory[0]:27.2f}{memory[1]:7.2f}   (ours: {peaks['ours'][w]:.0f} MiB)"
         )
 
 
 def write_weights(path):
-    subprocess.run(  # noqa: S603 (our own interpreter; torch's memory must not stay in this process)
+    subprocess.run(  # torch's memory must not stay in this process
         [sys.executable, "-c", WRITE_WEIGHTS, path], check=True, env=environment({})
     )
 
@@ -123,7 +124,7 @@ def environment(extra):
 
 def start(name, weights):
     """A process that answers questions, one JSON line each."""
-    return subprocess.Popen(  # noqa: S603 (our own interpreter)
+    return subprocess.Popen(
         [sys.executable, __file__, "--contestant", name, "--weights", weights],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
