@@ -1,0 +1,189 @@
+"""The command line, as a person types it: in a process of its own where that matters."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import sam_jax
+from sam_jax.cli import main
+from sam_jax.masks import rle
+from sam_jax.weights.convert import initialize
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "tiny"
+    model = sam_jax.sam_tiny(depth=2, global_blocks=(1,))
+    sam_jax.save(path, model, jax.jit(lambda: initialize(model, seed=0))())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def run(*args):
+    command = [sys.executable, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_help_is_quick_because_it_imports_no_jax():
+    source = "import sys, sam_jax.cli\ntry: sam_jax.cli.main(['--help'])\nexcept SystemExit: pass\n"
+    result = run("-c", source + "print([m for m in sys.modules if m.startswith(('jax', 'flax'))])")
+    assert result.stdout.endswith("[]\n"), result.stdout + result.stderr
+    for verb in ("predict", "convert", "info"):
+        assert verb in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["predict", "convert", "info"])
+def test_every_verb_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"example: sam-jax {verb} " in capsys.readouterr().out
+
+
+def test_python_m_is_the_same_program():
+    result = run("-m", "sam_jax", "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: sam-jax")
+
+
+def test_predict_writes_overlay_masks_and_json(weights, photo, tmp_path, capsys):
+    out = tmp_path / "new" / "masks"
+    assert (
+        main(["predict", photo, "--weights", weights, "--point", "45,30", "--out", str(out)]) == 0
+    )
+    files = sorted(os.listdir(out))
+    assert files == ["mask_0.png", "mask_1.png", "mask_2.png", "masks.json", "overlay.png"]
+    assert "mask_0.png  predicted IoU" in capsys.readouterr().out
+
+    result = json.loads((out / "masks.json").read_text())
+    assert (result["height"], result["width"]) == (60, 90)
+    assert (result["points"], result["labels"], result["box"]) == ([[45.0, 30.0]], [1], None)
+    predicted = [record["predicted_iou"] for record in result["masks"]]
+    assert predicted == sorted(predicted, reverse=True)
+    for record in result["masks"]:
+        mask = np.asarray(Image.open(out / record["file"]))
+        assert np.array_equal(mask, rle.decode(record["segmentation"]))
+        assert mask.sum() == record["area"]
+        if record["area"]:
+            rows, columns = np.nonzero(mask)
+            x, y = columns.min(), rows.min()
+            assert record["bbox"] == [x, y, columns.max() - x, rows.max() - y]
+    assert np.asarray(Image.open(out / "overlay.png")).shape == (60, 90, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--point", "45,30", "--point", "3,4,0"], 1),
+        (["--box", "5,6,50,40"], 3),
+        (["--box", "5,6,50,40", "--point", "45,30,1"], 1),
+        (["--point", "45,30", "--masks", "1"], 1),
+        (["--point", "45,30", "--box", "5,6,50,40", "--masks", "3"], 3),
+    ],
+)
+def test_three_masks_for_one_prompt_and_one_for_several(weights, photo, tmp_path, options, count):
+    assert main(["predict", photo, "--weights", weights, *options, "--out", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "masks.json").read_text())["masks"]) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--point", "1,2,3"], "'1,2,3' is not X,Y or X,Y,0 or X,Y,1"),
+        (["--point", "1;2"], "'1;2' is not numbers with commas between"),
+        (["--box", "1,2,3"], "'1,2,3' is not X0,Y0,X1,Y1"),
+        (["--masks", "2"], "invalid choice"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(weights, photo, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", photo, "--weights", weights, *options, "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing was asked for"),
+        (["--point", "nan,3"], "point_coords must be finite"),
+        (["--box", "9,9,3,3"], "box must have x0 < x1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(
+    weights, photo, tmp_path, options, message, capsys
+):
+    out = tmp_path / "out"
+    assert main(["predict", photo, "--weights", weights, *options, "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sam-jax predict: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_missing_and_broken_files_are_named(weights, photo, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    click = ["--point", "1,1", "--out", out]
+    missing = str(tmp_path / "missing")
+    assert main(["predict", photo, "--weights", missing, *click]) == 1
+    assert f"no weights at {missing}" in capsys.readouterr().err
+    assert main(["predict", missing, "--weights", weights, *click]) == 1
+    assert missing in capsys.readouterr().err
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    assert main(["predict", str(text), "--weights", weights, *click]) == 1
+    assert "text.png" in capsys.readouterr().err
+    assert not os.path.exists(out)
+
+
+def test_an_image_too_large_is_refused_before_it_is_decoded(weights, tmp_path, capsys):
+    path = tmp_path / "large.png"
+    Image.new("1", (9000, 9000)).save(path)
+    options = ["--weights", weights, "--point", "1,1", "--out", str(tmp_path / "out")]
+    assert main(["predict", str(path), *options]) == 1
+    assert "at most 67108864 pixels; got 9000 x 9000" in capsys.readouterr().err
+
+
+def test_a_photo_lying_on_its_side_is_turned_upright(weights, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn a quarter clockwise
+    path = tmp_path / "side.jpg"
+    Image.new("RGB", (80, 40)).save(path, exif=exif)
+    options = ["--weights", weights, "--point", "1,1", "--out", str(tmp_path)]
+    assert main(["predict", str(path), *options]) == 0
+    result = json.loads((tmp_path / "masks.json").read_text())
+    assert (result["height"], result["width"]) == (80, 40)
+
+
+def test_convert_goes_there_and_back(weights, tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ("a.pth", "b.safetensors", "hf", "back")]
+    assert main(["convert", weights, paths[0]]) == 0
+    assert main(["convert", paths[0], paths[1]]) == 0
+    assert main(["convert", paths[1], paths[2], "--format", "huggingface"]) == 0
+    assert main(["convert", paths[2], paths[3]]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{paths[2]} -> {paths[3]}"
+    first, last = (os.path.join(p, "weights.safetensors") for p in (weights, paths[3]))
+    with open(first, "rb") as a, open(last, "rb") as b:
+        assert a.read() == b.read()
+
+
+def test_info_prints_what_a_bug_report_needs(weights, capsys):
+    assert main(["info", "--weights", weights]) == 0
+    printed = capsys.readouterr().out
+    for word in ("sam_jax", "python", "jaxlib", "flax", "device     ", "trainable parameters"):
+        assert word in printed
+    assert "embed_dim = 96" in printed
