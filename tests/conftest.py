@@ -1,0 +1,128 @@
+"""Settings of the whole suite, and a tiny model whose every tensor matters."""
+
+import functools
+import math
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.model.prompt_encoder import Prompts
+from sam_jax.model.sam import Sam
+
+jax.config.update("jax_num_cpu_devices", 8)  # meshes are tested without accelerators
+
+# Tests wait for compilers more than for results: these options compile two to three times faster.
+# The predictor's tests and the comparisons with the reference compile as users do.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+# Nothing is round or alike: the frame is not square, windows of 4 pad 6 rows to 8 and 9 columns to
+# 12, and every width differs from the others.
+TINY = Sam(
+    image_size=(48, 72),
+    patch_size=8,
+    embed_dim=24,
+    depth=2,
+    num_heads=3,
+    global_blocks=(1,),
+    window_size=4,
+    prompt_dim=32,
+    mask_channels=8,
+    decoder_mlp_dim=40,
+    iou_hidden_dim=20,
+)
+
+
+SHARPENED = ("token_to_image/q/kernel", "token_to_image/k/kernel", "neck/conv2/kernel")
+
+
+def shapes_of(model):
+    """The shapes of a model's variables, by path; nothing is computed."""
+    gh, gw = (side // model.patch_size for side in model.image_size)
+    prompts = Prompts(
+        points=jnp.zeros((1, 1, 2, 2)),
+        labels=jnp.ones((1, 1, 2), jnp.int32),
+        mask=jnp.zeros((1, 1, 4 * gh, 4 * gw)),
+        has_mask=jnp.ones((1, 1), bool),
+    )
+    image = jnp.zeros((1, *model.image_size, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, prompts))
+    return flax.traverse_util.flatten_dict(variables, sep="/")
+
+
+def random_variables(model, seed=0):
+    """Variables such that an error anywhere is seen in the logits, which span about +-10.
+
+    Biases and positions are not zero and norms not one, as they are at first; attention between
+    tokens and image is sharp; the neck's 3x3 kernel has no mean, which its norm would take away.
+    """
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for path, like in shapes_of(model).items():
+        normal = rng.standard_normal(like.shape)
+        if path.endswith("scale"):
+            value = 1 + 0.1 * normal
+        elif path.endswith("bias"):
+            value = 0.1 * normal
+        elif path.endswith(("pos_embed", "rel_pos_h", "rel_pos_w")):
+            value = 0.2 * normal
+        elif path.endswith("kernel"):
+            fan_in = like.shape[0] if "upscaling" in path else math.prod(like.shape[:-1])
+            value = normal * fan_in**-0.5
+        else:
+            value = normal
+        if path.endswith(SHARPENED):
+            value = 4 * value
+        if path.endswith("neck/conv2/kernel"):
+            value = value - value.mean(axis=2, keepdims=True)
+        if "hypernetwork" in path and path.endswith("lin3/kernel"):
+            value = 10 * value
+        flat[path] = value.astype(np.float32)
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A model of a non-square frame, 48 by 72, and its variables."""
+    return TINY, random_variables(TINY)
+
+
+@pytest.fixture(scope="session")
+def square():
+    """A model of 64 by 64, and its variables."""
+    model = TINY.clone(image_size=(64, 64), window_size=3)
+    return model, random_variables(model, seed=1)
+
+
+@pytest.fixture(scope="session")
+def variables_of():
+    """Random variables of any model, from a seed."""
+    return random_variables
+
+
+@pytest.fixture(scope="session")
+def jit():
+    """`jax.jit`, compiling quickly."""
+    return functools.partial(jax.jit, compiler_options=QUICK)
+
+
+@pytest.fixture(scope="session")
+def encode(jit):
+    """`Sam.encode`, compiled once for all tests."""
+    return functools.partial(jit, static_argnames=("model", "train"))(
+        lambda model, variables, image, train=False, rngs=None: model.apply(
+            variables, image, train, rngs=rngs, method="encode"
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def decode(jit):
+    """`Sam.decode`, compiled once for all tests."""
+    return functools.partial(jit, static_argnames=("model", "train"))(
+        lambda model, variables, embedding, prompts, train=False, rngs=None: model.apply(
+            variables, embedding, prompts, train, rngs=rngs, method="decode"
+        )
+    )

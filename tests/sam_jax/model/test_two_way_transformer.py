@@ -1,0 +1,230 @@
+"""The two-way transformer against its textbook form, every projection made, in float64."""
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.model.two_way_transformer import (
+    ImageToToken,
+    SelfAttention,
+    TokenToImage,
+    TwoWayTransformer,
+    masked_softmax,
+)
+
+HEADS = 8
+TOLERANCE = 1e-5  # of the largest magnitude
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE):
+    assert np.shape(actual) == np.shape(expected)
+    scale = float(np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def random_like(module, *args, **kwargs):
+    """Parameters of a module, none of them zero or alike."""
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        normal = rng.standard_normal(x.shape).astype(np.float32)
+        if path[-1] == "kernel":
+            return 2 * normal * x.shape[0] ** -0.5
+        return 1 + 0.2 * normal if path[-1] == "scale" else 0.5 * normal
+
+    flat = flax.traverse_util.flatten_dict(shapes)
+    return flax.traverse_util.unflatten_dict({path: draw(path, x) for path, x in flat.items()})
+
+
+def precise(tree):
+    return jax.tree.map(lambda x: x if x.dtype == bool else x.astype(np.float64), tree)
+
+
+def dense(params, x):
+    return x @ params["kernel"] + params["bias"]
+
+
+def norm(params, x, epsilon=1e-5):
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon)
+    return x * params["scale"] + params["bias"]
+
+
+def attention(params, queries, keys, values, present=None):
+    """The textbook's: project queries, keys and values, attend by head, project."""
+    split = lambda x: x.reshape(*x.shape[:-1], HEADS, -1).swapaxes(-2, -3)
+    q, k = split(dense(params["q"], queries)), split(dense(params["k"], keys))
+    v = split(dense(params["v"], values))
+    logits = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+    if present is not None:
+        logits = np.where(present[..., None, None, :], logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out = (weights @ v).swapaxes(-2, -3)
+    return dense(params["out"], out.reshape(*out.shape[:-2], -1))
+
+
+def transformer(params, tokens, present, image, image_pe, depth, epsilon=1e-5):
+    """segment-anything's `TwoWayTransformer`, on 'b n t c' and 'b n p c'."""
+    token_pe = tokens
+    for i in range(depth):
+        p = params[f"layer_{i}"]
+        if i == 0:  # replaces the tokens, and adds no positions
+            tokens = attention(p["self_attention"], tokens, tokens, tokens, present)
+        else:
+            q = tokens + token_pe
+            tokens = tokens + attention(p["self_attention"], q, q, tokens, present)
+        tokens = norm(p["norm1"], tokens, epsilon)
+        q, k = tokens + token_pe, image + image_pe
+        tokens = norm(p["norm2"], tokens + attention(p["token_to_image"], q, k, image), epsilon)
+        hidden = np.maximum(dense(p["mlp"]["lin1"], tokens), 0)
+        tokens = norm(p["norm3"], tokens + dense(p["mlp"]["lin2"], hidden), epsilon)
+        q, k = image + image_pe, tokens + token_pe
+        attended = attention(p["image_to_token"], q, k, tokens, present)
+        image = norm(p["norm4"], image + attended, epsilon)
+    attended = attention(params["final_attention"], tokens + token_pe, image + image_pe, image)
+    return norm(params["final_norm"], tokens + attended, epsilon), image
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Two images, three objects with seven tokens, some absent; twelve places; 16 channels."""
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    present = np.ones((2, 3, 7), bool)
+    present[0, 0, 5:] = present[1, 1, 6] = present[1, 2, 5] = False
+    return normal(2, 3, 7, 16), present, normal(2, 3, 12, 16), normal(12, 16)
+
+
+def run(jit, module, params, *args, **kwargs):
+    with jax.default_matmul_precision("highest"):
+        return jit(lambda p, a: module.apply({"params": p}, *a, **kwargs))(params, args)
+
+
+def test_self_attention_masks_absent_keys(jit, inputs):
+    tokens, present, *_ = inputs
+    values = tokens[:, :, ::-1]
+    module = SelfAttention("float32")
+    params = random_like(module, tokens, values, present)
+    actual = run(jit, module, params, tokens, values, present)
+    p = precise(params)
+    assert_close(actual, attention(p, tokens, tokens, values, present))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_absorbed_attention_of_tokens_to_image(jit, inputs, n):
+    tokens, _, image, pe = inputs
+    module = TokenToImage("float32")
+    params = random_like(module, tokens, image, pe)
+    image = image[:, :n]
+    actual = run(jit, module, params, tokens, image, pe)
+    assert_close(actual, attention(precise(params), tokens, image + pe, image))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_absorbed_attention_of_image_to_tokens(jit, inputs, n):
+    tokens, present, image, _ = inputs
+    values = tokens[:, :, ::-1]
+    module = ImageToToken("float32")
+    params = random_like(module, image, tokens, values, present)
+    image = image[:, :n]
+    actual = run(jit, module, params, image, tokens, values, present)
+    assert actual.shape == (2, 3, 12, 16)
+    assert_close(actual, attention(precise(params), image, tokens, values, present))
+
+
+def transformer_of(inputs, depth, **kwargs):
+    module = TwoWayTransformer(depth, 24, 0.0, "float32")
+    return module, random_like(module, *inputs, num_outputs=5, train=False)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_whole_is_the_reference(jit, inputs, depth, n):
+    tokens, present, image, pe = inputs
+    module, params = transformer_of(inputs, depth)
+    inputs = (tokens, present, image[:, :n], pe)
+    actual = run(jit, module, params, *inputs, num_outputs=5, train=False)
+    expected = transformer(precise(params), *precise(inputs), depth)
+    assert_close(actual[0], expected[0][:, :, :5])
+    assert_close(actual[1], expected[1])
+
+
+def test_norms_add_1e_5(jit, inputs):
+    """Seen where what they normalise is as small as that."""
+    module, params = transformer_of(inputs, 2)
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    small = ("scale", "norm1/bias", "norm2/bias", "norm3/bias", "norm4/bias", "out/kernel")
+    small += ("out/bias", "lin2/kernel", "lin2/bias")
+    flat = {path: 0.003 * x if path.endswith(small) else x for path, x in flat.items()}
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    tokens, present, image, pe = inputs
+    inputs = (0.003 * tokens, present, 0.003 * image, pe)
+    tokens, image = run(jit, module, params, *inputs, num_outputs=5, train=False)
+    expected = transformer(precise(params), *precise(inputs), 2)
+    assert_close(tokens, expected[0][:, :, :5])
+    assert_close(image, expected[1])
+    others = transformer(precise(params), *precise(inputs), 2, epsilon=1e-6)
+    assert np.abs(image - others[1]).max() > 0.05 * np.abs(image).max()
+
+
+def test_absent_tokens_never_matter(jit, inputs):
+    tokens, present, image, pe = inputs
+    module, params = transformer_of(inputs, 2)
+    apply = jit(lambda *x: module.apply({"params": params}, *x, num_outputs=5, train=False))
+    expected = apply(tokens, present, image, pe)
+    rng = np.random.default_rng(2)
+    garbage = rng.uniform(-1e4, 1e4, tokens.shape).astype(np.float32)
+    garbled = np.where(present[..., None], tokens, garbage)
+    # Some more of them, after the others.
+    more = np.concatenate([garbled, garbage[:, :, :4]], axis=2)
+    more_present = np.concatenate([present, np.zeros((2, 3, 4), bool)], axis=2)
+    for t, p in [(garbled, present), (more, more_present)]:
+        actual = apply(t, p, image, pe)
+        jax.tree.map(assert_close, actual, expected)
+    # A token that is there does matter.
+    all_present = apply(garbled, np.ones_like(present), image, pe)
+    assert np.abs(all_present[1] - expected[1]).max() > 0.1
+
+
+def test_objects_share_an_image_until_they_change_it(jit, inputs):
+    tokens, present, image, pe = inputs
+    module, params = transformer_of(inputs, 2)
+    one = image[:, :1]
+    shared = run(jit, module, params, tokens, present, one, pe, num_outputs=5, train=False)
+    copies = np.repeat(one, 3, axis=1)
+    apart = run(jit, module, params, tokens, present, copies, pe, num_outputs=5, train=False)
+    jax.tree.map(assert_close, shared, apart)
+
+
+def test_masked_softmax_by_hand():
+    logits = jnp.array([[0.0, np.log(3), 50], [7, 7, 7]])
+    present = jnp.array([[True, True, False], [False, True, False]])
+    weights = masked_softmax(logits, present, axis=-1)
+    np.testing.assert_allclose(weights, [[0.25, 0.75, 0], [0, 1, 0]], atol=1e-7)
+    nobody = masked_softmax(logits, jnp.zeros((2, 3), bool), axis=-1)
+    assert np.isfinite(nobody).all()
+    assert masked_softmax(logits.astype(jnp.bfloat16), present, axis=-1).dtype == jnp.bfloat16
+
+
+def test_dropout_follows_every_attention_and_mlp(inputs):
+    module, _ = transformer_of(inputs, 2)
+    dropped = []
+
+    def look(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout):
+            assert context.module.rate == 0.1
+            dropped.append(args[0].shape)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        init = module.clone(dropout=0.1).init
+        keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        jax.eval_shape(lambda: init(keys, *inputs, num_outputs=5, train=True))
+    # Self-attention, tokens to image, MLP, image to tokens in each layer; then the last attention.
+    token, image = (2, 3, 7, 16), (2, 3, 12, 16)
+    assert dropped == 2 * [token, token, token, image] + [(2, 3, 5, 16)]
