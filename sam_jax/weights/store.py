@@ -181,7 +181,7 @@ def _huggingface_config(model):
             "num_hidden_layers": model.depth,
             "num_attention_heads": model.num_heads,
             "mlp_dim": model.mlp_ratio * model.embed_dim,
-            "mlp_ratio": model.mlp_ratio,
+            "mlp_ratio": float(model.mlp_ratio),
             "image_size": side,
             "patch_size": model.patch_size,
             "output_channels": model.prompt_dim,
@@ -202,6 +202,7 @@ def _huggingface_config(model):
             "mlp_dim": model.decoder_mlp_dim,
             "num_hidden_layers": model.decoder_depth,
             "iou_head_hidden_dim": model.iou_hidden_dim,
+            "layer_norm_eps": 1e-5,  # as in the released code; by default transformers has 1e-6
         },
     }
 

@@ -91,7 +91,7 @@ def tiny_ours(tiny_reference, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=PHOTOS.values(), ids=PHOTOS)
 def pair(request, segment_anything, tiny_reference, tiny_ours, photo):
-    """Both predictors on the same photo, and prompts for it."""
+    """Both predictors on the same photo."""
     return _pair(segment_anything, tiny_reference, tiny_ours, photo(request.param))
 
 
@@ -178,7 +178,7 @@ def vit_b(segment_anything, randomize_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truck(segment_anything, vit_b):
-    """Both predictors on the truck; no other test of this module needs what was compiled before."""
+    """Both predictors on the truck. What was compiled before is dropped: it takes memory."""
     jax.clear_caches()
     torch.set_num_threads(2)
     yield _pair(segment_anything, *vit_b, np.asarray(Image.open(TRUCK)))
