@@ -6,6 +6,8 @@ which ones are not. The size, the frame and the windows are found from the tenso
 Sources: see `names.py`; positions of another size are resized as in ViTDet and segment-anything.
 """
 
+import functools
+import math
 import re
 
 import flax.traverse_util
@@ -48,15 +50,14 @@ def from_torch(state, notes):
             f"there; got {_listed(tensors)}"
         )
     model = _model_of(tensors)
-    _resize_relative_positions(tensors, model, notes)
-    return model, _fill(model, tensors)
+    return model, _fill(model, tensors, notes)
 
 
 def to_torch(model, variables):
     """Returns the official state dict {name: float32 array} of a model; undoes `from_torch`."""
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     table = names.official_names(model.depth, model.decoder_depth)
-    _check_names("variables", flat, table)
+    check_shapes(model, flat, "variables")
     return {
         official: np.ascontiguousarray(layout.to_torch(np.asarray(flat[ours], np.float32)))
         for ours, (official, layout) in table.items()
@@ -79,6 +80,7 @@ def check_shapes(model, flat, what):
         raise WeightsError(f"{what} holds arrays of wrong shapes: {_listed(odd)}")
 
 
+@functools.cache
 def _shapes(model):
     """The shapes of a model's variables, flat: {path: shape}, without computing anything."""
     shapes = jax.eval_shape(lambda: initialize(model, 0))
@@ -123,11 +125,15 @@ def _take_tensors(state):
             f"weights must be floating-point tensors by name; got others: {_listed(odd)}"
         )
     for key, expected in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
-        if key in state and not np.allclose(np.ravel(state[key]), expected, atol=1e-3):
+        if key in state and not _is_close(np.ravel(state[key]), expected):
             raise WeightsError(
                 f"{key} must be {expected}, as the model has it; got {np.ravel(state[key])}"
             )
     return {k: v for k, v in state.items() if k not in ("pixel_mean", "pixel_std")}
+
+
+def _is_close(values, expected):
+    return len(values) == len(expected) and np.allclose(values, expected, atol=1e-3)
 
 
 def _is_floating(value):
@@ -140,11 +146,16 @@ def _official_from_huggingface(tensors):
     twin = tensors.pop(names.HF_GAUSSIAN_TWIN, None)
     if twin is not None and not np.array_equal(tensors.setdefault(names.HF_GAUSSIAN, twin), twin):
         raise WeightsError(f"{names.HF_GAUSSIAN} and {names.HF_GAUSSIAN_TWIN} must be equal")
-    depth = _count(tensors, r"vision_encoder\.layers\.(\d+)\.")
-    decoder_depth = _count(tensors, r"mask_decoder\.transformer\.layers\.(\d+)\.")
+    depth = _count(tensors, r"vision_encoder\.layers\.([0-9]{1,99})\.")
+    decoder_depth = _count(tensors, r"mask_decoder\.transformer\.layers\.([0-9]{1,99})\.")
     table = names.official_names(depth, decoder_depth).values()
     official = {names.huggingface_name(name): name for name, _ in table}
-    return {official.get(k, k): v for k, v in tensors.items()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if official.get(name, name) in renamed:
+            raise WeightsError(f"{official.get(name, name)} is there under two names")
+        renamed[official.get(name, name)] = tensor
+    return renamed
 
 
 def _model_of(tensors):
@@ -153,7 +164,7 @@ def _model_of(tensors):
     patch_shape = _shape(tensors, "image_encoder.patch_embed.proj.weight", 4)
     _, gh, gw, embed_dim = position_shape
     patch = patch_shape[-1]
-    depth = _count(tensors, r"image_encoder\.blocks\.(\d+)\.")
+    depth = _count(tensors, r"image_encoder\.blocks\.([0-9]{1,99})\.")
     tables = [
         tuple(_shape(tensors, f"image_encoder.blocks.{i}.attn.rel_pos_{a}", 2)[0] for a in "hw")
         for i in range(depth)
@@ -182,7 +193,7 @@ def _model_of(tensors):
         mlp_ratio=mlp_dim // embed_dim,
         prompt_dim=prompt_dim,
         mask_channels=mask_channels,
-        decoder_depth=_count(tensors, r"mask_decoder\.transformer\.layers\.(\d+)\."),
+        decoder_depth=_count(tensors, r"mask_decoder\.transformer\.layers\.([0-9]{1,99})\."),
         decoder_mlp_dim=_shape(tensors, "mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
         iou_hidden_dim=_shape(tensors, "mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
     )
@@ -207,34 +218,30 @@ def _windows(tables, grid_table):
     return window, tuple(i for i, table in enumerate(tables) if table not in window_sizes)
 
 
-def _resize_relative_positions(tensors, model, notes):
-    """Interpolates the global tables of a file whose absolute positions are for another frame."""
-    for i in model.global_blocks:
-        for axis, side in zip("hw", model.image_size, strict=True):
-            key = f"image_encoder.blocks.{i}.attn.rel_pos_{axis}"
-            rows = 2 * (side // model.patch_size) - 1
-            if len(tensors[key]) != rows:
-                notes.append(f"{key} was resized from {len(tensors[key])} to {rows} rows")
-                shape = (rows, tensors[key].shape[1])
-                table = tensors[key].astype(np.float32)
-                tensors[key] = np.asarray(jax.image.resize(table, shape, "linear", antialias=False))
+def _fill(model, tensors, notes):
+    """Lays every tensor of an official state dict where the model has it, emptying the dict.
 
-
-def _fill(model, tensors):
-    """Lays every tensor of an official state dict where the model has it."""
+    Relative positions of a file whose absolute positions are for another frame are interpolated.
+    """
     table = names.official_names(model.depth, model.decoder_depth)
     _check_names("the file", tensors, {official for official, _ in table.values()})
-    shapes = _shapes(model)
-    flat, misshapen = {}, []
+    shapes, misshapen = _shapes(model), []
     for ours, (official, layout) in table.items():
-        tensor = tensors.pop(official)
+        got = tensors[official].shape
         expected = np.shape(layout.to_torch(np.broadcast_to(np.float32(0), shapes[ours])))
-        if tensor.shape != expected:
-            misshapen.append(f"{official} {tensor.shape} instead of {expected}")
-        else:
-            flat[ours] = np.asarray(layout.from_torch(tensor), np.float32, order="C")
+        is_table = "rel_pos" in ours and len(got) == 2 and got[0] > 0
+        if got != expected and not (is_table and got[1] == expected[1]):
+            misshapen.append(f"{official} {got} instead of {expected}")
     if misshapen:
         raise WeightsError(f"tensors of wrong shapes: {_listed(misshapen)}")
+
+    flat = {}
+    for ours, (official, layout) in table.items():
+        value = np.asarray(layout.from_torch(tensors.pop(official)), np.float32, order="C")
+        if value.shape != shapes[ours]:
+            notes.append(f"{official} was resized from {len(value)} to {shapes[ours][0]} rows")
+            value = np.asarray(jax.image.resize(value, shapes[ours], "linear", antialias=False))
+        flat[ours] = value
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -246,10 +253,11 @@ def _from_mae(tensors, notes):
     """Puts an MAE encoder into a `Sam` whose other parts are freshly drawn from seed 0."""
     dropped = sorted(k for k in tensors if names.MAE_DROPPED.fullmatch(k))
     tensors = {k: v for k, v in tensors.items() if k not in dropped}
-    depth = _count(tensors, r"blocks\.(\d+)\.")
+    depth = _count(tensors, r"blocks\.([0-9]{1,99})\.")
     mae_names = names.mae_names(depth)
     _check_names("the MAE checkpoint", tensors, {"pos_embed", *mae_names.values()})
     width = _shape(tensors, "pos_embed", 3)[2]
+    _shape(tensors, "patch_embed.proj.weight", 4)
     if width not in MAE_HEADS or depth % 4:
         raise WeightsError(
             f"an MAE encoder must be {sorted(MAE_HEADS)} wide and its depth a multiple of 4; "
@@ -284,15 +292,15 @@ def _from_mae(tensors, notes):
         "untrained (seed 0) and relative positions zero: train before use"
     )
     drawn = {name: np.asarray(value) for name, value in fresh().items()}
-    return model, _fill(model, official | drawn)
+    return model, _fill(model, official | drawn, notes)
 
 
 def _mae_positions(table, model):
     """'1 (1 + g g) c' with a class token -> '1 gh gw c', bicubic."""
-    _, rows, c = table.shape
-    side = round((rows - 1) ** 0.5)
-    if side * side != rows - 1:
-        raise WeightsError(f"pos_embed must have 1 + g * g rows; got {rows}")
+    one, rows, c = table.shape
+    side = math.isqrt(rows - 1)
+    if one != 1 or side * side != rows - 1 or not side:
+        raise WeightsError(f"pos_embed must have shape (1, 1 + g * g, {c}); got {table.shape}")
     table = table[:, 1:].reshape(1, side, side, c).astype(np.float32)
     grid = [size // model.patch_size for size in model.image_size]
     method = jax.image.ResizeMethod.CUBIC_PYTORCH
@@ -302,7 +310,9 @@ def _mae_positions(table, model):
 def _mae_patch_kernel(kernel):
     """Resizes the 14x14 patches of ViT-H to 16x16, keeping the response to a constant patch."""
     out, channels, height, width = kernel.shape
-    if (height, width) == (PATCH, PATCH):
+    if height != width:
+        raise WeightsError(f"patch_embed.proj.weight must be square; got {kernel.shape}")
+    if height == PATCH:
         return kernel
     method = jax.image.ResizeMethod.CUBIC_PYTORCH
     shape = (out, channels, PATCH, PATCH)
@@ -313,7 +323,9 @@ def _mae_patch_kernel(kernel):
 def _count(tensors, pattern):
     """How many blocks there are, numbered from 0 without a gap where the pattern says."""
     found = {int(m[1]) for name in tensors if (m := re.match(pattern, name))}
-    if found != set(range(len(found))) or not found:
+    if not found:
+        raise WeightsError(f"no tensor is named like {pattern}; got {_listed(sorted(tensors))}")
+    if found != set(range(len(found))):
         raise WeightsError(
             f"names like {pattern} must count from 0 without a gap; got {_listed(sorted(found))}"
         )
