@@ -88,7 +88,7 @@ def stack_prompts(objects, num_objects, num_slots):
 def check_prompt(prompt):
     """Raises ValueError unless the prompt is a dict of known keys."""
     if not isinstance(prompt, dict) or not prompt.keys() <= set(KEYS):
-        got = sorted(prompt) if isinstance(prompt, dict) else type(prompt).__name__
+        got = sorted(map(str, prompt)) if isinstance(prompt, dict) else type(prompt).__name__
         raise ValueError(f"a prompt must be a dict with keys among {', '.join(KEYS)}; got {got}")
 
 
@@ -135,6 +135,6 @@ def _numbers(value, name):
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers; got {error}") from error
     array = array.astype(np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite; got NaN or infinity")
+    if not (np.abs(array) <= np.finfo(np.float32).max).all():
+        raise ValueError(f"{name} must be finite; got NaN or infinity, or beyond float32")
     return array

@@ -20,7 +20,8 @@ def read(path):
     """Reads all arrays -> {name: array}."""
     try:
         return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    # An AttributeError is the library's, about a type of number that numpy has not.
+    except (safetensors.SafetensorError, AttributeError, KeyError, ValueError) as error:
         raise SafetensorsFileError(
             f"{path} is damaged, or not a safetensors file of float arrays: {error}"
         ) from error

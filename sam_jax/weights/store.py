@@ -8,6 +8,7 @@ path; Hugging Face's opens with transformers' `SamModel.from_pretrained`.
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ import flax.traverse_util
 import numpy as np
 
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
+from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE, NUM_HEADS
 from sam_jax.weights import safetensors_file
 from sam_jax.weights.convert import WeightsError, check_shapes, to_huggingface
 
@@ -24,6 +26,7 @@ MODEL, WEIGHTS = "model.json", "weights.safetensors"
 HF_CONFIG, HF_WEIGHTS, HF_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HF_PREPROCESSOR = "preprocessor_config.json"
 _JSON_LIMIT = 1 << 22  # bytes
+MAX_SIDE, MAX_DEPTH = 1 << 14, 256  # of what a file may ask for
 
 
 def write(path, model, variables):
@@ -52,6 +55,8 @@ def read(path):
     if not (path / WEIGHTS).is_file():
         raise WeightsError(f"{path / WEIGHTS} is missing")
     flat = safetensors_file.read(path / WEIGHTS)
+    if odd := sorted(name for name, value in flat.items() if value.dtype != np.float32):
+        raise WeightsError(f"{path / WEIGHTS} must hold float32 arrays only; {odd[:12]} are not")
     check_shapes(model, flat, str(path / WEIGHTS))
     return model, flax.traverse_util.unflatten_dict(flat, sep="/")
 
@@ -83,12 +88,16 @@ def read_huggingface(path):
         )
     shards = _read_json(path / HF_INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in shards.values()
+        isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
+        for name in shards.values()
     ):
         raise WeightsError(f"{path / HF_INDEX}: weight_map must name files in the same folder")
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(shards.values())):
-        tensors |= safetensors_file.read(path / name)
+        shard = safetensors_file.read(path / name)
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise WeightsError(f"{path}: {twice[:12]} are in more than one file")
+        tensors |= shard
     return tensors
 
 
@@ -110,7 +119,30 @@ def model_from_fields(fields, where):
     for name, value in values.items():
         if not _is_like(value, known[name]):
             raise WeightsError(f"{where}: {name} must be like {known[name]!r}; got {value!r}")
-    return Sam(**values)
+    model = Sam(**values)
+    _check_sizes(model, where)
+    return model
+
+
+def _check_sizes(model, where):
+    """Raises WeightsError unless the fields fit each other."""
+    p = model.patch_size
+    rules = {
+        f"image_size must be two multiples of patch_size {p}, at most {MAX_SIDE}": (
+            len(model.image_size) == 2
+            and all(0 < side <= MAX_SIDE and side % p == 0 for side in model.image_size)
+        ),
+        "embed_dim must be a multiple of num_heads": model.embed_dim % model.num_heads == 0,
+        f"prompt_dim must be a multiple of {CROSS_DOWNSAMPLE * NUM_HEADS}": (
+            model.prompt_dim % (CROSS_DOWNSAMPLE * NUM_HEADS) == 0
+        ),
+        "mask_channels must be a multiple of 4": model.mask_channels % 4 == 0,
+        f"depth and decoder_depth must be at most {MAX_DEPTH}": (
+            max(model.depth, model.decoder_depth) <= MAX_DEPTH
+        ),
+    }
+    if broken := [rule for rule, holds in rules.items() if not holds]:
+        raise WeightsError(f"{where}: {'; '.join(broken)}; got {fields_of(model)}")
 
 
 def _sam_fields():
@@ -146,7 +178,12 @@ def _replaced(path, marker):
         yield temporary / "new"
         if path.exists():
             path.rename(temporary / "old")
-        (temporary / "new").rename(path)
+        try:
+            (temporary / "new").rename(path)
+        except OSError:
+            if (temporary / "old").exists():
+                (temporary / "old").rename(path)
+            raise
     finally:
         shutil.rmtree(temporary)
 

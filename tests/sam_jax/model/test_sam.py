@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from scipy.special import ndtr
 
 from sam_jax.model.image_encoder import Block, resize_positions
+from sam_jax.model.layers import gelu, layer_norm
 from sam_jax.model.prompt_encoder import ABSENT, Prompts
 from sam_jax.model.sam import (
     PIXEL_MEAN,
@@ -604,6 +606,29 @@ def test_bfloat16_stays_close_to_float32(tiny, jit, images):
         assert 0 < np.linalg.norm(half_x - x) / np.linalg.norm(x) < 0.02
 
 
+# Layers.
+
+
+def test_gelu_is_exact():
+    """As PyTorch has it: 0.84134 at 1, where the approximation by tanh gives 0.84119."""
+    x = np.linspace(-6, 6, 101)
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), x * ndtr(x), atol=3e-7)
+    assert gelu(1.0) == pytest.approx(0.8413447, abs=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
+def test_norms_are_precise_far_from_zero_and_near_it(epsilon):
+    """Far from zero the variance as a difference of means would be lost; near it epsilon counts."""
+    norm = layer_norm(epsilon, "float32", None)
+    variables = {"params": {"scale": np.array([2.0, 2, 2, 2]), "bias": np.ones(4)}}
+    far = np.array([4096.0, 4097, 4098, 4099], np.float32)
+    by_hand = 1 + 2 * np.array([-1.5, -0.5, 0.5, 1.5]) / (1.25 + epsilon) ** 0.5
+    np.testing.assert_allclose(norm.apply(variables, far), by_hand, rtol=1e-6)
+    near = 1e-3 * np.array([-1.5, -0.5, 0.5, 1.5], np.float32)
+    by_hand = 1 + 2 * near / (1.25e-6 + epsilon) ** 0.5
+    np.testing.assert_allclose(norm.apply(variables, near), by_hand, rtol=1e-5)
+
+
 # Normalisation.
 
 
@@ -620,11 +645,20 @@ def test_normalize_takes_the_colours_statistics_and_then_pads_with_zero():
     np.testing.assert_array_equal(out[0, :, 3], 0)
 
 
-# Wrong shapes.
+# Wrong shapes, and right ones.
+
+
+def test_variables_may_be_numpy_arrays_that_a_traced_function_closes_over(tiny):
+    model, variables = tiny
+    prompts = pack([OBJECTS["points"]], 5, np.random.default_rng(0))
+    run = lambda image: model.apply(variables, image, prompts)
+    masks = jax.eval_shape(run, np.zeros((1, 48, 72, 3), np.float32))
+    assert masks.logits.shape == (1, 1, 4, 24, 36)
 
 
 @pytest.mark.parametrize(
-    "shape", [(48, 72, 3), (1, 1, 48, 72, 3), (1, 48, 72, 4), (1, 50, 72, 3), (1, 48, 71, 3)]
+    "shape",
+    [(48, 72, 3), (1, 1, 48, 72, 3), (1, 48, 72, 4), (1, 50, 72, 3), (1, 48, 71, 3), (1, 0, 72, 3)],
 )
 def test_images_of_wrong_shapes_are_refused(tiny, shape):
     model, variables = tiny
@@ -671,6 +705,16 @@ def prompts_of(points, labels, mask=None, has_mask=None):
             (1, 6, 9, 32),
             ((1, 1, 2, 2), (1, 1, 2), None, (1, 1)),
             r"prompts.mask and prompts.has_mask must both be given, or neither",
+        ),
+        (
+            (1, 6, 9, 32),
+            ((1, 2, 2, 2), (1, 2, 2), (1, 2, 24, 36), (1,)),
+            r"prompts.has_mask must have shape \(1, 2\); got \(1,\)",
+        ),
+        (
+            (1, 6, 9, 32),
+            ((1, 2, 2, 2), (1, 2, 2), (1, 2, 24, 36), (1, 1)),
+            r"prompts.has_mask must have shape \(1, 2\); got \(1, 1\)",
         ),
     ],
 )

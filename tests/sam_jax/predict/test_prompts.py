@@ -1,0 +1,172 @@
+"""Prompts as people write them, as arrays with hand-checked numbers; and what is refused."""
+
+import numpy as np
+import pytest
+
+from sam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT
+from sam_jax.predict.prompts import KEYS, check_prompt, mask_of, points_of, stack_prompts
+
+SIZE, FRAME = (50, 100), (64, 64)  # the image becomes 32 by 64: all is scaled by 0.64
+POINTS = {"point_coords": [[10, 20], [100, 50]], "point_labels": [1, 0]}
+BOX = {"box": [5, 0, 50, 25]}
+
+
+def tokens(prompt, size=SIZE, frame=FRAME):
+    points, labels = points_of(prompt, size, frame)
+    assert points.dtype == np.float32
+    assert labels.dtype == np.int32
+    return [(round(float(x), 4), round(float(y), 4)) for x, y in points], labels.tolist()
+
+
+def test_points_are_followed_by_the_padding_point():
+    assert tokens(POINTS) == ([(6.4, 12.8), (64, 32), (0, 0)], [1, 0, NOT_A_POINT])
+
+
+def test_a_box_is_two_corners_without_a_padding_point():
+    assert tokens(BOX) == ([(3.2, 0), (32, 16)], [2, 3])
+
+
+def test_points_come_before_the_box_and_need_no_padding_then():
+    expected = [(6.4, 12.8), (64, 32), (3.2, 0), (32, 16)], [1, 0, 2, 3]
+    assert tokens(POINTS | BOX) == expected
+    assert tokens(BOX | POINTS) == expected
+
+
+@pytest.mark.parametrize("prompt", [{}, dict.fromkeys(KEYS), {"mask_input": np.zeros((3, 3))}])
+def test_without_points_and_box_there_are_no_tokens(prompt):
+    assert tokens(prompt) == ([], [])
+
+
+def test_no_points_are_no_prompt():
+    assert tokens({"point_coords": np.zeros((0, 2)), "point_labels": []}) == ([], [])
+
+
+def test_each_axis_has_its_own_factor_as_sides_are_rounded():
+    # 30 by 70 becomes 27 by 64 (27.43 is rounded), 90 by 7 becomes 64 by 5 (4.98 is).
+    coords = {"point_coords": [[35, 15]], "point_labels": [1]}
+    assert tokens(coords, (30, 70))[0][0] == (32, 13.5)
+    coords = {"point_coords": [[7, 45]], "point_labels": [1]}
+    assert tokens(coords, (90, 7))[0][0] == (5, 32)
+    assert tokens(coords, (90, 7), (45, 90))[0][0] == (4, 22.5)  # the height fills that frame
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda x: np.array(x, np.int16)])
+def test_lists_tuples_and_arrays_are_alike(kind):
+    prompt = {name: kind(value) for name, value in (POINTS | BOX).items()}
+    assert tokens(prompt) == tokens(POINTS | BOX)
+
+
+def test_a_box_may_be_a_row_and_labels_may_be_bools_or_floats():
+    assert tokens({"box": [[5, 0, 50, 25]]}) == tokens(BOX)
+    assert tokens(POINTS | {"point_labels": [True, False]}) == tokens(POINTS)
+    assert tokens(POINTS | {"point_labels": [1.0, 0.0]}) == tokens(POINTS)
+
+
+def test_what_is_given_stays_as_it_is():
+    prompt = {"point_coords": np.array([[10.0, 20.0]]), "point_labels": np.array([1])}
+    prompt |= {"box": np.array([5.0, 0, 50, 25]), "mask_input": np.ones((1, 3, 4))}
+    copies = {name: value.copy() for name, value in prompt.items()}
+    points, _ = points_of(prompt, SIZE, FRAME)
+    points[:] = -1
+    mask_of(prompt, (3, 4))[:] = -1
+    for name, value in copies.items():
+        np.testing.assert_array_equal(prompt[name], value)
+
+
+def test_masks_with_and_without_a_leading_axis():
+    mask = np.arange(12.0).reshape(3, 4)
+    for given in (mask, mask[None], mask.tolist(), mask.astype(np.float16)):
+        actual = mask_of({"mask_input": given}, (3, 4))
+        assert actual.dtype == np.float32
+        np.testing.assert_array_equal(actual, mask)
+    assert mask_of({}, (3, 4)) is None
+    assert mask_of({"mask_input": None}, (3, 4)) is None
+
+
+def object_of(*labels, mask=None):
+    points = np.arange(2 * len(labels), dtype=np.float32).reshape(-1, 2)
+    return points, np.array(labels, np.int32), mask
+
+
+def test_stacking_fills_up_with_absent_slots_never_with_the_padding_point():
+    objects = [[object_of(1, NOT_A_POINT), object_of(2, 3, 1)], []]
+    prompts = stack_prompts(objects, 3, 4)
+    _ = ABSENT
+    np.testing.assert_array_equal(
+        prompts.labels, [[[1, -1, _, _], [2, 3, 1, _], [_, _, _, _]], [[_, _, _, _]] * 3]
+    )
+    assert prompts.labels.dtype == np.int32
+    assert prompts.points.shape == (2, 3, 4, 2)
+    assert prompts.points.dtype == np.float32
+    np.testing.assert_array_equal(prompts.points[0, 1], [[0, 1], [2, 3], [4, 5], [0, 0]])
+    assert prompts.mask is None
+    assert prompts.has_mask is None
+
+
+def test_stacking_marks_the_objects_that_have_masks():
+    mask = np.ones((3, 4), np.float32)
+    prompts = stack_prompts(
+        [[object_of(1), object_of(1, mask=mask)], [object_of(mask=2 * mask)]], 2, 1
+    )
+    np.testing.assert_array_equal(prompts.has_mask, [[False, True], [True, False]])
+    assert prompts.mask.shape == (2, 2, 3, 4)
+    assert prompts.mask.dtype == np.float32
+    np.testing.assert_array_equal(prompts.mask[:, :, 0, 0], [[0, 1], [2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"point_coords": [[1, 2]]}, r"point_coords.*without point_labels"),
+        ({"point_labels": [1]}, r"point_labels.*without point_coords"),
+        ({"point_coords": [1, 2], "point_labels": [1]}, r"point_coords.*\(k, 2\).*got \(2,\)"),
+        (
+            {"point_coords": [[[1, 2]]], "point_labels": [1]},
+            r"point_coords.*\(k, 2\).*got \(1, 1, 2\)",
+        ),
+        ({"point_coords": [[1, 2, 3]], "point_labels": [1]}, r"point_coords.*got \(1, 3\)"),
+        ({"point_coords": [[1, 2]], "point_labels": [1, 0]}, r"point_labels.*\(1,\).*got \(2,\)"),
+        ({"point_coords": [[1, 2]], "point_labels": 1}, r"point_labels.*\(1,\).*got \(\)"),
+        ({"point_coords": [[1, 2]], "point_labels": [2]}, r"point_labels.*1.*0.*got \[2"),
+        ({"point_coords": [[1, 2]], "point_labels": [-1]}, r"point_labels.*1.*0.*got \[-1"),
+        ({"point_coords": [[1, 2]], "point_labels": [0.5]}, r"point_labels.*1.*0.*got \[0.5"),
+        ({"point_coords": [[1, 2]], "point_labels": [np.nan]}, r"point_labels must be finite"),
+        ({"point_coords": [[np.nan, 2]], "point_labels": [1]}, r"point_coords must be finite"),
+        ({"point_coords": [[np.inf, 2]], "point_labels": [1]}, r"point_coords must be finite"),
+        # Finite, but not where they are computed with.
+        ({"point_coords": [[1e39, 2]], "point_labels": [1]}, r"point_coords must be finite"),
+        ({"point_coords": [["a", "b"]], "point_labels": [1]}, r"point_coords.*numbers; got"),
+        ({"point_coords": [[1, 2], [3]], "point_labels": [1, 1]}, r"point_coords.*numbers; got"),
+        ({"point_coords": [[1j, 2]], "point_labels": [1]}, r"point_coords.*numbers; got"),
+        ({"point_coords": object(), "point_labels": [1]}, r"point_coords.*numbers; got"),
+        ({"point_coords": [[1, 2]], "point_labels": [None]}, r"point_labels.*numbers; got"),
+        ({"box": [1, 2, 3]}, r"box must have shape \(4,\).*got \(3,\)"),
+        ({"box": [[1, 2, 3, 4]] * 2}, r"box must have shape \(4,\).*got \(2, 4\)"),
+        ({"box": [5, 2, 5, 9]}, r"box must have x0 < x1 and y0 < y1; got \[5.0, 2.0, 5.0, 9.0\]"),
+        ({"box": [5, 9, 7, 2]}, r"box must have x0 < x1 and y0 < y1; got"),
+        ({"box": [0, 0, 0, 0]}, r"box must have x0 < x1 and y0 < y1; got"),
+        ({"box": [0, 0, np.nan, 1]}, r"box must be finite"),
+        ({"box": [0, 0, np.inf, 1]}, r"box must be finite"),
+        ({"box": [0, 0, 1e39, 1]}, r"box must be finite"),
+        ({"box": "0,0,5,5"}, r"box.*numbers; got"),
+        ({"mask_input": np.zeros((4, 3))}, r"mask_input.*\(1, 3, 4\).*got \(4, 3\)"),
+        ({"mask_input": np.zeros((2, 3, 4))}, r"mask_input.*\(1, 3, 4\).*got \(2, 3, 4\)"),
+        ({"mask_input": 3}, r"mask_input.*\(1, 3, 4\).*got \(\)"),
+        ({"mask_input": np.full((3, 4), np.nan)}, r"mask_input must be finite"),
+        ({"mask_input": np.full((3, 4), 1e39)}, r"mask_input must be finite"),
+        ({"mask_input": [["a"] * 4] * 3}, r"mask_input.*numbers; got"),
+        ({"points": [[1, 2]]}, r"keys among point_coords, .*mask_input; got \['points'\]"),
+        ({"box": [1, 2, 3, 4], 7: None}, r"keys among .*got .*7"),
+        ([[1, 2]], r"must be a dict.*got list"),
+        (None, r"must be a dict.*got NoneType"),
+    ],
+)
+def test_refused(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        check_all(prompt)
+
+
+def check_all(prompt):
+    check_prompt(prompt)
+    points_of(prompt, SIZE, FRAME)
+    mask_of(prompt, (3, 4))
