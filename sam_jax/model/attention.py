@@ -72,7 +72,7 @@ def relative_positions(table, n, dtype):
     if table.shape[0] != 2 * n - 1:
         table = jax.image.resize(table, (2 * n - 1, table.shape[1]), "linear", antialias=False)
     offsets = jnp.arange(n)[:, None] - jnp.arange(n) + n - 1
-    return table.astype(dtype)[offsets]
+    return jnp.asarray(table, dtype)[offsets]
 
 
 def split_windows(x, window, fill):

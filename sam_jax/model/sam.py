@@ -97,7 +97,8 @@ class Sam(nn.Module):
           ValueError: if the image has another rank, or sides that the patch does not divide.
         """
         p = self.patch_size
-        if image.ndim != 4 or image.shape[-1] != 3 or image.shape[1] % p or image.shape[2] % p:
+        sides = image.shape[1:3]
+        if image.ndim != 4 or image.shape[-1] != 3 or any(s % p or not s for s in sides):
             raise ValueError(
                 f"image must have shape (b, h, w, 3) with h and w divisible by the patch of {p} "
                 f"pixels, e.g. {(1, *self.image_size, 3)}; got {image.shape}"
@@ -143,6 +144,10 @@ class Sam(nn.Module):
             )
         if (prompts.mask is None) != (prompts.has_mask is None):
             raise ValueError("prompts.mask and prompts.has_mask must both be given, or neither")
+        if prompts.has_mask is not None and prompts.has_mask.shape != points[:2]:
+            raise ValueError(
+                f"prompts.has_mask must have shape {points[:2]}; got {prompts.has_mask.shape}"
+            )
         expected = (b, points[1], 4 * gh, 4 * gw)
         if prompts.mask is not None and prompts.mask.shape != expected:
             raise ValueError(f"prompts.mask must have shape {expected}; got {prompts.mask.shape}")
