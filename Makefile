@@ -10,11 +10,11 @@ install: .venv/test
 .venv/test: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test]'
 	touch $@
 
 .venv/reference: .venv/test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,reference]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,reference]'
 	touch $@
 
 test: .venv/test

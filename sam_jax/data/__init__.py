@@ -1,0 +1,1 @@
+"""Sources of examples, and batches of them."""

@@ -1,0 +1,65 @@
+"""What a source of examples is: images with masks, read by index, and why a reading may fail."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+RLE = dict[str, Any]  # {"size": [h, w], "counts": ...}, see `sam_jax.masks.rle`
+
+# Why a sample may be unusable.
+REASONS = (
+    "missing file",
+    "broken image",  # truncated, of another format, or too large
+    "broken json",
+    "broken mask",  # run lengths or polygons that are no mask
+    "size mismatch",  # masks of another size than the image
+    "empty mask",
+    "no masks",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One image with its masks.
+
+    Attributes:
+      image: 'h w 3' uint8 RGB.
+      masks: run lengths of the image's size, in the order of the annotations; painted only when
+        they are needed.
+    """
+
+    image: np.ndarray
+    masks: Sequence[RLE]
+
+
+class Source(Protocol):
+    """Examples by index, without state: any worker may read any of them at any time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads an example.
+
+        Raises:
+          BadSample: if it is unusable.
+        """
+        ...
+
+    def name(self, index: int) -> str:
+        """What a person would look for: a file, or a file and the member in it."""
+        ...
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used.
+
+    Attributes:
+      reason: one of REASONS, to count by.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason

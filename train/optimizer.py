@@ -1,0 +1,114 @@
+"""AdamW with warm-up, step drops, and a learning rate that falls with the encoder's depth.
+
+Source: Kirillov et al. 2023, appendix A; the rule of the layer-wise decay is that of ViTDet
+(`get_vit_lr_decay_rate`). The paper leaves unsaid what is not decayed: here biases, norms,
+embeddings, tokens and positions.
+"""
+
+import flax.traverse_util
+import jax
+import optax
+
+from train.config import ConfigError, Optimizer
+
+NOT_DECAYED = (
+    "bias",
+    "scale",
+    "pos_embed",
+    "rel_pos_h",
+    "rel_pos_w",
+    "background",
+    "foreground",
+    "top_left",
+    "bottom_right",
+    "not_a_point",
+    "no_mask",
+    "iou_token",
+    "mask_tokens",
+)  # last part of a parameter's path
+
+
+def make_optimizer(config: Optimizer, depth: int, train_only: tuple[str, ...] = ()):
+    """Builds the gradient transformation.
+
+    Args:
+      config: `Optimizer`.
+      depth: blocks of the image encoder.
+      train_only: paths of what learns, e.g. ("mask_decoder",); empty for all.
+    Returns:
+      `optax.GradientTransformation` over the tree of parameters. What does not learn has no
+      moments.
+    """
+    adam = optax.chain(
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),
+        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
+        scale_by_depth(config.layer_decay, depth),
+        optax.scale_by_learning_rate(make_schedule(config)),
+    )
+    if not train_only:
+        return adam
+    label = lambda params: map_paths(
+        lambda path: "learns" if learns(path, train_only) else "fixed", params
+    )
+    return optax.partition({"learns": adam, "fixed": optax.set_to_zero()}, label)
+
+
+def make_schedule(config):
+    """Learning rate by step: linear from `peak / warmup` to the peak, then the drops."""
+
+    def schedule(count):
+        warmup = jax.numpy.minimum(1.0, (count + 1) / max(1, config.warmup_steps))
+        drops = sum(count >= step for step in config.drop_at)
+        return config.peak_lr * warmup * config.drop_by**drops
+
+    return schedule
+
+
+def is_decayed(params):
+    """The tree of whether weight decay applies."""
+    return map_paths(lambda path: path.split("/")[-1] not in NOT_DECAYED, params)
+
+
+def scale_by_depth(layer_decay, depth):
+    """Multiplies each update by `lr_multiplier` of its path."""
+
+    def update(updates, params=None):
+        del params
+        scales = map_paths(lambda path: lr_multiplier(path, layer_decay, depth), updates)
+        return jax.tree.map(lambda u, s: u * s, updates, scales)
+
+    return optax.stateless(update)
+
+
+def lr_multiplier(path: str, layer_decay: float, depth: int) -> float:
+    """`layer_decay ** (depth - i)` for block i, one power more for the embeddings before block 0,
+    and 1 for all that comes after the blocks."""
+    part, name = (path.split("/") + [""])[:2]
+    if part != "image_encoder" or name == "neck":
+        return 1.0
+    if name.startswith("block_"):
+        return layer_decay ** (depth - int(name.removeprefix("block_")))
+    return layer_decay ** (depth + 1)
+
+
+def learns(path: str, train_only: tuple[str, ...]) -> bool:
+    """Whether a parameter lies in one of the parts that learn."""
+    return not train_only or any(f"{path}/".startswith(f"{part}/") for part in train_only)
+
+
+def check_train_only(params, train_only: tuple[str, ...]) -> None:
+    """Raises ConfigError for a part that no parameter lies in."""
+    paths = flax.traverse_util.flatten_dict(params, sep="/")
+    for part in train_only:
+        if not any(learns(path, (part,)) for path in paths):
+            tops = sorted({"/".join(path.split("/")[:2]) for path in paths})
+            raise ConfigError(
+                f"train_only names {part!r}, where there is no parameter; there are e.g. "
+                f"{', '.join(tops)}"
+            )
+
+
+def map_paths(f, tree):
+    """Replaces each leaf by f of its path 'a/b/c'."""
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    return flax.traverse_util.unflatten_dict({path: f(path) for path in flat}, sep="/")
