@@ -7,6 +7,7 @@ EXAMPLES = {
     "predict": "sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/",
     "convert": "sam-jax convert sam_vit_b_01ec64.pth sam_b/",
     "info": "sam-jax info --weights sam_b/",
+    "data": "sam-jax data check sa1b:images/ --json report.json",
 }
 
 
@@ -17,13 +18,13 @@ def main(argv=None):
     _add_predict(verbs)
     _add_convert(verbs)
     _add_info(verbs)
+    _add_data(verbs)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (OSError, ValueError) as error:
         print(f"sam-jax {args.verb}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _add_verb(verbs, name, help, run):
@@ -76,6 +77,24 @@ def _add_info(verbs):
     verb.add_argument("--weights", help="anything that sam_jax.load takes")
 
 
+def _add_data(verbs):
+    verb = _add_verb(verbs, "data", "look after images with masks", None)
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="read all of a source to see what cannot be used",
+        description="Read all of a source to see what cannot be used. Exit code 1 if there is any.",
+        epilog=f"example: {EXAMPLES['data']}",
+    )
+    check.set_defaults(run=_data_check)
+    check.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="sa1b:PATH, coco:FOLDER, labels:FOLDER, tfds:DATASET[/SPLIT][@FOLDER] or scenes",
+    )
+    check.add_argument("--json", metavar="FILE", help="write what was found to a file too")
+
+
 def _predict(args):
     if not args.point and args.box is None:
         raise ValueError("nothing was asked for: give --point X,Y, --box X0,Y0,X1,Y1 or both")
@@ -111,6 +130,33 @@ def _info(args):
     from sam_jax import info
 
     info.print_info(args.weights)
+
+
+def _data_check(args):
+    import json
+
+    from tqdm import tqdm
+
+    from sam_jax.data.check import check, summarize
+    from sam_jax.data.source import open_source
+
+    def shown(findings):
+        for finding in findings:
+            if finding.reason is not None:
+                tqdm.write(str(finding))
+            yield finding
+
+    source = open_source(args.source)
+    bar = tqdm(check(source), total=len(source), unit=" samples", disable=None)
+    result = {"source": args.source, **summarize(shown(bar))}
+    for reason, count in result["reasons"].items():
+        print(f"{count:7d}  {reason}")
+    usable, samples, masks = result["usable"], result["samples"], result["masks"]
+    print(f"{usable} of {samples} samples are usable, {masks} masks")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+    return 0 if usable == samples else 1
 
 
 def _point(text):

@@ -29,7 +29,7 @@ BELOW = {
     "sam_jax.masks": (),
     "sam_jax.predict": NETWORKS,
     "sam_jax.weights": ("sam_jax.model",),
-    "sam_jax.data": ("sam_jax.masks", "sam_jax.predict.transforms"),
+    "sam_jax.data": ("sam_jax.masks", "sam_jax.predict.transforms", "sam_jax.predict.images"),
     "sam_jax.evaluate": USES,
     "sam_jax.export": USES,
     "sam_jax.engine": USES,

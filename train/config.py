@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from flax.traverse_util import flatten_dict
+
 from sam_jax.model.sam import Sam
 
 
@@ -97,6 +99,7 @@ def check(config: TrainConfig) -> None:
         ("log_every", config.log_every, config.log_every >= 1, "at least 1"),
         ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 1, "at least 1"),
         ("evaluate_every", config.evaluate_every, config.evaluate_every >= 0, "at least 0"),
+        ("model.patch_size", model.patch_size, model.patch_size >= 1, "at least 1"),
         ("objective.points", objective.points, 0 <= objective.points <= 16, "0 to 16"),
         ("objective.extra_rounds", objective.extra_rounds, objective.extra_rounds in (0, 1, 2),
          "0, 1 or 2"),
@@ -115,6 +118,11 @@ def check(config: TrainConfig) -> None:
     for name, got, holds, allowed in rules:
         if not holds:
             raise ConfigError(f"{name} must be {allowed}; got {got!r}")
+    if not learns_encoder(config) and (data.flips or data.turns):
+        raise ConfigError(
+            "data.flips and data.turns must be False where train_only leaves out the image encoder, "
+            f"whose embeddings are computed once; got train_only={config.train_only}"
+        )
     patch = model.patch_size
     if any(side % patch or side <= 0 for side in model.image_size):
         raise ConfigError(
@@ -132,15 +140,19 @@ def load_config(path: str) -> TrainConfig:
     """Runs a config file -> the value of its `config`.
 
     Raises:
-      ConfigError: if there is no such file, or no TrainConfig in it.
+      ConfigError: if there is no such file, it fails, or no TrainConfig is in it.
     """
     if not Path(path).is_file():
         known = sorted(str(p) for p in Path("configs").glob("*.py") if p.name != "__init__.py")
         raise ConfigError(f"there is no config {path}; in configs/ there are {', '.join(known)}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"a config is a Python file, config.py; got {path}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{path} must assign a TrainConfig to `config`; got {config!r}")
@@ -150,33 +162,49 @@ def load_config(path: str) -> TrainConfig:
 def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
     """Replaces fields by 'a.b=c', values written as in Python (text needs no quotes).
 
+    Of several settings of one field the last holds. Rules are checked once all are made.
+
     Raises:
       ConfigError: naming the fields there are, for an unknown one or a value of a wrong type.
     """
+    changes: dict[str, Any] = {}
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set takes FIELD=VALUE; got {setting!r}")
-        config = _replace(config, path.split("."), text, path)
-    return config
+        names = path.split(".")
+        value = _parse(text, _type_of(config, names, path), path)
+        at = changes
+        for name in names[:-1]:
+            at = at.setdefault(name, {})
+        at[names[-1]] = value
+    return _replace(config, changes)
 
 
-def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
-    fields = _fields(value)
-    name, rest = names[0], names[1:]
-    if name not in fields:
-        near = difflib.get_close_matches(name, fields, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(
-            f"there is no field {path}{hint} {type(value).__name__} has {', '.join(fields)}"
-        )
-    old = getattr(value, name)
-    if rest and not _fields(old):
-        raise ConfigError(f"{path}: {name} is a {type(old).__name__}, which has no fields")
-    if not rest and _fields(old):
-        raise ConfigError(f"{path} has fields of its own: {', '.join(_fields(old))}")
-    new = _replace(old, rest, text, path) if rest else _parse(text, fields[name], path)
-    return dataclasses.replace(value, **{name: new})
+def _type_of(value: Any, names: list[str], path: str) -> Any:
+    """The type of a field of a field of ... a dataclass."""
+    kind = None
+    for i, name in enumerate(names):
+        fields, owner = _fields(value), type(value).__name__
+        if not fields:
+            raise ConfigError(f"{path}: {names[i - 1]} is a {owner}, which has no fields")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigError(f"there is no field {path}{hint} {owner} has {', '.join(fields)}")
+        kind, value = fields[name], getattr(value, name)
+    if _fields(value):
+        raise ConfigError(f"{path} has fields of its own: {', '.join(_fields(value))}")
+    return kind
+
+
+def _replace(value: Any, changes: dict[str, Any]) -> Any:
+    """Replaces fields; a dict stands for fields of a field."""
+    new = {
+        name: _replace(getattr(value, name), change) if isinstance(change, dict) else change
+        for name, change in changes.items()
+    }
+    return dataclasses.replace(value, **new)
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -199,8 +227,10 @@ def _parse(text: str, kind: Any, path: str) -> Any:
         value = text
     if kind is float and type(value) is int:
         value = float(value)
-    if typing.get_origin(kind) is tuple and not isinstance(value, tuple):
-        value = (value,) if value != "" else ()
+    if typing.get_origin(kind) is tuple and isinstance(value, str):
+        value = tuple(part.strip() for part in value.split(",") if part.strip())
+    elif typing.get_origin(kind) is tuple and not isinstance(value, tuple):
+        value = (value,)
     if not _is_a(value, kind):
         name = kind.__name__ if isinstance(kind, type) else str(kind)
         name = getattr(kind, "__name__", name) if not typing.get_args(kind) else str(kind)
@@ -221,11 +251,31 @@ def _is_a(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def to_json(config: TrainConfig) -> str:
-    """The whole configuration as JSON, to be read and compared."""
-    return json.dumps(_plain(config), indent=2) + "\n"
-
-
-def _plain(value: Any) -> Any:
+def to_dict(value: Any) -> Any:
+    """A configuration, or a model, as a dict of what JSON can hold."""
     fields = _fields(value)
-    return {name: _plain(getattr(value, name)) for name in fields} if fields else value
+    if fields:
+        return {name: to_dict(getattr(value, name)) for name in fields}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def to_json(config: TrainConfig) -> str:
+    """The whole configuration as JSON, to be read."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def differences(before: dict, now: dict, ignore: Sequence[str] = ()) -> list[str]:
+    """Fields 'a.b' in which two results of `to_dict` differ, as 'a.b was 1, is 2'."""
+    before, now = (flatten_dict(x, sep=".") for x in (before, now))
+    names = [name for name in {**before, **now} if name not in ignore]
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def learns_encoder(config: TrainConfig) -> bool:
+    """Whether any part of the image encoder learns."""
+    parts = (part.split("/")[0] for part in config.train_only)
+    return not config.train_only or "image_encoder" in parts

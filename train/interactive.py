@@ -64,30 +64,39 @@ def make_interactive(model, config, train=True):
     Returns:
       f(params, constants, batch, key) -> (loss, values), where batch is a `Batch`, key that of the
       step, and values a dict of 'round' float32 means over masks: "loss", its parts "focal",
-      "dice" and "iou" without their weights, and "miou" of the mask that goes on.
+      "dice" and "iou" without their weights, and "miou" of the mask that goes on. Where the batch
+      holds embeddings, they are taken as they are.
     """
 
     def objective(params, constants, batch, key):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.image_id)
-        image = normalize(batch.image, batch.size)
-        encoder = {"params": params, "constants": constants}
-        embedding = jax.vmap(functools.partial(encode, model, encoder, train=train))(image, keys)
-        decoder = {part: params[part] for part in ("prompt_encoder", "mask_decoder")}
-        truth = make_truth(model, config, batch, keys)
+        embedding = batch.embedding
+        if embedding is None:
+            variables = {"params": params, "constants": constants}
+            image = normalize(batch.image, batch.size)
+            one = functools.partial(encode, model, variables, train=train)
+            embedding = jax.vmap(one)(image, keys)
+
+        def start(chunk):
+            truth = make_truth(model, config, batch.size, keys, chunk)
+            return truth, begin(model, config, truth)
+
         play = functools.partial(play_round, model, config, train, constants)
-        return sum_rounds(model, config, play, decoder, embedding.astype(jnp.float32), truth)
+        decoder = {part: params[part] for part in ("prompt_encoder", "mask_decoder")}
+        chunks = split_masks(config, batch)
+        return sum_rounds(config, start, play, decoder, embedding.astype(jnp.float32), chunks)
 
     return objective
 
 
-def sum_rounds(model, config, play, params, embedding, truth):
+def sum_rounds(config, start, play, params, embedding, chunks):
     """Plays all rounds of all chunks of masks.
 
     Args:
-      model, config: as in `make_interactive`.
-      play: `play_round` from its params on.
+      config: `Interactive`.
+      start: one of the chunks -> (`Truth`, `Session`); play: `play_round` from its params on.
       params: of the decoder; embedding: 'b gh gw c' float32, in which its gradients are summed.
-      truth: `Truth` in chunks 'chunk b n ...'.
+      chunks: what `split_masks` returns.
     Returns:
       The loss, and a dict of 'round' values.
     """
@@ -95,17 +104,19 @@ def sum_rounds(model, config, play, params, embedding, truth):
     def over_rounds(play, zero):
         """Sums what `play` returns first over rounds and chunks."""
 
-        def play_chunk(sums, truth):
+        def play_chunk(sums, chunk):
+            truth, session = start(chunk)
+
             def play_next(carry, index):
                 sums, session = carry
                 terms, (session, values) = play(truth, session, index)
                 return (jax.tree.map(jnp.add, sums, terms), session), values
 
-            first = (sums, begin(model, config, truth))
-            (sums, _), values = jax.lax.scan(play_next, first, jnp.arange(num_rounds(config)))
+            rounds = jnp.arange(num_rounds(config))
+            (sums, _), values = jax.lax.scan(play_next, (sums, session), rounds)
             return sums, values
 
-        sums, values = jax.lax.scan(play_chunk, zero, truth)
+        sums, values = jax.lax.scan(play_chunk, zero, chunks)
         return sums, jax.tree.map(lambda x: jnp.sum(x, axis=0) * num_rounds(config), values)
 
     def loss(params, embedding):
@@ -136,32 +147,45 @@ def encode(model, variables, image, key, train):
     return model.apply(variables, image[None], train, rngs=rngs, method="encode")[0]
 
 
-def make_truth(model, config, batch, keys):
-    """Prepares a batch's masks -> `Truth` in chunks 'chunk b n ...', the last one filled up."""
-    b, n = batch.valid.shape
+def split_masks(config, batch):
+    """The masks of a batch in chunks 'chunk b n ...', the last one filled up with weight 0."""
+    n = batch.valid.shape[1]
     chunk = min(config.chunk, n)
+    weight = batch.valid / jnp.maximum(1, jnp.sum(batch.valid)) / num_rounds(config)
+    masks = {"bits": batch.masks, "mask_id": batch.mask_id, "weight": weight.astype(jnp.float32)}
     fill = lambda x: jnp.pad(x, ((0, 0), (0, -n % chunk), *[(0, 0)] * (x.ndim - 2)))
-    masks, mask_id, valid = fill(batch.masks), fill(batch.mask_id), fill(batch.valid)
+    return jax.tree.map(lambda x: rearrange(fill(x), "b (s n) ... -> s b n ...", n=chunk), masks)
+
+
+def make_truth(model, config, size, keys, chunk):
+    """Prepares masks for their rounds.
+
+    Args:
+      model, config: as in `make_interactive`.
+      size: 'b 2' int32, of the images; keys: 'b', theirs.
+      chunk: one of the chunks of `split_masks`.
+    Returns:
+      `Truth` of masks 'b n ...'.
+    """
+    mask = jnp.unpackbits(chunk["bits"], axis=-1, count=model.image_size[1]).astype(bool)
     cell = cell_size(model, config)
     fraction = reduce(
-        masks.astype(jnp.float32), "b n (h i) (w j) -> b n h w", "mean", i=cell, j=cell
+        mask.astype(jnp.float32), "b n (h i) (w j) -> b n h w", "mean", i=cell, j=cell
     )
     target = fraction >= 0.5
     vanished = ~jnp.any(target, axis=(2, 3), keepdims=True)
-    lh, lw = target.shape[2:]
-    covered = -(-batch.size // cell)  # a cell counts as inside if any of its pixels is
-    rows, columns = jnp.arange(lh) < covered[:, :1], jnp.arange(lw) < covered[:, 1:]
+    covered = -(-size // cell)  # a cell counts as inside if any of its pixels is
+    rows = jnp.arange(target.shape[2]) < covered[:, :1]
+    columns = jnp.arange(target.shape[3]) < covered[:, 1:]
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
-    weight = valid / jnp.maximum(1, jnp.sum(valid)) / num_rounds(config)
-    truth = Truth(
-        mask=masks,
+    return Truth(
+        mask=mask,
         target=target | (vanished & (fraction > 0)),
         inside=jnp.broadcast_to(inside, target.shape),
-        size=jnp.broadcast_to(batch.size[:, None], (*valid.shape, 2)),
-        weight=weight.astype(jnp.float32),
-        key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, mask_id),
+        size=jnp.broadcast_to(size[:, None], (*mask.shape[:2], 2)),
+        weight=chunk["weight"],
+        key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, chunk["mask_id"]),
     )
-    return jax.tree.map(lambda x: rearrange(x, "b (s n) ... -> s b n ...", n=chunk), truth)
 
 
 def cell_size(model, config):

@@ -72,10 +72,13 @@ def is_decayed(params):
 def scale_by_depth(layer_decay, depth):
     """Multiplies each update by `lr_multiplier` of its path."""
 
+    def scale(keys, update):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        return update * lr_multiplier(path, layer_decay, depth)
+
     def update(updates, params=None):
         del params
-        scales = map_paths(lambda path: lr_multiplier(path, layer_decay, depth), updates)
-        return jax.tree.map(lambda u, s: u * s, updates, scales)
+        return jax.tree.map_with_path(scale, updates)
 
     return optax.stateless(update)
 
@@ -83,7 +86,7 @@ def scale_by_depth(layer_decay, depth):
 def lr_multiplier(path: str, layer_decay: float, depth: int) -> float:
     """`layer_decay ** (depth - i)` for block i, one power more for the embeddings before block 0,
     and 1 for all that comes after the blocks."""
-    part, name = (path.split("/") + [""])[:2]
+    part, name = [*path.split("/"), ""][:2]
     if part != "image_encoder" or name == "neck":
         return 1.0
     if name.startswith("block_"):

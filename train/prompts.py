@@ -85,7 +85,8 @@ def noisy_box(key, box, size, law):
     """Moves the corners '2 2' of a box, each coordinate on its own, within the image."""
     side = box[1] - box[0]
     if law == "gaussian":
-        noise = jnp.clip(jax.random.normal(key, (2, 2)) * BOX_NOISE * side, -MAX_BOX_NOISE, MAX_BOX_NOISE)
+        noise = jax.random.normal(key, (2, 2)) * BOX_NOISE * side
+        noise = jnp.clip(noise, -MAX_BOX_NOISE, MAX_BOX_NOISE)
     else:
         bound = jnp.minimum(BOX_NOISE * side, MAX_BOX_NOISE)
         noise = jax.random.uniform(key, (2, 2), minval=-1.0) * bound

@@ -10,9 +10,10 @@ RLE = dict[str, Any]  # {"size": [h, w], "counts": ...}, see `sam_jax.masks.rle`
 
 # Why a sample may be unusable.
 REASONS = (
-    "missing file",
+    "missing file",  # or one that cannot be opened
     "broken image",  # truncated, of another format, or too large
     "broken json",
+    "broken record",  # of an archive of records
     "broken mask",  # run lengths or polygons that are no mask
     "size mismatch",  # masks of another size than the image
     "empty mask",
@@ -52,14 +53,29 @@ class Source(Protocol):
         ...
 
 
+class SourceError(ValueError):
+    """A source that cannot be opened, or has no examples."""
+
+
 class BadSample(ValueError):
     """A sample that cannot be used.
 
     Attributes:
       reason: one of REASONS, to count by.
+      detail: what is wrong, for a person.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
         assert reason in REASONS, reason
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)  # its arguments, with which it is unpickled
         self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def check_index(index: int, count: int) -> None:
+    """Raises IndexError, with which iteration ends, unless an index is one of `count`."""
+    if not 0 <= index < count:
+        raise IndexError(f"index must be 0 to {count - 1}; got {index}")

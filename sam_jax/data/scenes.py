@@ -48,7 +48,8 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     x, y = np.meshgrid(np.arange(size[1], dtype=np.float32), np.arange(size[0], dtype=np.float32))
     color = rng.uniform(30, 225, 3)
     slope = rng.normal(0, 0.25, (3, 2))
-    image = color + (x[..., None] - size[1] / 2) * slope[:, 0] + (y[..., None] - size[0] / 2) * slope[:, 1]
+    u, v = (x - size[1] / 2)[..., None], (y - size[0] / 2)[..., None]
+    image = color + u * slope[:, 0] + v * slope[:, 1]
     regions: list[np.ndarray] = []
     areas: list[int] = []
     for _ in range(rng.integers(3, 6)):
@@ -61,9 +62,9 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     masks: list[np.ndarray] = []
     for region, area in zip(regions, areas, strict=True):
         visible = int(region.sum())
-        if visible >= max(MIN_PIXELS, MIN_VISIBLE * area):
-            if not any(np.array_equal(region, mask) for mask in masks):
-                masks.append(region)
+        is_new = not any(np.array_equal(region, mask) for mask in masks)
+        if visible >= max(MIN_PIXELS, MIN_VISIBLE * area) and is_new:
+            masks.append(region)
     return np.clip(image, 0, 255).astype(np.uint8), masks
 
 
@@ -71,7 +72,8 @@ def draw_object(rng, image, around, x, y):
     """Paints an object with its parts into the image -> the regions of all of them, it first."""
     height, width = x.shape
     radius = rng.uniform(0.1, 0.26) * min(height, width)
-    cx, cy = rng.uniform(0.6 * radius, width - 0.6 * radius), rng.uniform(0.6 * radius, height - 0.6 * radius)
+    cx = rng.uniform(0.6 * radius, width - 0.6 * radius)
+    cy = rng.uniform(0.6 * radius, height - 0.6 * radius)
     u, v = turn(rng, x - cx, y - cy)
     u, v = u / radius, v / (radius * rng.uniform(0.55, 1.0))
     whole = shape(rng, u, v)

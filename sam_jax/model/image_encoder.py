@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from sam_jax.model.attention import Attention
-from sam_jax.model.layers import ENCODER_INIT, fan_in_uniform, gelu, layer_norm
+from sam_jax.model.layers import ENCODER_INIT, PatchConv, fan_in_uniform, gelu, layer_norm
 
 
 class ImageEncoder(nn.Module):
@@ -44,17 +44,9 @@ class ImageEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, image, train=False):
-        patch, c = (self.patch_size, self.patch_size), self.embed_dim
+        c = self.embed_dim
         grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
-        x = nn.Conv(
-            c,
-            patch,
-            strides=patch,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=ENCODER_INIT,
-            name="patch_embed",
-        )(image)
+        x = PatchConv(c, self.patch_size, self.dtype, ENCODER_INIT, name="patch_embed")(image)
         positions = self.param("pos_embed", ENCODER_INIT, (1, *grid, c))
         x = x + resize_positions(positions, x.shape[1:3]).astype(self.dtype)
 
@@ -119,14 +111,12 @@ class Neck(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for i, size in enumerate((1, 3), start=1):
-            x = nn.Conv(
-                self.out_dim,
-                (size, size),
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=fan_in_uniform(size * size * x.shape[-1]),
-                name=f"conv{i}",
-            )(x)
-            x = layer_norm(1e-6, self.dtype, f"norm{i}")(x)
-        return x
+        norm = lambda name: layer_norm(1e-6, self.dtype, name)
+        init = fan_in_uniform(x.shape[-1])
+        x = PatchConv(self.out_dim, 1, self.dtype, init, bias_init=None, name="conv1")(x)
+        x = norm("norm1")(x)
+        init = fan_in_uniform(3 * 3 * self.out_dim)
+        conv = nn.Conv(
+            self.out_dim, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=init, name="conv2"
+        )
+        return norm("norm2")(conv(x))

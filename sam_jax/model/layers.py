@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
 ENCODER_INIT = nn.initializers.truncated_normal(0.02)
@@ -66,3 +67,28 @@ class Projection(nn.Module):
         init = fan_in_uniform(self.in_features)
         kernel = self.param("kernel", init, (self.in_features, self.features))
         return kernel, self.param("bias", init, (self.features,))
+
+
+class PatchConv(nn.Module):
+    """A convolution whose stride is its size: '... (h size) (w size) c' -> '... h w features'.
+
+    Its patches do not overlap, so that it is one matrix product, forwards and backwards; CPUs
+    take the gradient of a convolution's kernel far more slowly.
+    """
+
+    features: int
+    size: int
+    dtype: str
+    kernel_init: Callable
+    bias_init: Callable | None = nn.initializers.zeros  # None: no bias
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        patches = "... (h i) (w j) c -> ... h w (i j c)"
+        x = rearrange(x.astype(self.dtype), patches, i=self.size, j=self.size)
+        x = x @ rearrange(kernel, "i j c o -> (i j c) o")
+        if self.bias_init is None:
+            return x
+        return x + self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)

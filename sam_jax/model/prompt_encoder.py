@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from sam_jax.model.layers import fan_in_uniform, gelu, layer_norm
+from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm
 
 FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3
 NOT_A_POINT = -1  # the reference's padding point: a token of its own, which is attended to
@@ -134,12 +134,10 @@ class MaskDownscaling(nn.Module):
     def __call__(self, mask):
         def conv(x, features, size, name):
             init = fan_in_uniform(size * size * x.shape[-1])
-            sizes = dict(kernel_size=(size, size), strides=size, padding="VALID", dtype=self.dtype)
-            return nn.Conv(features, **sizes, kernel_init=init, bias_init=init, name=name)(x)
+            return PatchConv(features, size, self.dtype, init, init, name=name)(x)
 
-        n = mask.shape[1]
-        x = rearrange(mask, "b n h w -> (b n) h w 1")
+        x = rearrange(mask, "b n h w -> b n h w 1")
         x = gelu(layer_norm(1e-6, self.dtype, "norm1")(conv(x, self.channels // 4, 2, "conv1")))
         x = gelu(layer_norm(1e-6, self.dtype, "norm2")(conv(x, self.channels, 2, "conv2")))
         x = conv(x, self.dim, 1, "conv3")
-        return rearrange(x, "(b n) h w c -> b n (h w) c", n=n)
+        return rearrange(x, "b n h w c -> b n (h w) c")

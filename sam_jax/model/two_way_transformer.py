@@ -3,10 +3,10 @@
 Source: segment-anything `modeling/transformer.py`.
 
 Differences, all exact up to rounding:
-- Between tokens and image, the projections of the image's side are absorbed into the tokens' side:
-  `q (x W_k + b_k)^T` is `(q W_k^T) x^T` plus a constant per row, which softmax drops, and
-  `P (x W_v + b_v)` is `(P x) W_v + b_v`, as the rows of P sum to one. No projected image is ever
-  made, and with up to 16 tokens it is less arithmetic.
+- Between tokens and image, where tokens are few and channels many, the projections of the image's
+  side are absorbed into the tokens' side: `q (x W_k + b_k)^T` is `(q W_k^T) x^T` plus a constant per
+  row, which softmax drops, and `P (x W_v + b_v)` is `(P x) W_v + b_v`, as the rows of P sum to one.
+  No projected image is ever made. With 256 channels, up to 16 tokens are few.
 - The image may be one for all objects (n = 1) until the objects change it, so that the first
   layer's products over it are shared.
 - Only the tokens that are read afterwards query the image in the last attention.
@@ -116,57 +116,83 @@ class SelfAttention(nn.Module):
 
 
 class TokenToImage(nn.Module):
-    """Attention of tokens to the image, the image's projections absorbed."""
+    """Attention of tokens to the image."""
 
     dtype: str
 
     @nn.compact
     def __call__(self, queries, image, image_pe):
         """Attends queries 'b n t c' to image 'b n p c' with positions 'p c' -> 'b n t c'."""
-        c = queries.shape[-1]
+        t, c = queries.shape[-2:]
         q = split_heads(linear(c, c // CROSS_DOWNSAMPLE, self.dtype, "q")(queries))
+        q = q * q.shape[-1] ** -0.5
         k_kernel, _ = head_weights(c, "k", self.dtype)
         v_kernel, v_bias = head_weights(c, "v", self.dtype)
-
-        absorbed = jnp.einsum("bnthd,chd->bnhtc", q * q.shape[-1] ** -0.5, k_kernel)
-        absorbed = rearrange(absorbed, "b n h t c -> b n (h t) c")
-        logits = jnp.einsum("bnqc,bnpc->bnqp", absorbed, image + image_pe).astype(jnp.float32)
-        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        context = ((weights.astype(self.dtype) @ image) / total).astype(self.dtype)
-        context = rearrange(context, "b n (h t) c -> b n h t c", h=NUM_HEADS)
-        out = jnp.einsum("bnhtc,chd->bnthd", context, v_kernel) + v_bias
-        return linear(out.shape[-2] * out.shape[-1], c, self.dtype, "out")(merge_heads(out))
+        if absorbs(t, c):
+            q = rearrange(jnp.einsum("bnthd,chd->bnhtc", q, k_kernel), "b n h t c -> b n (h t) c")
+            weights, total = exponentials(jnp.einsum("bnqc,bnpc->bnqp", q, image + image_pe))
+            context = ((weights.astype(self.dtype) @ image) / total).astype(self.dtype)
+            context = rearrange(context, "b n (h t) c -> b n h t c", h=NUM_HEADS)
+            out = jnp.einsum("bnhtc,chd->bnthd", context, v_kernel)
+        else:
+            k = jnp.einsum("bnpc,chd->bnphd", image + image_pe, k_kernel)
+            v = jnp.einsum("bnpc,chd->bnphd", image, v_kernel)
+            weights, total = exponentials(jnp.einsum("bnthd,bnphd->bnhtp", q, k))
+            out = jnp.einsum("bnhtp,bnphd->bnhtd", weights.astype(self.dtype), v) / total
+            out = rearrange(out.astype(self.dtype), "b n h t d -> b n t h d")
+        return linear(c // CROSS_DOWNSAMPLE, c, self.dtype, "out")(merge_heads(out + v_bias))
 
 
 class ImageToToken(nn.Module):
-    """Attention of the image to the tokens that are present, the image's projections absorbed."""
+    """Attention of the image to the tokens that are present."""
 
     dtype: str
 
     @nn.compact
     def __call__(self, queries, keys, values, present):
         """Attends image queries 'b n p c' to keys and values 'b n t c' -> 'b n p c'."""
-        c = queries.shape[-1]
+        t, c = keys.shape[-2:]
         inner = c // CROSS_DOWNSAMPLE
         k = split_heads(linear(c, inner, self.dtype, "k")(keys))
+        k = k * k.shape[-1] ** -0.5
         v = split_heads(linear(c, inner, self.dtype, "v")(values))
         q_kernel, q_bias = head_weights(c, "q", self.dtype)
         out_kernel, out_bias = Projection(inner, c, name="out")()
         out_kernel = rearrange(out_kernel.astype(self.dtype), "(h d) c -> h d c", h=NUM_HEADS)
+        present = present[:, :, None, :, None]
+        if absorbs(t, c):
+            offset = rearrange(jnp.einsum("bnthd,hd->bnht", k, q_bias), "b n h t -> b n (h t) 1")
+            k = rearrange(jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c")
+            logits = jnp.einsum("bnkc,bnpc->bnkp", k, queries) + offset
+            logits = rearrange(logits, "b n (h t) p -> b n h t p", h=NUM_HEADS)
+            weights = masked_softmax(logits, present, axis=-2)
+            weights = rearrange(weights, "b n h t p -> b n (h t) p")
+            v = rearrange(jnp.einsum("bnthd,hdc->bnhtc", v, out_kernel), "b n h t c -> b n (h t) c")
+            out = jnp.swapaxes(weights, -1, -2) @ v
+        else:
+            q = jnp.einsum("bnpc,chd->bnhdp", queries, q_kernel) + q_bias[..., None]
+            logits = jnp.einsum("bnthd,bnhdp->bnhtp", k, q)
+            weights, total = exponentials(logits, present, axis=-2)
+            out = jnp.einsum("bnhtp,bnthd->bnhdp", weights.astype(self.dtype), v) / total
+            out = jnp.einsum("bnhdp,hdc->bnpc", out.astype(self.dtype), out_kernel)
+        return out + out_bias.astype(self.dtype)
 
-        k = k * k.shape[-1] ** -0.5
-        absorbed = rearrange(
-            jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c"
-        )
-        offset = rearrange(jnp.einsum("bnthd,hd->bnht", k, q_bias), "b n h t -> b n (h t) 1")
-        logits = jnp.einsum("bnkc,bnpc->bnkp", absorbed, queries) + offset
-        logits = rearrange(logits, "b n (h t) p -> b n h t p", h=NUM_HEADS)
-        weights = masked_softmax(logits, present[:, :, None, :, None], axis=-2)
-        weights = rearrange(weights, "b n h t p -> b n (h t) p")
-        absorbed = jnp.einsum("bnthd,hdc->bnhtc", v, out_kernel)
-        absorbed = rearrange(absorbed, "b n h t c -> b n (h t) c")
-        return jnp.swapaxes(weights, -1, -2) @ absorbed + out_bias.astype(self.dtype)
+
+def absorbs(t, c):
+    """Whether absorbed projections are less arithmetic: few (head, token) pairs, many channels."""
+    return NUM_HEADS * t <= c // CROSS_DOWNSAMPLE
+
+
+def exponentials(logits, present=True, axis=-1):
+    """Softmax in float32 over the entries that are present, before its division.
+
+    Returns:
+      The numerators, and the denominators, their axis kept: to divide what they weigh is less.
+    """
+    logits = jnp.where(present, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    highest = jax.lax.stop_gradient(jnp.max(logits, axis=axis, keepdims=True))
+    weights = jnp.exp(logits - highest)
+    return weights, jnp.sum(weights, axis=axis, keepdims=True)
 
 
 def masked_softmax(logits, present, axis):

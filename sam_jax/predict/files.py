@@ -4,28 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
+from sam_jax.predict.images import read_image
 from sam_jax.predict.overlay import draw_overlay
-
-MAX_PIXELS = 1 << 26  # of an image, known from its header before it is decoded
-
-
-def read_image(path):
-    """Reads a JPEG, PNG or WebP file, upright -> 'h w 3' uint8 RGB.
-
-    Raises:
-      OSError: if it is missing or no such image.
-      ValueError: if it is larger than MAX_PIXELS.
-    """
-    with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"{path} must have at most {MAX_PIXELS} pixels; got {image.width} x {image.height}"
-            )
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def predict_file(predictor, image_path, folder, *, points=(), labels=(), box=None, num_masks=None):

@@ -41,14 +41,14 @@ def test_help_is_quick_because_it_imports_no_jax():
     source = "import sys, sam_jax.cli\ntry: sam_jax.cli.main(['--help'])\nexcept SystemExit: pass\n"
     result = run("-c", source + "print([m for m in sys.modules if m.startswith(('jax', 'flax'))])")
     assert result.stdout.endswith("[]\n"), result.stdout + result.stderr
-    for verb in ("predict", "convert", "info"):
+    for verb in ("predict", "convert", "info", "data"):
         assert verb in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["predict", "convert", "info"])
+@pytest.mark.parametrize("verb", ["predict", "convert", "info", "data", "data check"])
 def test_every_verb_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert stop.value.code == 0
     assert f"example: sam-jax {verb} " in capsys.readouterr().out
 
@@ -179,6 +179,51 @@ def test_convert_goes_there_and_back(weights, tmp_path, capsys):
     first, last = (os.path.join(p, "weights.safetensors") for p in (weights, paths[3]))
     with open(first, "rb") as a, open(last, "rb") as b:
         assert a.read() == b.read()
+
+
+@pytest.fixture
+def labels(tmp_path):
+    """A source of two usable samples."""
+    folder = tmp_path / "labels"
+    for name in ("a", "b"):
+        for kind, pixels in (("images", np.zeros((6, 8, 3))), ("masks", np.ones((6, 8)))):
+            (folder / name / kind).mkdir(parents=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / kind / f"{name}.png")
+    return folder
+
+
+def test_data_check_of_a_source_without_fault(labels, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert main(["data", "check", f"labels:{labels}", "--json", str(report)]) == 0
+    assert capsys.readouterr().out == "2 of 2 samples are usable, 2 masks\n"
+    result = json.loads(report.read_text())
+    expected = {"samples": 2, "usable": 2, "masks": 2, "reasons": {}, "bad": []}
+    assert result == {"source": f"labels:{labels}", **expected}
+
+
+def test_data_check_names_what_cannot_be_used(labels, tmp_path, capsys):
+    image = labels / "b" / "images" / "b.png"
+    image.write_text("not an image")
+    report = tmp_path / "report.json"
+    assert main(["data", "check", f"labels:{labels}", "--json", str(report)]) == 1
+    captured = capsys.readouterr()
+    first, *counts = captured.out.splitlines()
+    assert first.startswith(f"{image}: broken image: ")
+    assert counts == ["      1  broken image", "1 of 2 samples are usable, 1 masks"]
+    assert captured.err == ""  # no bar where nobody sees it move
+    assert json.loads(report.read_text())["bad"][0]["name"] == str(image)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("label:x", "did you mean labels"), ("coco:missing", "there is no missing/instances.json")],
+)
+def test_data_check_of_no_source_is_one_line(source, message, capsys):
+    assert main(["data", "check", source]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sam-jax data: ")
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_info_prints_what_a_bug_report_needs(weights, capsys):

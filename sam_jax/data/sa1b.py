@@ -1,0 +1,205 @@
+"""SA-1B as it is published: `sa_ID.jpg` and `sa_ID.json` beside each other, in folders or in tars.
+
+Tars are read where they are, by the offset of each file; nothing is extracted. The headers of a tar
+are read once, and where they lead to is kept in a small file beside it, `NAME.tar.index.npz`, if
+the folder can be written to.
+
+Source: Kirillov et al. 2023 and the README of facebookresearch/segment-anything, "Dataset".
+"""
+
+import array
+import dataclasses
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from sam_jax.data import files, tar
+from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
+
+FILE = re.compile(r"(?:.*/)?sa_([0-9]{1,15})\.(jpg|json)", re.DOTALL)
+KINDS = (("jpg", files.IMAGE), ("json", files.JSON))
+MISSING, WHOLE_FILE = -1, -2  # instead of an offset
+INDEX_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sa1b:
+    """Images with their masks, by ascending id. A few numbers an image, so that 11 million fit.
+
+    Attributes:
+      places: folders and tars.
+      place: 'i' int32, the one that an image is in.
+      key: 'i' int64, 16 times the id, plus the number of its digits: `sa_7` is not `sa_007`.
+      offset: 'i 2' int64, of the image and the json in a tar; or MISSING; or WHOLE_FILE.
+      size: 'i 2' int32 of them, bytes.
+      reduce_to: see `read_image`.
+    """
+
+    places: tuple[str, ...]
+    place: np.ndarray
+    key: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    reduce_to: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def __getitem__(self, index: int) -> Example:
+        check_index(index, len(self))
+        size, masks = parse_record(files.parse_json(self._read(index, 1)))
+        image = files.decode_image(self._read(index, 0), size, self.reduce_to)
+        return Example(image=image, masks=masks)
+
+    def name(self, index: int) -> str:
+        return self._path(index, 0)
+
+    def _path(self, index: int, kind: int) -> str:
+        number, digits = divmod(int(self.key[index]), 16)
+        file = f"sa_{number:0{digits}d}.{KINDS[kind][0]}"
+        return os.path.join(self.places[self.place[index]], file)
+
+    def _read(self, index: int, kind: int) -> bytes:
+        offset, path = int(self.offset[index, kind]), self._path(index, kind)
+        if offset == MISSING:
+            raise BadSample("missing file", f"there is no {path}")
+        if offset == WHOLE_FILE:
+            return files.read_file(path, KINDS[kind][1])
+        place = self.places[self.place[index]]
+        return files.read_part(place, offset, int(self.size[index, kind]), KINDS[kind][1])
+
+
+def open_sa1b(path: str, reduce_to: tuple[int, int] | None = None) -> Sa1b:
+    """Finds the images of SA-1B below a folder, or in one tar.
+
+    An id that is there several times counts once: folders go before tars, then the first path does;
+    within a tar the last file does, as for `tar`. Links to folders are not followed.
+
+    Args:
+      path: a folder of `sa_*.jpg`, `sa_*.json`, `*.tar` and folders of these; or a tar.
+      reduce_to: see `read_image`.
+    Raises:
+      SourceError: if there is none, or a tar is damaged.
+    """
+    if os.path.isfile(path):
+        found = {path: index_tar(path)}
+    elif os.path.isdir(path):
+        found, tars = _walk(path)
+        found |= {name: index_tar(name) for name in tars}
+    else:
+        raise SourceError(f"sa1b: there is no folder and no tar {path}")
+    if not sum(map(len, found.values())):
+        raise SourceError(
+            f"sa1b: there is no sa_*.jpg or sa_*.json in {path}, nor in a *.tar there; compressed "
+            "tars have to be unpacked first, as by gunzip"
+        )
+    place, key, offset, size = _join(list(found.values()))
+    return Sa1b(tuple(found), place, key, offset, size, reduce_to)
+
+
+def parse_record(record: Any) -> tuple[tuple[int, int], list[RLE]]:
+    """The content of a json -> (height, width) and the masks, checked.
+
+    Raises:
+      BadSample: if it is not as SA-1B's are, or a mask is unusable.
+    """
+    image = record.get("image") if isinstance(record, dict) else None
+    annotations = record.get("annotations") if isinstance(record, dict) else None
+    if not isinstance(image, dict) or not isinstance(annotations, list):
+        raise BadSample("broken json", "it must hold 'image', a dict, and 'annotations', a list")
+    size = files.check_size(image.get("height"), image.get("width"))
+    for annotation in annotations:
+        if not isinstance(annotation, dict) or "segmentation" not in annotation:
+            raise BadSample(
+                "broken json", "each of 'annotations' must be a dict with 'segmentation'"
+            )
+    return size, files.check_masks([a["segmentation"] for a in annotations], size)
+
+
+def index_tar(path: str) -> np.ndarray:
+    """Where the files in a tar lie.
+
+    Returns:
+      'k 4' int64, in the order of the tar: key, 0 for an image or 1 for a json, offset, size.
+    Raises:
+      SourceError: if it is no tar, or damaged.
+    """
+    status = os.stat(path)
+    stamp = np.array([INDEX_VERSION, status.st_size, status.st_mtime_ns])
+    cache = f"{path}.index.npz"
+    rows = _load_index(cache, stamp)
+    if rows is None:
+        rows = _rows((m.name, m.offset, m.size) for m in tar.members(path))
+        _save_index(cache, stamp, rows)
+    return rows
+
+
+def _load_index(cache: str, stamp: np.ndarray) -> np.ndarray | None:
+    try:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
+            rows, fits = saved["rows"], np.array_equal(saved["stamp"], stamp)
+    except Exception:  # whatever is wrong with it, it is made anew
+        return None
+    usable = fits and rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 4
+    if not usable or (rows < 0).any() or (rows[:, 1] > 1).any():
+        return None
+    return rows
+
+
+def _save_index(cache: str, stamp: np.ndarray, rows: np.ndarray) -> None:
+    part = f"{cache}.{secrets.token_hex(8)}.part"  # others may be writing the same index
+    try:
+        with open(part, "xb") as file:
+            np.savez(file, stamp=stamp, rows=rows)
+        os.replace(part, cache)
+    except OSError:  # a folder that cannot be written to, or a full disk: it works without
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def _walk(path: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The rows of each folder, and the tars, both by path."""
+    folders, tars = {}, []
+    for folder, below, names in os.walk(path, onerror=_raise):
+        below.sort()
+        rows = _rows((name, WHOLE_FILE, 0) for name in names)
+        if len(rows):
+            folders[folder] = rows
+        tars += [os.path.join(folder, name) for name in sorted(names) if name.endswith(".tar")]
+    return folders, tars
+
+
+def _rows(found: Iterable[tuple[str, int, int]]) -> np.ndarray:
+    """(name, offset, size) of files, as rows of those that are SA-1B's."""
+    numbers = array.array("q")
+    for name, offset, size in found:
+        if match := FILE.fullmatch(name):
+            key = 16 * int(match[1]) + len(match[1])
+            numbers.extend((key, match[2] == "json", offset, min(size, 2**31 - 1)))
+    return np.array(numbers, np.int64).reshape(-1, 4)
+
+
+def _join(rows: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Rows of each place -> place, key, offset and size of every image."""
+    keys, offsets, sizes = zip(*map(_pair, rows), strict=True)
+    place = np.repeat(np.arange(len(rows), dtype=np.int32), [len(key) for key in keys])
+    key, first = np.unique(np.concatenate(keys), return_index=True)
+    return place[first], key, np.concatenate(offsets)[first], np.concatenate(sizes)[first]
+
+
+def _pair(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The images of one place; of files of the same name the last counts."""
+    key, image = np.unique(rows[:, 0], return_inverse=True)
+    offset = np.full((len(key), 2), MISSING)
+    size = np.zeros((len(key), 2), np.int32)
+    offset[image, rows[:, 1]] = rows[:, 2]
+    size[image, rows[:, 1]] = rows[:, 3]
+    return key, offset, size
+
+
+def _raise(error: OSError) -> None:
+    raise error

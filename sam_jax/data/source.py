@@ -1,0 +1,155 @@
+"""One name for any source of examples, and a part of a source.
+
+open_source("sa1b:/data/sa1b")
+open_source("tfds:lvis/validation@/data/tfds")
+open_source("coco:/data/coco")
+open_source("labels:/data/dsb2018")
+open_source("scenes:96x128")
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+
+import numpy as np
+
+from sam_jax.data.example import Example, Source, SourceError, check_index
+
+KINDS = {
+    "sa1b": "sa1b:PATH",  # a folder of sa_*.jpg with sa_*.json or of tars of them, or one tar
+    "tfds": "tfds:DATASET[:VERSION][/SPLIT][@FOLDER]",  # segment_anything or lvis
+    "coco": "coco:FOLDER",  # with instances.json and the images
+    "labels": "labels:FOLDER",  # of images with PNGs of labels, or of masks
+    "scenes": "scenes[:HEIGHTxWIDTH]",  # drawn by the program
+}
+MIN_SCENE, MAX_SCENE = 16, 4096  # pixels of a side
+
+
+def open_source(name: str, *, reduce_to: tuple[int, int] | None = None) -> Source:
+    """Opens a source of examples by its name.
+
+    Args:
+      name: `KIND:PLACE`, see KINDS.
+      reduce_to: (height, width) of the frame that images are for. They may then be decoded smaller
+        than they are, see `read_image`; masks keep the size of the original.
+    Raises:
+      SourceError: if the kind is unknown, the place missing, or nothing in it.
+    """
+    kind, _, place = name.partition(":")
+    if kind not in KINDS:
+        raise SourceError(_unknown(name, kind))
+    if kind == "scenes":
+        from sam_jax.data.scenes import Scenes
+
+        return Scenes(_scene_size(place)) if place else Scenes()
+    if not place:
+        raise SourceError(f"source {name!r} names no place; it must be {KINDS[kind]}")
+    if kind == "tfds":
+        from sam_jax.data.tfds import open_tfds
+
+        return open_tfds(place, reduce_to)
+    place = os.path.expanduser(place)
+    if kind == "sa1b":
+        from sam_jax.data.sa1b import open_sa1b
+
+        return open_sa1b(place, reduce_to)
+    if kind == "coco":
+        from sam_jax.data.coco import open_coco
+
+        return open_coco(place, reduce_to)
+    from sam_jax.data.labels import open_labels
+
+    return open_labels(place, reduce_to)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """Some of a source's examples.
+
+    Attributes:
+      source: all of them.
+      indices: 'i' int64, ascending, of the selected ones in `source`: the index by which an image
+        is known to people and to randomness, whatever is selected.
+    """
+
+    source: Source
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        check_index(index, len(self))
+        return self.source[int(self.indices[index])]
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+
+def select(source: Source, text: str) -> Selection:
+    """The examples of a slice, see `parse_slice`.
+
+    Raises:
+      SourceError: if the text is no slice, or selects none.
+    """
+    return _part(source, text, np.arange(len(source))[parse_slice(text)])
+
+
+def leave_out(source: Source, text: str) -> Selection:
+    """All examples but those of a slice, see `parse_slice`.
+
+    Raises:
+      SourceError: if the text is no slice, or leaves none.
+    """
+    kept = np.ones(len(source), bool)
+    kept[parse_slice(text)] = False
+    return _part(source, text, np.flatnonzero(kept))
+
+
+def parse_slice(text: str) -> slice:
+    """Reads a slice as Python writes it: "3:10", "::5", "-100:"; "7" is one example.
+
+    Raises:
+      SourceError: if it is none, or does not go upwards.
+    """
+    parts = text.split(":")
+    if (
+        len(parts) > 3
+        or not all(re.fullmatch("-?[0-9]{1,15}|", part) for part in parts)
+        or not text
+    ):
+        raise SourceError(
+            f"a slice is START:STOP:STEP, for example 0::5, or an index; got {text!r}"
+        )
+    numbers = [int(part) if part else None for part in parts]
+    if len(parts) == 1:
+        return slice(int(text), int(text) + 1 or None)  # "-1" is the last
+    if len(numbers) == 3 and numbers[2] is not None and numbers[2] < 1:
+        raise SourceError(f"the step of a slice must be 1 or more; got {text!r}")
+    return slice(*numbers)
+
+
+def _part(source: Source, text: str, chosen: np.ndarray) -> Selection:
+    if not len(chosen):
+        raise SourceError(f"the slice {text!r} of {len(source)} examples leaves none to be used")
+    if isinstance(source, Selection):
+        return Selection(source.source, source.indices[chosen])
+    return Selection(source, chosen)
+
+
+def _unknown(name: str, kind: str) -> str:
+    near = difflib.get_close_matches(kind, KINDS, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"source {name!r} is of no known kind{hint}; it must be {', '.join(KINDS.values())}"
+
+
+def _scene_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", text)
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(MIN_SCENE <= side <= MAX_SCENE for side in size):
+        raise SourceError(
+            f"scenes:{text} must be scenes:HEIGHTxWIDTH of {MIN_SCENE} to {MAX_SCENE} pixels, for "
+            "example scenes:96x128"
+        )
+    return size

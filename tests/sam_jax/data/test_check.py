@@ -1,0 +1,79 @@
+"""All of a source is read, and what cannot be used is counted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sam_jax.data.check import Finding, check, printable, summarize
+from sam_jax.data.example import BadSample, Example
+from sam_jax.masks import rle
+
+MASK = rle.encode(np.ones((4, 6), bool))
+BROKEN = {"size": [4, 6], "counts": [25]}
+
+
+class Some:
+    """A source of three usable samples, one that cannot be read and one with a broken mask."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise BadSample("broken image", "cut short")
+        masks = [MASK] * index if index != 3 else [MASK, BROKEN]
+        return Example(image=np.zeros((4, 6, 3), np.uint8), masks=masks)
+
+    def name(self, index):
+        return f"{index}.jpg"
+
+
+def test_every_sample_is_found_usable_or_not():
+    findings = list(check(Some()))
+    assert [f.index for f in findings] == list(range(5))
+    assert [f.reason for f in findings] == [None, "broken image", None, "broken mask", None]
+    assert [f.masks for f in findings] == [0, 0, 2, 0, 4]
+    assert str(findings[1]) == "1.jpg: broken image: cut short"
+    assert "mask 1: counts[0] must be an int from 0 to 24" in str(findings[3])
+    assert str(findings[2]) == "2.jpg: usable: 2 masks"
+
+
+def test_a_summary_can_go_into_json():
+    summary = json.loads(json.dumps(summarize(check(Some()))))
+    bad = summary.pop("bad")
+    assert summary == {
+        "samples": 5,
+        "usable": 3,
+        "masks": 6,
+        "reasons": {"broken image": 1, "broken mask": 1},
+    }
+    assert bad[0] == {"index": 1, "name": "1.jpg", "reason": "broken image", "detail": "cut short"}
+
+
+def test_reasons_come_most_frequent_first():
+    reasons = ["no masks", "empty mask", "empty mask"]
+    findings = [Finding(i, "x", reason=reason) for i, reason in enumerate(reasons)]
+    assert list(summarize(findings)["reasons"].items()) == [("empty mask", 2), ("no masks", 1)]
+    assert summarize([]) == {"samples": 0, "usable": 0, "masks": 0, "reasons": {}, "bad": []}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a/é ü.jpg", "a/é ü.jpg"),
+        ("\x1b[31mred\n", "\\x1b[31mred\\n"),
+        ("\udc80\u202e", "\\udc80\\u202e"),
+    ],
+)
+def test_names_do_no_harm_to_a_terminal(text, expected):
+    assert printable(text) == expected
+
+
+def test_other_errors_are_not_hidden():
+    class Faulty(Some):
+        def __getitem__(self, index):
+            raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        list(check(Faulty()))

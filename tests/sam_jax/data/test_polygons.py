@@ -1,0 +1,65 @@
+"""Polygons; their pixels are compared with pycocotools' in tests/reference/test_polygons.py."""
+
+import numpy as np
+import pytest
+
+from sam_jax.data.polygons import PolygonError, paint
+
+
+def box(x0, y0, x1, y1):
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def test_a_box_on_the_borders_of_pixels_is_its_pixels():
+    mask = np.zeros((6, 9), bool)
+    mask[1:4, 2:7] = True
+    assert np.array_equal(paint([box(2, 1, 7, 4)], (6, 9)), mask)
+    assert np.array_equal(paint([box(7, 4, 2, 1)], (6, 9)), mask)
+
+
+def test_an_image_is_filled_by_what_is_larger():
+    assert paint([box(0, 0, 9, 6)], (6, 9)).all()
+    assert paint([box(-50, -50.5, 90, 1000)], (6, 9)).all()
+    assert not paint([box(20, 20, 30, 30)], (6, 9)).any()
+    assert not paint([box(-9, 1, -2, 4)], (6, 9)).any()
+    assert not paint([[3, 3, 3, 3, 3, 3]], (6, 9)).any()
+
+
+def test_polygons_are_united_and_what_one_encloses_twice_is_a_hole():
+    one, other = box(0, 0, 4, 4), box(2, 2, 6, 6)
+    both = paint([one], (8, 8)) | paint([other], (8, 8))
+    assert np.array_equal(paint([one, other], (8, 8)), both)
+    assert not paint([one + one[:2] + box(1, 1, 3, 3) + [1, 1]], (8, 8))[2, 2]
+
+
+def test_a_disc_has_its_area():
+    angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    points = 50 + 40 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    assert paint([points.ravel().tolist()], (100, 100)).sum() == pytest.approx(5027, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "polygons",
+    [
+        None,
+        [],
+        {},
+        "polygon",
+        [3],
+        [[]],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [[1, 2, 3, 4, 5, None]],
+        [[1, 2, 3, 4, 5, "6"]],
+        [[1, 2, 3, 4, 5, True]],
+        [[1, 2, 3, 4, 5, float("inf")]],
+        [[1, 2, 3, 4, 5, float("nan")]],
+        [[1, 2, 3, 4, 5, 10**400]],
+        [[1, 2, 3, 4, 5, 1e7]],
+        [[1, 2, 3, 4, 5, 6], None],
+        [[-1e6, 0, 1e6, 1, 0, 5]],
+    ],
+)
+def test_what_is_no_polygon(polygons):
+    with pytest.raises(PolygonError):
+        paint(polygons, (8, 8))

@@ -1,0 +1,33 @@
+"""Embeddings of a frozen image encoder, each computed once and kept on disk."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sam_jax.data.loader import Batch
+from sam_jax.model.sam import Sam
+from sam_jax.predict.predictor import encode_images
+
+
+class Embeddings:
+    """Adds embeddings to batches.
+
+    The file is a cache of this process: it grows as images are seen, and starts anew with a run.
+    """
+
+    def __init__(self, model: Sam, variables: dict, path: Path, count: int) -> None:
+        gh, gw = (side // model.patch_size for side in model.image_size)
+        shape = (count, gh, gw, model.prompt_dim)
+        self.model, self.variables = model, variables
+        self.known = np.zeros(count, bool)
+        self.file = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with its images' embeddings instead of the images."""
+        new = ~self.known[batch.image_id]
+        if new.any():
+            # Always as many as a batch has: one program.
+            computed = encode_images(self.model, self.variables, batch.image, batch.size)
+            self.file[batch.image_id] = np.asarray(computed, np.float32)
+            self.known[batch.image_id] = True
+        return batch.replace(image=None, embedding=self.file[batch.image_id])

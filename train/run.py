@@ -1,0 +1,141 @@
+"""A training run, top to bottom."""
+
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+import sam_jax
+from sam_jax.data.loader import Loader
+from sam_jax.data.source import Selection, leave_out, open_source, select
+from sam_jax.evaluate.clicks import evaluate_clicks
+from sam_jax.predict.predictor import SamPredictor
+from train.checkpoints import KEPT, Checkpoints
+from train.config import ConfigError, TrainConfig, differences, learns_encoder, to_dict
+from train.embeddings import Embeddings
+from train.interactive import make_interactive
+from train.metrics import Metrics, summarize
+from train.optimizer import check_train_only, make_optimizer
+from train.report import write_report
+from train.state import TrainState, init_state, init_variables
+from train.step import make_step
+from train.workdir import BadSamples, claim, write_json
+
+
+def run(config: TrainConfig, workdir: Path) -> None:
+    """Trains, or goes on with what was begun in the workdir; then evaluates and reports.
+
+    The workdir then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, weights/ (for
+    `sam_jax.load`), evaluation.json, report/, and bad_samples.jsonl if there were any.
+
+    Raises:
+      ConfigError, SourceError: before anything is written, if the run cannot be.
+    """
+    seen, held_out = open_data(config)
+    variables = initial_variables(config)
+    claim(workdir, config, bytes_on_disk(config, variables, seen))
+
+    optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
+    step = make_step(make_interactive(config.model, config.objective), optimizer, config.seed)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    state = init_state(variables, optimizer)
+    state = checkpoints.restore(state) or state
+    start = int(state.step)
+
+    batches = make_loader(config, seen).batches(start, config.num_steps, config.data.workers)
+    complete = make_completion(config, variables, workdir, seen)
+    bad = BadSamples(workdir / "bad_samples.jsonl", config.data.max_bad, len(seen))
+    metrics = Metrics(workdir, start, config.num_steps, config.batch_size)
+    for done, (batch, problems) in enumerate(batches, start=start + 1):
+        bad.add(problems)
+        state, values = step(state, jax.device_put(complete(batch)))
+        metrics.advance()
+        is_last = done == config.num_steps
+        if is_last or done % config.log_every == 0:
+            metrics.log(done, summarize(jax.device_get(values)))
+        if is_last or done % config.checkpoint_every == 0:
+            checkpoints.save(done, state)
+        if not is_last and config.evaluate_every and done % config.evaluate_every == 0:
+            metrics.log_evaluation(done, evaluate(config, state, held_out))
+    checkpoints.close()
+    metrics.close()
+
+    sam_jax.save(workdir / "weights", config.model, variables_of(state))
+    evaluation = evaluate(config, state, held_out)
+    write_json(workdir / "evaluation.json", evaluation)
+    write_report(workdir, SamPredictor(config.model, variables_of(state)), held_out, evaluation)
+
+
+def open_data(config: TrainConfig) -> tuple[Selection, Selection]:
+    """The images to learn from, and those to evaluate on: the same ones where none are held out."""
+    frame = config.model.image_size if config.data.half_size_jpeg else None
+    source = open_source(config.data.source, reduce_to=frame)
+    if not config.data.held_out:
+        return select(source, ":"), select(source, ":")
+    return leave_out(source, config.data.held_out), select(source, config.data.held_out)
+
+
+def make_loader(config: TrainConfig, selection: Selection) -> Loader:
+    """The loader of the images to learn from."""
+    return Loader(
+        source=selection.source,
+        indices=selection.indices,
+        frame=config.model.image_size,
+        batch_size=config.batch_size,
+        masks_per_image=config.objective.masks_per_image,
+        seed=config.seed,
+        flips=config.data.flips,
+        turns=config.data.turns,
+    )
+
+
+def make_completion(config: TrainConfig, variables: dict, workdir: Path, selection: Selection):
+    """What a batch goes through before a step: a frozen encoder's embeddings are added."""
+    if learns_encoder(config):
+        return lambda batch: batch
+    path = workdir / "embeddings.npy"
+    return Embeddings(config.model, variables, path, len(selection.source))
+
+
+def initial_variables(config: TrainConfig) -> dict:
+    """The variables of `init_from`, or else drawn from the seed.
+
+    Raises:
+      ConfigError: if those of `init_from` are of another model, or `train_only` names nothing.
+    """
+    if config.init_from:
+        model, variables = sam_jax.load(config.init_from)
+        if found := differences(to_dict(model), to_dict(config.model), ignore=NOT_IN_WEIGHTS):
+            raise ConfigError(
+                f"init_from={config.init_from!r} holds another model: {'; '.join(found)}"
+            )
+    else:
+        variables = jax.jit(init_variables, static_argnums=(0, 1))(config.model, config.seed)
+    check_train_only(variables["params"], config.train_only)
+    return variables
+
+
+NOT_IN_WEIGHTS = ("drop_path", "dropout", "remat", "dtype")  # fields that no parameter depends on
+
+
+def bytes_on_disk(config: TrainConfig, variables: dict, selection: Selection) -> int:
+    """What the run will write: checkpoints of parameters and two moments, weights, embeddings."""
+    size = sum(x.nbytes for x in jax.tree.leaves(variables))
+    total = (3 * (KEPT + 1) + 1) * size
+    if not learns_encoder(config):
+        gh, gw = (side // config.model.patch_size for side in config.model.image_size)
+        total += 4 * len(selection.source) * gh * gw * config.model.prompt_dim
+    return total
+
+
+def evaluate(config: TrainConfig, state: TrainState, held_out: Selection) -> dict:
+    """What evaluation.json holds: see `evaluate_clicks`."""
+    predictor = SamPredictor(config.model, variables_of(state))
+    indices = tqdm(range(len(held_out)), "evaluation", unit="image", leave=False)
+    where = {"source": config.data.source, "index": config.data.held_out or ":"}
+    return where | evaluate_clicks(predictor, held_out, indices)
+
+
+def variables_of(state: TrainState) -> dict:
+    """The model's variables."""
+    return {"params": state.params, "constants": state.constants}
