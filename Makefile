@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-colabs test-reference lint bench clean
+.PHONY: install train test test-colabs test-reference lint bench clean
 
 install: .venv/test
 
@@ -16,6 +16,9 @@ install: .venv/test
 .venv/reference: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,reference]'
 	touch $@
+
+train: .venv/test
+	$(BIN)/python -m train configs/sam_tiny.py --workdir runs/sam_tiny
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 -m 'not reference and not colab'
@@ -33,6 +36,8 @@ lint: .venv/test
 
 bench: .venv/reference
 	$(BIN)/python -m tests.benchmarks.predict
+	$(BIN)/python -m tests.benchmarks.train
+	$(BIN)/python -m tests.benchmarks.loader
 
 clean:
 	rm -rf .venv build dist *.egg-info

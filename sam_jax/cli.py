@@ -7,8 +7,12 @@ EXAMPLES = {
     "predict": "sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/",
     "convert": "sam-jax convert sam_vit_b_01ec64.pth sam_b/",
     "info": "sam-jax info --weights sam_b/",
+    "evaluate": "sam-jax evaluate --weights sam_vit_b --source coco:photos/ --json scores.json",
     "data": "sam-jax data check sa1b:images/ --json report.json",
 }
+
+
+SOURCE_HELP = "sa1b:PATH, coco:FOLDER, labels:FOLDER, tfds:DATASET[/SPLIT][@FOLDER] or scenes"
 
 
 def main(argv=None):
@@ -18,6 +22,7 @@ def main(argv=None):
     _add_predict(verbs)
     _add_convert(verbs)
     _add_info(verbs)
+    _add_evaluate(verbs)
     _add_data(verbs)
     args = parser.parse_args(argv)
     try:
@@ -77,6 +82,16 @@ def _add_info(verbs):
     verb.add_argument("--weights", help="anything that sam_jax.load takes")
 
 
+def _add_evaluate(verbs):
+    verb = _add_verb(verbs, "evaluate", "measure mean IoU after clicks and boxes", _evaluate)
+    verb.add_argument("--weights", required=True, help="anything that sam_jax.load takes")
+    verb.add_argument("--source", required=True, metavar="SOURCE", help=SOURCE_HELP)
+    verb.add_argument(
+        "--index", default=":", metavar="SLICE", help="of the images, as in Python: 0::5, :100, 7"
+    )
+    verb.add_argument("--json", metavar="FILE", help="write the scores to a file too")
+
+
 def _add_data(verbs):
     verb = _add_verb(verbs, "data", "look after images with masks", None)
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -90,7 +105,7 @@ def _add_data(verbs):
     check.add_argument(
         "source",
         metavar="SOURCE",
-        help="sa1b:PATH, coco:FOLDER, labels:FOLDER, tfds:DATASET[/SPLIT][@FOLDER] or scenes",
+        help=SOURCE_HELP,
     )
     check.add_argument("--json", metavar="FILE", help="write what was found to a file too")
 
@@ -130,6 +145,26 @@ def _info(args):
     from sam_jax import info
 
     info.print_info(args.weights)
+
+
+def _evaluate(args):
+    import json
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from sam_jax.data.source import open_source, select
+    from sam_jax.evaluate.clicks import evaluate_clicks, table
+    from sam_jax.predict.predictor import SamPredictor
+    from sam_jax.weights.formats import load
+
+    images = select(open_source(args.source), args.index)
+    predictor = SamPredictor(*load(args.weights))
+    scores = evaluate_clicks(predictor, images, tqdm(range(len(images)), unit="image"))
+    print(table(scores))
+    if args.json:
+        scores = {"source": args.source, "index": args.index} | scores
+        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
 def _data_check(args):

@@ -23,11 +23,14 @@ USES = (*NETWORKS, "sam_jax.predict", "sam_jax.weights", "sam_jax.data")
 LIBRARY = (*USES, "sam_jax.evaluate", "sam_jax.export", "sam_jax.engine")
 LEAVES = (*LIBRARY, "train.config", "train.prompts", "train.losses", "train.sharding")
 PARTS = (*LEAVES, "train.state", "train.interactive", "train.pretrain", "train.optimizer")
-STEPS = (*PARTS, "train.step", "train.checkpoints", "train.metrics", "train.report")
+FILES = ("train.checkpoints", "train.embeddings", "train.metrics", "train.workdir")
+STEPS = (*PARTS, *FILES, "train.step", "train.replay", "train.report")
 BELOW = {
     "sam_jax.model": (),
     "sam_jax.masks": (),
     "sam_jax.predict": NETWORKS,
+    "sam_jax.predict.images": (),  # these two are for `data` too
+    "sam_jax.predict.transforms": (),
     "sam_jax.weights": ("sam_jax.model",),
     "sam_jax.data": ("sam_jax.masks", "sam_jax.predict.transforms", "sam_jax.predict.images"),
     "sam_jax.evaluate": USES,
@@ -47,9 +50,12 @@ BELOW = {
     "train.pretrain": LEAVES,
     "train.optimizer": LEAVES,
     "train.step": PARTS,
-    "train.checkpoints": PARTS,
-    "train.metrics": PARTS,
-    "train.report": PARTS,
+    "train.replay": PARTS,
+    "train.checkpoints": LEAVES,
+    "train.embeddings": LEAVES,
+    "train.metrics": LEAVES,
+    "train.workdir": LEAVES,
+    "train.report": (*PARTS, "train.metrics"),
     "train.run": STEPS,
     "train.compile": STEPS,
     "train.__main__": (*STEPS, "train.run"),
@@ -62,12 +68,13 @@ EVERYWHERE = ("jax", "flax", "numpy", "einops", "scipy")
 HOMES = {
     "PIL": ("sam_jax.predict", "sam_jax.data", "sam_jax.cli"),
     "faster_coco_eval": ("sam_jax.evaluate",),
+    "absl": ("sam_jax.data.loader",),
     "grain": ("sam_jax.data.loader",),
     "jax2onnx": ("sam_jax.export",),
     "matplotlib": ("train.report",),
     "ml_dtypes": ("sam_jax.weights.torch_file",),
     "onnxruntime": ("sam_jax.export",),
-    "optax": ("train.optimizer", "train.losses", "train.step"),
+    "optax": ("train.optimizer", "train.losses", "train.step", "train.state"),
     "orbax": ("train.checkpoints",),
     "safetensors": ("sam_jax.weights",),
     "starlette": ("sam_jax.engine",),

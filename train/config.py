@@ -120,8 +120,8 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"{name} must be {allowed}; got {got!r}")
     if not learns_encoder(config) and (data.flips or data.turns):
         raise ConfigError(
-            "data.flips and data.turns must be False where train_only leaves out the image encoder, "
-            f"whose embeddings are computed once; got train_only={config.train_only}"
+            "data.flips and data.turns must be False where the image encoder does not learn: its "
+            f"embeddings are computed once; got train_only={config.train_only}"
         )
     patch = model.patch_size
     if any(side % patch or side <= 0 for side in model.image_size):

@@ -1,6 +1,7 @@
 """What a run says of itself while it runs: JSON lines, TensorBoard events, a progress bar."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -9,18 +10,19 @@ from tqdm import tqdm
 
 
 class Metrics:
-    """Writes the values of logged steps.
+    """Writes the values of logged steps, and of evaluations on the way.
 
-    `metrics.jsonl` holds one object a logged step. A run that goes on from a checkpoint first cuts
-    off what came after it, so that every step stands there once.
+    `metrics.jsonl` holds one object a logged step, `evaluations.jsonl` one an evaluation. A run
+    that goes on from a checkpoint first drops what came after it: every step stands there once.
     """
 
     def __init__(self, workdir: Path, start: int, stop: int, batch_size: int) -> None:
         from tensorboardX import SummaryWriter
 
         self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(self.path) if row["step"] <= start]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.evaluations = workdir / "evaluations.jsonl"
+        for path in (self.path, self.evaluations):
+            cut(path, start)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
         self.batch_size = batch_size
@@ -36,8 +38,7 @@ class Metrics:
         rate = self.batch_size * (step - self.since[1]) / (now - self.since[0])
         self.since = now, step
         row = {"step": step} | values | {"images_per_second": round(rate, 2)}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.path, row)
         for name, value in values.items():
             if isinstance(value, float):
                 self.board.add_scalar(name, value, step)
@@ -45,9 +46,8 @@ class Metrics:
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in bar.items()})
 
     def log_evaluation(self, step: int, evaluation: dict) -> None:
-        """Writes an evaluation on the way, to evaluations.jsonl."""
-        with open(self.path.with_name("evaluations.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | evaluation) + "\n")
+        """Writes an evaluation on the way, as `evaluate_clicks` returns it."""
+        append(self.evaluations, {"step": step} | evaluation)
         for clicks, iou in evaluation["clicks"].items():
             self.board.add_scalar(f"evaluation/{clicks}_clicks", iou["chosen"], step)
         self.board.add_scalar("evaluation/box", evaluation["box"]["chosen"], step)
@@ -57,8 +57,25 @@ class Metrics:
         self.bar.close()
 
 
+def append(path: Path, row: dict) -> None:
+    """Adds a row to a JSON lines file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cut(path: Path, step: int) -> None:
+    """Drops the rows of later steps from a JSON lines file, if there is one."""
+    rows = read_rows(path)
+    if kept := [row for row in rows if row["step"] <= step]:
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON lines file, without a last one that was cut short; none if it is missing."""
+    """The rows of a JSON lines file, without a last one cut short; none if it is missing."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

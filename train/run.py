@@ -8,7 +8,7 @@ from tqdm import tqdm
 import sam_jax
 from sam_jax.data.loader import Loader
 from sam_jax.data.source import Selection, leave_out, open_source, select
-from sam_jax.evaluate.clicks import evaluate_clicks
+from sam_jax.evaluate.clicks import evaluate_clicks, table
 from sam_jax.predict.predictor import SamPredictor
 from train.checkpoints import KEPT, Checkpoints
 from train.config import ConfigError, TrainConfig, differences, learns_encoder, to_dict
@@ -60,10 +60,12 @@ def run(config: TrainConfig, workdir: Path) -> None:
     checkpoints.close()
     metrics.close()
 
+    predictor = SamPredictor(config.model, variables_of(state))
     sam_jax.save(workdir / "weights", config.model, variables_of(state))
     evaluation = evaluate(config, state, held_out)
     write_json(workdir / "evaluation.json", evaluation)
-    write_report(workdir, SamPredictor(config.model, variables_of(state)), held_out, evaluation)
+    report = write_report(workdir, predictor, held_out, evaluation)
+    print(table(evaluation), f"report: {report}", f"weights: {workdir / 'weights'}", sep="\n")
 
 
 def open_data(config: TrainConfig) -> tuple[Selection, Selection]:

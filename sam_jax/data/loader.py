@@ -120,7 +120,7 @@ class Loader:
         rows = self.batch_size // self.hosts
         return row // rows * self.batch_size + self.host * rows + row % rows
 
-    def sample(self, place: int) -> tuple[dict[str, np.ndarray], list[Problem]]:
+    def sample(self, place: int) -> tuple[dict[str, Any], list[Problem]]:
         """The sample at a place in the endless order of samples, and those it replaces."""
         problems = []
         for attempt in range(MAX_REPLACEMENTS):
@@ -166,7 +166,7 @@ def prepare(
     flips: bool,
     turns: bool,
     rng: np.random.Generator,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """Brings an example into the frame, with up to `masks_per_image` of its masks.
 
     Returns:
@@ -188,8 +188,7 @@ def prepare(
             break
         mask = _paint(example.masks[i], size_before)
         if mask is not None:
-            packed = np.packbits(move(mask), axis=-1)
-            masks[count, : size[0], : packed.shape[1]] = packed
+            _pack(move(mask), masks[count])
             mask_id[count] = i
             count += 1
     if not count:
@@ -206,13 +205,22 @@ def prepare(
 def _paint(mask, size):
     """A mask 'h w' bool in the frame, or None if it is too large, or too small to be seen there."""
     try:
-        height, width = mask["size"]
-        if rle.area(mask) > MAX_AREA * height * width:
-            return None
-        painted = rle.decode_resized(mask, size)
+        lengths = rle.runs(mask)
     except rle.RLEError as error:
         raise BadSample("broken mask", str(error)) from error
+    height, width = mask["size"]
+    if lengths[1::2].sum() > MAX_AREA * height * width:
+        return None
+    painted = rle.paint_resized(lengths, mask["size"], size)
     return painted if painted.any() else None
+
+
+def _pack(mask, bits):
+    """Sets the pixels of a mask 'h w' among bits that are zero, looking at its own box alone."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    left = columns[0] // 8
+    packed = np.packbits(mask[rows[0] : rows[-1] + 1, 8 * left : columns[-1] + 1], axis=-1)
+    bits[rows[0] : rows[-1] + 1, left : left + packed.shape[1]] = packed
 
 
 def _flip_and_turn(x, *, flip, quarter_turns):

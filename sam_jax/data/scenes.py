@@ -13,7 +13,7 @@ import numpy as np
 from sam_jax.data.example import Example
 from sam_jax.masks import rle
 
-MIN_PIXELS = 25  # of a mask that is kept
+MIN_PIXELS = 40  # of a mask that is kept
 MIN_VISIBLE = 0.4  # of an object or part, else it is hidden rather than seen
 CONTRAST = 70.0  # least distance in RGB of a colour to the one around it
 
@@ -52,7 +52,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     image = color + u * slope[:, 0] + v * slope[:, 1]
     regions: list[np.ndarray] = []
     areas: list[int] = []
-    for _ in range(rng.integers(3, 6)):
+    for _ in range(rng.integers(2, 5)):
         drawn = draw_object(rng, image, color, x, y)
         for region in regions:
             region &= ~drawn[0]
@@ -71,7 +71,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
 def draw_object(rng, image, around, x, y):
     """Paints an object with its parts into the image -> the regions of all of them, it first."""
     height, width = x.shape
-    radius = rng.uniform(0.1, 0.26) * min(height, width)
+    radius = rng.uniform(0.16, 0.36) * min(height, width)
     cx = rng.uniform(0.6 * radius, width - 0.6 * radius)
     cy = rng.uniform(0.6 * radius, height - 0.6 * radius)
     u, v = turn(rng, x - cx, y - cy)
@@ -117,7 +117,7 @@ def parts(rng, whole, u, v):
     """One to three regions of an object that do not overlap, in its coordinates."""
     kind = rng.integers(4)
     if kind == 0:  # a disc inside
-        du, dv, r = *rng.uniform(-0.25, 0.25, 2), rng.uniform(0.35, 0.6)
+        (du, dv), r = rng.uniform(-0.25, 0.25, 2), rng.uniform(0.35, 0.6)
         return [whole & ((u - du) ** 2 + (v - dv) ** 2 < r**2)]
     if kind == 1:  # a band across
         at, half = rng.uniform(-0.3, 0.3), rng.uniform(0.18, 0.3)

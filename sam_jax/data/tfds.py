@@ -78,7 +78,7 @@ def open_tfds(name: str, reduce_to: tuple[int, int] | None = None) -> Tfds:
 def _open(name: str, folder: str | None) -> dict[str, Any]:
     """The records of every split."""
     try:
-        import tensorflow_datasets as tfds  # type: ignore[import-untyped]
+        import tensorflow_datasets as tfds
     except ImportError as error:
         raise SourceError(f'tfds: {error}; pip install "sam_jax[train]"') from error
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -103,7 +103,7 @@ def _how_to_build(name: str, folder: str | None, why: str) -> str:
 
 def _features(records: Any, index: int) -> Any:
     """The features of a record, by name."""
-    from tensorflow_datasets.proto import tf_example_pb2  # type: ignore[import-untyped]
+    from tensorflow_datasets.proto import tf_example_pb2
 
     try:
         return tf_example_pb2.Example.FromString(records[index]).features.feature

@@ -61,6 +61,22 @@ def evaluate_clicks(predictor: SamPredictor, source: Source, indices: Sequence[i
     }
 
 
+def table(scores: dict) -> str:
+    """What `evaluate_clicks` returns, as lines for people."""
+    rows = [(f"{n} click{'s' * (n != '1')}", iou) for n, iou in scores["clicks"].items()]
+    lines = [f"mean IoU over {scores['objects']} objects", f"{'':10}   chosen   oracle"]
+    lines += [
+        f"{name:10}{iou['chosen']:9.3f}{iou['oracle']:9.3f}"
+        for name, iou in [*rows, ("box", scores["box"])]
+    ]
+    lines.append(
+        f"ceiling of one click, not knowing which object is meant: {scores['ceiling']:.3f}"
+    )
+    if scores["bad_samples"]:
+        lines.append(f"{scores['bad_samples']} images could not be read and are left out")
+    return "\n".join(lines)
+
+
 def paint_masks(example: Example) -> np.ndarray:
     """The masks 'n h w' of an example, painted.
 
@@ -82,7 +98,7 @@ def play_clicks(predictor: SamPredictor, masks: np.ndarray) -> np.ndarray:
     Returns:
       'n column': the IoUs of chosen and oracle for each of CLICKS, then for the box.
     """
-    columns = []
+    columns: list[np.ndarray] = []
     for number, (predicted, scores) in enumerate(rounds_of(predictor, masks), start=1):
         if number in CLICKS:
             columns += chosen_and_oracle(predicted, scores, masks)

@@ -13,6 +13,7 @@ gives the same bytes. Deliberate differences:
 - One mask a call, and `counts` is a str, so that an RLE can go into JSON as it is.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,20 +78,20 @@ def decode_resized(rle: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray
     Raises:
       RLEError: as `decode`.
     """
-    lengths = runs(rle)
-    height, width = rle["size"]
-    rows, columns = _nearest(height, shape[0]), _nearest(width, shape[1])
-    kept = columns[np.diff(columns, prepend=-1) > 0]  # columns of the mask that are seen at all
+    return paint_resized(runs(rle), rle["size"], shape)
+
+
+def paint_resized(lengths: np.ndarray, size: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
+    """`decode_resized` from what `runs` gives for a mask of (height, width) `size`."""
+    height, width = int(size[0]), int(size[1])
+    source, first, is_seen = _columns(width, shape[1])
     column, row = np.divmod(np.cumsum(lengths[:-1]), height)
-    new_column = np.searchsorted(kept, np.arange(width + 1))
-    new_row = np.searchsorted(rows, np.arange(height))
-    is_kept = np.zeros(width + 1, bool)
-    is_kept[kept] = True
-    bounds = new_column[column] * shape[0] + np.where(is_kept[column], new_row[row], 0)
-    lengths = np.diff(bounds, prepend=0, append=len(kept) * shape[0])
+    bounds = first[column] * shape[0] + is_seen[column] * _rows(height, shape[0])[row]
+    seen = source[-1] + 1
+    lengths = np.diff(bounds, prepend=0, append=seen * shape[0])
     inside = np.arange(len(lengths)) % 2 == 1
-    painted = np.repeat(inside, lengths).reshape(len(kept), shape[0])
-    return (painted if len(kept) == shape[1] else painted[np.searchsorted(kept, columns)]).T
+    painted = np.repeat(inside, lengths).reshape(seen, shape[0])
+    return (painted if seen == shape[1] else painted[source]).T
 
 
 def area(rle: Mapping[str, Any]) -> int:
@@ -134,6 +135,27 @@ def runs(rle: Mapping[str, Any]) -> np.ndarray:
 def _nearest(size: int, new_size: int) -> np.ndarray:
     """The pixels of an axis that those of a new size are nearest to, by their centres."""
     return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
+
+
+@functools.lru_cache(maxsize=64)  # the masks of an image are alike
+def _rows(height: int, new_height: int) -> np.ndarray:
+    """The first row of the new size that lies at or below each row of a mask."""
+    return np.searchsorted(_nearest(height, new_height), np.arange(height))
+
+
+@functools.lru_cache(maxsize=64)
+def _columns(width: int, new_width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which columns of a mask are seen at a new size: those that are nearest to any there.
+
+    Returns:
+      For each new column, which of the seen ones it is; for each position from 0 to `width`, the
+      first seen one from there on, counted among the seen ones; whether it is seen itself.
+    """
+    columns = _nearest(width, new_width)
+    seen = columns[np.diff(columns, prepend=-1) > 0]
+    is_seen = np.zeros(width + 1, bool)
+    is_seen[seen] = True
+    return np.searchsorted(seen, columns), np.searchsorted(seen, np.arange(width + 1)), is_seen
 
 
 def _changes(mask: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
-from sam_jax.model.layers import ENCODER_INIT
+from sam_jax.model.layers import xavier_uniform
 
 QUERIES_PER_STEP = 256  # of one head; a step's logits over 4096 keys take 4 MiB
 
@@ -42,7 +42,7 @@ class Attention(nn.Module):
     def __call__(self, x):
         """Attends 'b gh gw c' -> 'b gh gw c'."""
         gh, gw, c = x.shape[-3:]
-        project = nn.Dense(3 * c, dtype=self.dtype, kernel_init=ENCODER_INIT, name="qkv")
+        project = nn.Dense(3 * c, dtype=self.dtype, kernel_init=xavier_uniform, name="qkv")
         table_h = self.param(
             "rel_pos_h", nn.initializers.zeros, (2 * self.table_size[0] - 1, c // self.num_heads)
         )
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         out = for_each(lambda qkv: attend(qkv, rel_h, rel_w, self.num_heads), qkv)
         if self.window:
             out = join_windows(out, gh, gw)
-        return nn.Dense(c, dtype=self.dtype, kernel_init=ENCODER_INIT, name="proj")(out)
+        return nn.Dense(c, dtype=self.dtype, kernel_init=xavier_uniform, name="proj")(out)
 
 
 def for_each(f, xs):

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from sam_jax.model.attention import Attention
-from sam_jax.model.layers import ENCODER_INIT, PatchConv, fan_in_uniform, gelu, layer_norm
+from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xavier_uniform
 
 
 class ImageEncoder(nn.Module):
@@ -46,8 +46,8 @@ class ImageEncoder(nn.Module):
     def __call__(self, image, train=False):
         c = self.embed_dim
         grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
-        x = PatchConv(c, self.patch_size, self.dtype, ENCODER_INIT, name="patch_embed")(image)
-        positions = self.param("pos_embed", ENCODER_INIT, (1, *grid, c))
+        x = PatchConv(c, self.patch_size, self.dtype, xavier_uniform, name="patch_embed")(image)
+        positions = self.param("pos_embed", nn.initializers.truncated_normal(0.02), (1, *grid, c))
         x = x + resize_positions(positions, x.shape[1:3]).astype(self.dtype)
 
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
@@ -87,7 +87,7 @@ class Block(nn.Module):
     def __call__(self, x, train):
         c = x.shape[-1]
         dense = lambda features, name: nn.Dense(
-            features, dtype=self.dtype, kernel_init=ENCODER_INIT, name=name
+            features, dtype=self.dtype, kernel_init=xavier_uniform, name=name
         )
         drop = nn.Dropout(
             self.drop_path,

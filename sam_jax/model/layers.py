@@ -1,7 +1,8 @@
 """The few layers whose initial values or numerics differ from Flax's defaults.
 
 Sources: PyTorch's default initial values, which the released segment-anything code relies on;
-truncated normals of 0.02 in the image encoder, as in ViTDet (`modeling/backbone/vit.py`).
+Xavier's uniform ones in the image encoder, as in MAE, from which the paper's encoder comes
+(`models_mae.py`): unlike truncated normals of 0.02 they suit encoders of any width.
 """
 
 import math
@@ -13,7 +14,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-ENCODER_INIT = nn.initializers.truncated_normal(0.02)
+
+def xavier_uniform(key, shape, dtype=jnp.float32):
+    """Xavier's initial values for a kernel '... i o', one matrix product from all but the last."""
+    bound = math.sqrt(6 / (math.prod(shape[:-1]) + shape[-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def fan_in_uniform(fan_in):

@@ -3,10 +3,10 @@
 Source: segment-anything `modeling/transformer.py`.
 
 Differences, all exact up to rounding:
-- Between tokens and image, where tokens are few and channels many, the projections of the image's
-  side are absorbed into the tokens' side: `q (x W_k + b_k)^T` is `(q W_k^T) x^T` plus a constant per
-  row, which softmax drops, and `P (x W_v + b_v)` is `(P x) W_v + b_v`, as the rows of P sum to one.
-  No projected image is ever made. With 256 channels, up to 16 tokens are few.
+- Between tokens and image, where tokens are few and channels many, the image's projections are
+  absorbed into the tokens' side: `q (x W_k + b_k)^T` is `(q W_k^T) x^T` plus a constant per row,
+  which softmax drops, and `P (x W_v + b_v)` is `(P x) W_v + b_v`, as the rows of P sum to one. No
+  projected image is ever made. With 256 channels, up to 16 tokens are few.
 - The image may be one for all objects (n = 1) until the objects change it, so that the first
   layer's products over it are shared.
 - Only the tokens that are read afterwards query the image in the last attention.

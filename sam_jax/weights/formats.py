@@ -11,6 +11,7 @@ from sam_jax.model.sam import Sam
 from sam_jax.weights import download, safetensors_file, store, torch_file
 from sam_jax.weights.convert import WeightsError, from_torch, to_torch
 
+TINY = Path(__file__).with_name("sam_tiny")  # comes with the package: a weights directory
 FORMATS = ("sam_jax", "official", "huggingface")
 
 log = logging.getLogger("sam_jax")
@@ -21,8 +22,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
 
     Args:
       path: a weights directory, a Hugging Face folder, a `.pth` or safetensors file with official,
-        Hugging Face or MAE names, or "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official file,
-        which is downloaded once.
+        Hugging Face or MAE names; "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official file,
+        which is downloaded once; or "sam_tiny", which comes with the package and is trained on
+        generated scenes.
     Returns:
       (`Sam`, {"params", "constants"} of float32 arrays on the default device).
     Raises:
@@ -50,6 +52,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any], list[str]]:
     notes: list[str] = []
     if str(path) in download.OFFICIAL and not Path(path).exists():
         path = download.fetch(str(path))
+    if str(path) == "sam_tiny" and not Path(path).exists():
+        path = TINY
     path = Path(path)
     if (path / store.MODEL).is_file():
         return *store.read(path), notes
@@ -60,7 +64,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any], list[str]]:
     else:
         raise FileNotFoundError(
             f"no weights at {path}: pass a weights directory, a .pth or safetensors file, a "
-            f"Hugging Face folder, or one of {', '.join(download.OFFICIAL)}"
+            f"Hugging Face folder, or one of {', '.join(download.OFFICIAL)}, sam_tiny"
         )
     if not isinstance(state, dict):
         raise WeightsError(f"{path} must hold a dict of tensors; got {type(state).__name__}")

@@ -1,0 +1,25 @@
+"""SAM ViT-H on SA-1B, end to end. Source: Kirillov et al. 2023, appendix A.
+
+    python -m train configs/sam_vit_h.py --workdir runs/sam_h --set init_from=mae_vit_h/
+
+`init_from` takes an MAE-pre-trained encoder, which the paper starts from. Cost: 90,000 steps of 256
+images; the paper took 68 hours on 256 A100. The same, small: configs/sam_tiny.py.
+"""
+
+from sam_jax.model.sam import sam_vit_h
+from train.config import Data, Interactive, Optimizer, TrainConfig
+
+config = TrainConfig(
+    model=sam_vit_h(drop_path=0.4, dropout=0.1, remat=True, dtype="bfloat16"),
+    objective=Interactive(),
+    data=Data(source="sa1b:data/sa1b", held_out="0:1000", workers=8),
+    optimizer=Optimizer(
+        peak_lr=8e-4,
+        warmup_steps=250,
+        drop_at=(60_000, 86_666),
+        weight_decay=0.1,
+        layer_decay=0.8,
+    ),
+    batch_size=256,
+    num_steps=90_000,
+)

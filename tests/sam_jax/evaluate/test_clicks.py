@@ -1,0 +1,175 @@
+"""The evaluation's protocol, with a predictor whose answers are known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sam_jax.cli import main
+from sam_jax.data.example import BadSample, Example
+from sam_jax.evaluate.clicks import evaluate_clicks, mask_iou, one_click_ceiling, rounds_of, table
+from sam_jax.masks import rle
+
+SIZE = (40, 50)
+
+
+class Known:
+    """A predictor that answers every prompt with masks of ours, and remembers the prompts."""
+
+    def __init__(self, answer):
+        self.answer, self.calls = answer, []
+
+    def set_image(self, image):
+        self.image = image
+
+    def predict_many(self, prompts, multimask_output=True):
+        copies = [{key: np.array(value) for key, value in prompt.items()} for prompt in prompts]
+        self.calls.append((copies, multimask_output))
+        masks, scores = zip(*(self.answer(p, multimask_output) for p in copies), strict=True)
+        logits = np.arange(len(prompts) * len(scores[0])).reshape(len(prompts), -1, 1, 1)
+        return np.stack(masks), np.array(scores), np.broadcast_to(logits, (*logits.shape[:2], 8, 8))
+
+
+class Images(list):
+    """A source of examples, or of what reading them raises."""
+
+    def __getitem__(self, index):
+        value = super().__getitem__(index)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
+def rectangle(top, left, bottom, right):
+    mask = np.zeros(SIZE, bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def example(*masks):
+    return Example(image=np.zeros((*SIZE, 3), np.uint8), masks=[rle.encode(m) for m in masks])
+
+
+WHOLE, PART = rectangle(4, 4, 34, 44), rectangle(10, 10, 25, 25)
+
+
+def test_the_highest_score_is_chosen_and_the_best_mask_is_the_oracles():
+    def answer(prompt, multimask):
+        masks = [PART, WHOLE, ~WHOLE] if multimask else [WHOLE]
+        return np.array(masks), [0.9, 0.5, 0.1] if multimask else [0.3]
+
+    scores = evaluate_clicks(Known(answer), Images([example(WHOLE)]), [0])
+    part = 15 * 15 / (30 * 40)
+    assert scores["objects"] == 1
+    assert scores["clicks"]["1"] == {"chosen": round(part, 4), "oracle": 1.0}
+    for clicks in ("2", "3", "5", "9"):
+        assert scores["clicks"][clicks] == {"chosen": 1.0, "oracle": 1.0}
+    assert scores["box"] == {"chosen": round(part, 4), "oracle": 1.0}
+
+
+def test_clicks_follow_the_error_and_logits_the_choice():
+    def answer(prompt, multimask):
+        empty = np.zeros(SIZE, bool)
+        masks = [empty, PART, WHOLE] if multimask else [PART]
+        return np.array(masks), [0.1, 0.9, 0.5] if multimask else [0.3]
+
+    predictor = Known(answer)
+    rounds = list(rounds_of(predictor, np.stack([WHOLE, PART])))
+    assert len(rounds) == 9
+    first, multimask = predictor.calls[0]
+    assert multimask
+    assert "mask_input" not in first[0]
+    assert first[0]["point_coords"].tolist() == [[18, 18]]  # the first of the deepest 15 from all
+    assert first[0]["point_labels"].tolist() == [1]
+    second, multimask = predictor.calls[1]
+    assert not multimask
+    assert (second[0]["mask_input"] == 1).all()  # of the chosen one of the first object's three
+    assert (second[1]["mask_input"] == 4).all()
+    assert second[0]["point_labels"].tolist() == [1, 1]  # PART was predicted, WHOLE is missed
+    x, y = second[0]["point_coords"][1]
+    assert WHOLE[y, x]
+    assert not PART[y, x]
+    assert second[1]["point_labels"].tolist() == [1]  # nothing was wrong, nothing is added
+    last, _ = predictor.calls[8]
+    assert len(last[0]["point_coords"]) == 9
+
+
+def test_boxes_are_tight_and_never_empty():
+    def answer(prompt, multimask):
+        return np.array([WHOLE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
+
+    predictor = Known(answer)
+    line = rectangle(7, 8, 8, 20)
+    evaluate_clicks(predictor, Images([example(WHOLE, line)]), [0])
+    boxes, multimask = predictor.calls[-1]
+    assert multimask
+    assert [prompt["box"].tolist() for prompt in boxes] == [[4, 4, 43, 33], [8, 7, 19, 8]]
+
+
+def test_every_mask_counts_however_large_or_many():
+    def answer(prompt, multimask):
+        return np.array([WHOLE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
+
+    everything = np.ones(SIZE, bool)
+    images = Images([example(*[WHOLE] * 70, everything)])
+    scores = evaluate_clicks(Known(answer), images, [0])
+    assert scores["objects"] == 71
+    assert scores["clicks"]["9"]["chosen"] == round((70 + 1200 / 2000) / 71, 4)
+
+
+def test_bad_samples_are_counted_and_an_empty_source_is_refused():
+    def answer(prompt, multimask):
+        return np.array([WHOLE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
+
+    empty = example(np.zeros(SIZE, bool))
+    images = Images([BadSample("broken image", "cut"), example(WHOLE), empty])
+    scores = evaluate_clicks(Known(answer), images, range(3))
+    assert scores["bad_samples"] == 2
+    assert "2 images could not be read" in table(scores)
+    with pytest.raises(ValueError, match="no mask to evaluate on; 1 image"):
+        evaluate_clicks(Known(answer), images, [0])
+
+
+def test_iou_of_masks():
+    empty = np.zeros(SIZE, bool)
+    assert mask_iou(WHOLE, PART) == 225 / 1200
+    assert mask_iou(WHOLE, empty) == 0
+    assert mask_iou(empty, empty) == 1
+
+
+def test_the_ceiling_of_one_click_is_one_where_objects_stand_apart():
+    apart = np.stack([rectangle(0, 0, 10, 10), rectangle(20, 20, 30, 30)])
+    assert one_click_ceiling(apart) == [1, 1]
+
+
+def test_the_ceiling_of_one_click_where_a_part_hides_in_a_whole():
+    # A click in the middle of either may mean both: each answer has the mean (1 + IoU) / 2.
+    part, whole = rectangle(14, 14, 24, 34), rectangle(4, 4, 34, 44)
+    iou = 200 / 1200
+    assert sorted(one_click_ceiling(np.stack([part, whole]))) == pytest.approx([iou, 1])
+    # Three that are nested: the middle one is the best answer to all.
+    inner, middle, outer = rectangle(16, 16, 22, 32), part, whole
+    assert one_click_ceiling(np.stack([inner, middle, outer])) == pytest.approx([96 / 200, 1, iou])
+
+
+def test_the_command_writes_what_it_prints(square, tmp_path, capsys, monkeypatch):
+    from sam_jax.weights.formats import save
+
+    save(tmp_path / "weights", *square)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--weights", "weights", "--source", "scenes:48x64", "--index", "3:4"]
+    assert main(["evaluate", *arguments, "--json", "scores.json"]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["source"] == "scenes:48x64"
+    assert scores["index"] == "3:4"
+    assert set(scores["clicks"]) == {"1", "2", "3", "5", "9"}
+    out = capsys.readouterr().out
+    assert f"{scores['box']['oracle']:.3f}" in out
+    assert f"over {scores['objects']} objects" in out
+
+
+def test_the_command_names_what_is_wrong(tmp_path, capsys):
+    assert main(["evaluate", "--weights", "w", "--source", "photos:x"]) == 1
+    assert "photos" in capsys.readouterr().err
+    assert main(["evaluate", "--weights", "w", "--source", "scenes", "--index", "a"]) == 1
+    assert "0::5" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""Runs as people start them: killed and started again, refused, fine-tuned."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sam_jax
+from train import __main__ as command
+from train.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CONFIG = """
+from sam_jax.model.sam import sam_tiny
+from train.config import Data, Interactive, Optimizer, TrainConfig
+
+config = TrainConfig(
+    model=sam_tiny(
+        image_size=(48, 64), patch_size=16, embed_dim=24, depth=1, num_heads=2, global_blocks=(0,),
+        prompt_dim=16, decoder_depth=1, decoder_mlp_dim=16, iou_hidden_dim=16, drop_path=0.1,
+        dropout=0.1,
+    ),
+    objective=Interactive(masks_per_image=2, chunk=2, points=2),
+    data=Data(source="scenes:48x64", held_out="::50000", flips=True),
+    optimizer=Optimizer(peak_lr=1e-3, warmup_steps=2, drop_at=(8,), layer_decay=0.8),
+    batch_size=2,
+    num_steps=12,
+    log_every=1,
+    checkpoint_every=2,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "small.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(config, tmp_path_factory):
+    """Starts `python -m train` in a process; programs are compiled once for all."""
+    cache = tmp_path_factory.mktemp("cache")
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def start(workdir, *settings):
+        arguments = ["--set", *settings] if settings else []
+        return subprocess.Popen(
+            [sys.executable, "-m", "train", str(config), "--workdir", str(workdir), *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The workdir of a run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    finish(start(workdir))
+    return workdir
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(workdir):
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [(row["step"], row["loss"], row["miou_of_rounds"]) for row in rows]
+
+
+def digest(workdir):
+    return hashlib.sha256((workdir / "weights" / "weights.safetensors").read_bytes()).hexdigest()
+
+
+def test_what_a_run_leaves(whole):
+    assert [step for step, _, _ in losses(whole)] == list(range(1, 13))
+    model, variables = sam_jax.load(whole / "weights")
+    assert model.image_size == (48, 64)
+    assert set(variables) == {"params", "constants"}
+    scores = json.loads((whole / "evaluation.json").read_text())
+    assert scores["source"] == "scenes:48x64"
+    assert set(scores["clicks"]) == {"1", "2", "3", "5", "9"}
+    assert set(scores["box"]) == {"chosen", "oracle"}
+    assert scores["objects"] > 0
+    assert {"curves.png", "clicks.png", "examples.png"} <= {
+        path.name for path in (whole / "report").iterdir()
+    }
+    assert any((whole / "tensorboard").iterdir())
+
+
+def test_a_run_killed_three_times_ends_the_same(start, whole, tmp_path):
+    workdir = tmp_path / "killed"
+    for rows in (3, 6, 9):
+        process = start(workdir)
+        deadline = time.monotonic() + 240
+        while len(read_rows(workdir / "metrics.jsonl")) < rows:
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(start(workdir))
+    assert losses(workdir) == losses(whole)
+    assert digest(workdir) == digest(whole)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, tmp_path):
+    workdir = tmp_path / "damaged"
+    finish(start(workdir, "num_steps=10"))
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    for path in newest.rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    output = finish(start(workdir))
+    assert "checkpoint 10 cannot be read" in output
+    assert losses(workdir) == losses(whole)
+    assert digest(workdir) == digest(whole)
+
+
+def test_a_frozen_encoder_stays_and_the_rest_learns(start, whole, tmp_path):
+    workdir = tmp_path / "tuned"
+    settings = (f"init_from={whole / 'weights'}", "train_only=mask_decoder", "data.flips=False")
+    finish(start(workdir, *settings, "num_steps=3"))
+    before, after = (sam_jax.load(w / "weights")[1]["params"] for w in (whole, workdir))
+    for part, tree in after.items():
+        same = [
+            np.array_equal(x, y)
+            for x, y in zip(*map(jax_leaves, (tree, before[part])), strict=True)
+        ]
+        assert any(same) is (part != "mask_decoder") or part == "mask_decoder"
+        assert all(same) is (part != "mask_decoder")
+
+
+def jax_leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def fail(monkeypatch, capsys, config, workdir, *settings):
+    """Runs the command, which must fail -> what it says."""
+    arguments = ["--set", *settings] if settings else []
+    argv = ["train", str(config), "--workdir", str(workdir), *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.chdir(ROOT)
+    assert command.main() == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimiser.peak_lr=1", "did you mean optimizer?"),
+        ("optimizer.peak_lr=fast", "optimizer.peak_lr must be of type float; got 'fast'"),
+        ("batch_size=0", "batch_size must be at least 1; got 0"),
+        ("model.image_size=(50,64)", "model.image_size must be divisible by the patch of 16"),
+        ("data.source=photos:x", "must be sa1b:PATH"),
+        ("data.source=coco:/nowhere", "/nowhere"),
+        ("data.held_out=1:1", "leaves none"),
+        ("init_from=/nowhere.pth", "no weights at /nowhere.pth"),
+        ("train_only=decoder", "train_only names 'decoder', where there is no parameter"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(
+    monkeypatch, capsys, config, tmp_path, setting, said
+):
+    assert said in fail(monkeypatch, capsys, config, tmp_path / "run", setting)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_source_is_refused(monkeypatch, capsys, config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = fail(
+        monkeypatch, capsys, config, tmp_path / "run", f"data.source=labels:{tmp_path / 'empty'}"
+    )
+    assert "empty" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_config_is_refused(monkeypatch, capsys, config, whole):
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*"))
+    said = fail(monkeypatch, capsys, config, whole, "seed=1", "num_steps=20")
+    assert "seed was 0, is 1" in said
+    assert "num_steps" not in said
+    assert sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*")) == before
+
+
+def test_a_folder_of_other_things_is_refused(monkeypatch, capsys, config, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    assert "neither empty nor a run's" in fail(monkeypatch, capsys, config, tmp_path)
+
+
+def test_a_full_disk_is_refused(monkeypatch, capsys, config, tmp_path):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    said = fail(monkeypatch, capsys, config, tmp_path / "run")
+    assert "needs room for" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_many_bad_samples_end_a_run(start, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    index = []
+    for i in range(4):
+        Image.fromarray(np.full((48, 64, 3), 40 * i, np.uint8)).save(images / f"{i}.png")
+        label = np.zeros((48, 64), np.uint16)
+        label[5:20, 5:30] = 1
+        Image.fromarray(label).save(images / f"{i}_label.png")
+        index.append(
+            {
+                "id": str(i),
+                "image": f"images/{i}.png",
+                "label": f"images/{i}_label.png",
+                "height": 48,
+                "width": 64,
+                "instances": 1,
+            }
+        )
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    broken = images / "2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+
+    source = (f"data.source=labels:{tmp_path}", "data.held_out=0:1", "num_steps=6")
+    process = start(tmp_path / "strict", *source, "data.max_bad=0.1")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "1 of 3 images are unusable, more than data.max_bad=0.1 allows" in output
+    assert "Traceback" not in output
+
+    finish(start(tmp_path / "lenient", *source, "data.max_bad=0.5"))
+    rows = (tmp_path / "lenient" / "bad_samples.jsonl").read_text().splitlines()
+    assert [json.loads(row)["index"] for row in rows] == [2]
+    assert json.loads(rows[0])["reason"] == "broken image"
