@@ -28,7 +28,7 @@ STEPS = (*PARTS, *FILES, "train.step", "train.replay", "train.report")
 BELOW = {
     "sam_jax.model": (),
     "sam_jax.masks": (),
-    "sam_jax.predict": NETWORKS,
+    "sam_jax.predict": (*NETWORKS, "sam_jax.predict.images", "sam_jax.predict.transforms"),
     "sam_jax.predict.images": (),  # these two are for `data` too
     "sam_jax.predict.transforms": (),
     "sam_jax.weights": ("sam_jax.model",),
@@ -56,7 +56,7 @@ BELOW = {
     "train.metrics": LEAVES,
     "train.workdir": LEAVES,
     "train.report": (*PARTS, "train.metrics"),
-    "train.run": STEPS,
+    "train.run": ("sam_jax", *STEPS),
     "train.compile": STEPS,
     "train.__main__": (*STEPS, "train.run"),
     "configs": ("train.config", "sam_jax.model"),
