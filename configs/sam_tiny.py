@@ -17,14 +17,14 @@ config = TrainConfig(
     optimizer=Optimizer(
         peak_lr=2e-3,
         warmup_steps=50,
-        drop_at=(1500, 1900, 2200),
+        drop_at=(900, 1150, 1350),
         drop_by=0.35,
         weight_decay=0.05,
         layer_decay=1.0,
         b2=0.95,
     ),
-    batch_size=4,
-    num_steps=2400,
+    batch_size=8,
+    num_steps=1500,
     log_every=20,
-    checkpoint_every=400,
+    checkpoint_every=300,
 )

@@ -118,12 +118,12 @@ def draw_curves(rows: list[dict], evaluations: list[dict]) -> Figure:
     for r, color, label in ((0, BLUE, "first round"), (-1, ORANGE, "last round")):
         values = [row["miou_of_rounds"][r] for row in rows]
         draw_curve(iou, steps, values, color, f"training, {label}")
-    by_step = {row["step"]: row["clicks"] for row in evaluations}  # a resumed run repeats some
+    evaluated = [row["step"] for row in evaluations]
     few, *_, many = evaluations[-1]["clicks"]
     for clicks, color, marker in ((few, BLUE, "o"), (many, ORANGE, "s")):
         iou.plot(
-            list(by_step),
-            [row[clicks]["chosen"] for row in by_step.values()],
+            evaluated,
+            [row["clicks"][clicks]["chosen"] for row in evaluations],
             color=color,
             marker=marker,
             markersize=8,
@@ -138,7 +138,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict]) -> Figure:
     iou.set_ylabel("mean IoU")
     iou.set_ylim(0, 1)
     iou.set_xlabel("step")
-    iou.set_xlim(0, 1.02 * max([*steps, *by_step]))
+    iou.set_xlim(0, 1.02 * max([*steps, *evaluated]))
     iou.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     for axes in (loss, iou):
         tidy(axes)
@@ -195,7 +195,7 @@ def draw_clicks(evaluation: dict) -> Figure:
         if iou["oracle"] > iou["chosen"]:
             annotate(axes, place, iou["oracle"], "#8A5F00", 1)  # orange, dark enough to be read
     ceiling = evaluation["ceiling"]
-    label = f"ceiling of one click {ceiling:.3f}: all masks known, but not which one is meant"
+    label = f"ceiling of one click, not knowing which object is meant: {ceiling:.3f}"
     axes.axhline(ceiling, color=GREY, linestyle="--", label=label)
     axes.set_xticks([*places, box], [*numbers, "box"])
     axes.set_xlim(-0.4, box + 0.4)
@@ -474,8 +474,8 @@ th[scope=row] {{ font-weight: normal; }}
 {others}
 </table>
 </div>
-<p>Mean IoU. Of several outputs, chosen is the one with the highest predicted IoU, the oracle's the
-best one. The ceiling is that of one click, for who knows all masks of an image but not which one is
+<p>Mean IoU. Of several outputs, chosen is the one with the highest predicted IoU, the oracle's
+the best one. The ceiling is that of one click, for who knows all objects but not which one is
 meant.</p>
 <img src="clicks.png" alt="Mean IoU by the number of clicks">
 <h2>Training</h2>

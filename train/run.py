@@ -10,6 +10,7 @@ from sam_jax.data.loader import Loader
 from sam_jax.data.source import Selection, leave_out, open_source, select
 from sam_jax.evaluate.clicks import evaluate_clicks, table
 from sam_jax.predict.predictor import SamPredictor
+from sam_jax.weights.convert import initialize
 from train.checkpoints import KEPT, Checkpoints
 from train.config import ConfigError, TrainConfig, differences, learns_encoder, to_dict
 from train.embeddings import Embeddings
@@ -17,7 +18,7 @@ from train.interactive import make_interactive
 from train.metrics import Metrics, summarize
 from train.optimizer import check_train_only, make_optimizer
 from train.report import write_report
-from train.state import TrainState, init_state, init_variables
+from train.state import TrainState, init_state
 from train.step import make_step
 from train.workdir import BadSamples, claim, write_json
 
@@ -112,7 +113,7 @@ def initial_variables(config: TrainConfig) -> dict:
                 f"init_from={config.init_from!r} holds another model: {'; '.join(found)}"
             )
     else:
-        variables = jax.jit(init_variables, static_argnums=(0, 1))(config.model, config.seed)
+        variables = jax.jit(initialize, static_argnums=(0, 1))(config.model, config.seed)
     check_train_only(variables["params"], config.train_only)
     return variables
 

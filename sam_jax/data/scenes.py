@@ -13,9 +13,9 @@ import numpy as np
 from sam_jax.data.example import Example
 from sam_jax.masks import rle
 
-MIN_PIXELS = 40  # of a mask that is kept
+MIN_PIXELS = 60  # of a mask that is kept
 MIN_VISIBLE = 0.4  # of an object or part, else it is hidden rather than seen
-CONTRAST = 70.0  # least distance in RGB of a colour to the one around it
+CONTRAST = 90.0  # least distance in RGB of a colour to the one around it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,13 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     image = color + u * slope[:, 0] + v * slope[:, 1]
     regions: list[np.ndarray] = []
     areas: list[int] = []
-    for _ in range(rng.integers(2, 5)):
+    for _ in range(rng.integers(2, 4)):
         drawn = draw_object(rng, image, color, x, y)
         for region in regions:
             region &= ~drawn[0]
         regions += drawn
         areas += [int(region.sum()) for region in drawn]
-    image += rng.normal(0, rng.uniform(1, 6), image.shape)
+    image += rng.normal(0, rng.uniform(1, 4), image.shape)
     masks: list[np.ndarray] = []
     for region, area in zip(regions, areas, strict=True):
         visible = int(region.sum())
@@ -71,7 +71,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
 def draw_object(rng, image, around, x, y):
     """Paints an object with its parts into the image -> the regions of all of them, it first."""
     height, width = x.shape
-    radius = rng.uniform(0.16, 0.36) * min(height, width)
+    radius = rng.uniform(0.2, 0.38) * min(height, width)
     cx = rng.uniform(0.6 * radius, width - 0.6 * radius)
     cy = rng.uniform(0.6 * radius, height - 0.6 * radius)
     u, v = turn(rng, x - cx, y - cy)
@@ -117,7 +117,7 @@ def parts(rng, whole, u, v):
     """One to three regions of an object that do not overlap, in its coordinates."""
     kind = rng.integers(4)
     if kind == 0:  # a disc inside
-        (du, dv), r = rng.uniform(-0.25, 0.25, 2), rng.uniform(0.35, 0.6)
+        (du, dv), r = rng.uniform(-0.25, 0.25, 2), rng.uniform(0.4, 0.65)
         return [whole & ((u - du) ** 2 + (v - dv) ** 2 < r**2)]
     if kind == 1:  # a band across
         at, half = rng.uniform(-0.3, 0.3), rng.uniform(0.18, 0.3)
@@ -148,12 +148,12 @@ def paint(rng, image, region, around, u, v):
     while np.linalg.norm(color - around) < CONTRAST:
         color = rng.uniform(15, 240, 3)
     texture = rng.random()
-    if texture < 0.55:
+    if texture < 0.8:
         shade = np.float32(rng.uniform(-25, 25)) * u[region]
     else:
         period = rng.uniform(4, 7)
         stripes = np.sin(2 * np.pi * period / 2 * u[region])
-        if texture > 0.8:
+        if texture > 0.9:
             stripes = stripes * np.sin(2 * np.pi * period / 2 * v[region])
         shade = rng.uniform(12, 28) * np.sign(stripes)
     image[region] = color + shade[:, None]

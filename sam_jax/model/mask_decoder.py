@@ -42,13 +42,14 @@ class MaskDecoder(nn.Module):
     """Decodes four masks and their predicted IoUs for every object.
 
     Attributes:
-      depth: two-way blocks; mlp_dim: hidden channels of their MLPs.
+      depth: two-way blocks; num_heads: attention heads, mlp_dim: hidden channels of their MLPs.
       iou_hidden_dim: hidden channels of the IoU head.
       dropout: rate after each attention and MLP of the transformer.
       dtype: compute type; logits and IoUs are float32.
     """
 
     depth: int
+    num_heads: int
     mlp_dim: int
     iou_hidden_dim: int
     dropout: float
@@ -71,7 +72,7 @@ class MaskDecoder(nn.Module):
         present = jnp.concatenate([jnp.ones((b, n, num_outputs), bool), features.present], axis=2)
         image = rearrange(embedding, "b gh gw c -> b 1 (gh gw) c").astype(self.dtype)
         transformer = TwoWayTransformer(
-            self.depth, self.mlp_dim, self.dropout, self.dtype, name="transformer"
+            self.depth, self.num_heads, self.mlp_dim, self.dropout, self.dtype, name="transformer"
         )
         tokens, image = transformer(
             tokens, present, image + features.dense, image_pe, num_outputs=num_outputs, train=train

@@ -31,7 +31,8 @@ class Sam(nn.Module):
         encoder, see `ImageEncoder`.
       prompt_dim: channels of embeddings and tokens.
       mask_channels: channels before the last convolution of a mask prompt.
-      decoder_depth, decoder_mlp_dim: two-way blocks and the hidden channels of their MLPs.
+      decoder_depth, decoder_heads, decoder_mlp_dim: two-way blocks, their attention heads, the
+        hidden channels of their MLPs.
       iou_hidden_dim: hidden channels of the IoU head.
       drop_path: of the image encoder's last block; dropout: of the mask decoder. In training only.
       remat: recompute the image encoder's blocks in the backward pass, to save memory.
@@ -50,6 +51,7 @@ class Sam(nn.Module):
     prompt_dim: int = 256
     mask_channels: int = 16
     decoder_depth: int = 2
+    decoder_heads: int = 8
     decoder_mlp_dim: int = 2048
     iou_hidden_dim: int = 256
     drop_path: float = 0.0
@@ -75,6 +77,7 @@ class Sam(nn.Module):
         self.prompt_encoder = PromptEncoder(self.prompt_dim, self.mask_channels, self.dtype)
         self.mask_decoder = MaskDecoder(
             depth=self.decoder_depth,
+            num_heads=self.decoder_heads,
             mlp_dim=self.decoder_mlp_dim,
             iou_hidden_dim=self.iou_hidden_dim,
             dropout=self.dropout,
@@ -201,6 +204,7 @@ def sam_tiny(**overrides: Any) -> Sam:
         global_blocks=(1, 3),
         window_size=4,
         prompt_dim=64,
+        decoder_heads=2,
         decoder_mlp_dim=256,
         iou_hidden_dim=64,
     )

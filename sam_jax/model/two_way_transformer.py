@@ -20,7 +20,6 @@ from einops import rearrange
 
 from sam_jax.model.layers import Mlp, Projection, layer_norm, linear
 
-NUM_HEADS = 8
 CROSS_DOWNSAMPLE = 2  # channels over the inner channels of the attention between tokens and image
 
 
@@ -28,6 +27,7 @@ class TwoWayTransformer(nn.Module):
     """Two-way attention blocks and a last attention of the tokens to the image."""
 
     depth: int
+    num_heads: int
     mlp_dim: int
     dropout: float
     dtype: str
@@ -48,10 +48,12 @@ class TwoWayTransformer(nn.Module):
         """
         token_pe = tokens
         for i in range(self.depth):
-            block = TwoWayBlock(i == 0, self.mlp_dim, self.dropout, self.dtype, name=f"layer_{i}")
+            block = TwoWayBlock(
+                i == 0, self.num_heads, self.mlp_dim, self.dropout, self.dtype, name=f"layer_{i}"
+            )
             tokens, image = block(tokens, token_pe, present, image, image_pe, train)
         tokens, token_pe = tokens[:, :, :num_outputs], token_pe[:, :, :num_outputs]
-        attended = TokenToImage(self.dtype, name="final_attention")(
+        attended = TokenToImage(self.num_heads, self.dtype, name="final_attention")(
             tokens + token_pe, image, image_pe
         )
         attended = nn.Dropout(self.dropout, deterministic=not train)(attended)
@@ -65,6 +67,7 @@ class TwoWayBlock(nn.Module):
     """
 
     is_first: bool
+    num_heads: int
     mlp_dim: int
     dropout: float
     dtype: str
@@ -75,14 +78,14 @@ class TwoWayBlock(nn.Module):
         norm = lambda name: layer_norm(1e-5, self.dtype, name)
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
-        attend = SelfAttention(self.dtype, name="self_attention")
+        attend = SelfAttention(self.num_heads, self.dtype, name="self_attention")
         if self.is_first:
             tokens = drop(attend(tokens, tokens, present))
         else:
             tokens = tokens + drop(attend(tokens + token_pe, tokens, present))
         tokens = norm("norm1")(tokens)
 
-        attended = TokenToImage(self.dtype, name="token_to_image")(
+        attended = TokenToImage(self.num_heads, self.dtype, name="token_to_image")(
             tokens + token_pe, image, image_pe
         )
         tokens = norm("norm2")(tokens + drop(attended))
@@ -90,7 +93,7 @@ class TwoWayBlock(nn.Module):
         tokens = tokens + drop(Mlp((self.mlp_dim, c), nn.relu, self.dtype, name="mlp")(tokens))
         tokens = norm("norm3")(tokens)
 
-        attended = ImageToToken(self.dtype, name="image_to_token")(
+        attended = ImageToToken(self.num_heads, self.dtype, name="image_to_token")(
             image + image_pe, tokens + token_pe, tokens, present
         )
         return tokens, norm("norm4")(image + drop(attended))
@@ -99,6 +102,7 @@ class TwoWayBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Attention of tokens to the tokens that are present."""
 
+    num_heads: int
     dtype: str
 
     @nn.compact
@@ -106,7 +110,7 @@ class SelfAttention(nn.Module):
         """Attends queries, which are the keys too, to values: 'b n t c' each -> 'b n t c'."""
         c = queries.shape[-1]
         project = lambda x, name: rearrange(
-            linear(c, c, self.dtype, name)(x), "... t (head d) -> ... head t d", head=NUM_HEADS
+            linear(c, c, self.dtype, name)(x), "... t (head d) -> ... head t d", head=self.num_heads
         )
         q, k, v = project(queries, "q"), project(queries, "k"), project(values, "v")
         logits = jnp.einsum("...qd,...kd->...qk", q, k) * q.shape[-1] ** -0.5
@@ -118,21 +122,22 @@ class SelfAttention(nn.Module):
 class TokenToImage(nn.Module):
     """Attention of tokens to the image."""
 
+    num_heads: int
     dtype: str
 
     @nn.compact
     def __call__(self, queries, image, image_pe):
         """Attends queries 'b n t c' to image 'b n p c' with positions 'p c' -> 'b n t c'."""
         t, c = queries.shape[-2:]
-        q = split_heads(linear(c, c // CROSS_DOWNSAMPLE, self.dtype, "q")(queries))
+        q = split_heads(linear(c, c // CROSS_DOWNSAMPLE, self.dtype, "q")(queries), self.num_heads)
         q = q * q.shape[-1] ** -0.5
-        k_kernel, _ = head_weights(c, "k", self.dtype)
-        v_kernel, v_bias = head_weights(c, "v", self.dtype)
-        if absorbs(t, c):
+        k_kernel, _ = head_weights(c, "k", self.num_heads, self.dtype)
+        v_kernel, v_bias = head_weights(c, "v", self.num_heads, self.dtype)
+        if absorbs(t, c, self.num_heads):
             q = rearrange(jnp.einsum("bnthd,chd->bnhtc", q, k_kernel), "b n h t c -> b n (h t) c")
             weights, total = exponentials(jnp.einsum("bnqc,bnpc->bnqp", q, image + image_pe))
             context = ((weights.astype(self.dtype) @ image) / total).astype(self.dtype)
-            context = rearrange(context, "b n (h t) c -> b n h t c", h=NUM_HEADS)
+            context = rearrange(context, "b n (h t) c -> b n h t c", h=self.num_heads)
             out = jnp.einsum("bnhtc,chd->bnthd", context, v_kernel)
         else:
             k = jnp.einsum("bnpc,chd->bnphd", image + image_pe, k_kernel)
@@ -146,6 +151,7 @@ class TokenToImage(nn.Module):
 class ImageToToken(nn.Module):
     """Attention of the image to the tokens that are present."""
 
+    num_heads: int
     dtype: str
 
     @nn.compact
@@ -153,18 +159,18 @@ class ImageToToken(nn.Module):
         """Attends image queries 'b n p c' to keys and values 'b n t c' -> 'b n p c'."""
         t, c = keys.shape[-2:]
         inner = c // CROSS_DOWNSAMPLE
-        k = split_heads(linear(c, inner, self.dtype, "k")(keys))
+        k = split_heads(linear(c, inner, self.dtype, "k")(keys), self.num_heads)
         k = k * k.shape[-1] ** -0.5
-        v = split_heads(linear(c, inner, self.dtype, "v")(values))
-        q_kernel, q_bias = head_weights(c, "q", self.dtype)
+        v = split_heads(linear(c, inner, self.dtype, "v")(values), self.num_heads)
+        q_kernel, q_bias = head_weights(c, "q", self.num_heads, self.dtype)
         out_kernel, out_bias = Projection(inner, c, name="out")()
-        out_kernel = rearrange(out_kernel.astype(self.dtype), "(h d) c -> h d c", h=NUM_HEADS)
+        out_kernel = rearrange(out_kernel.astype(self.dtype), "(h d) c -> h d c", h=self.num_heads)
         present = present[:, :, None, :, None]
-        if absorbs(t, c):
+        if absorbs(t, c, self.num_heads):
             offset = rearrange(jnp.einsum("bnthd,hd->bnht", k, q_bias), "b n h t -> b n (h t) 1")
             k = rearrange(jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c")
             logits = jnp.einsum("bnkc,bnpc->bnkp", k, queries) + offset
-            logits = rearrange(logits, "b n (h t) p -> b n h t p", h=NUM_HEADS)
+            logits = rearrange(logits, "b n (h t) p -> b n h t p", h=self.num_heads)
             weights = masked_softmax(logits, present, axis=-2)
             weights = rearrange(weights, "b n h t p -> b n (h t) p")
             v = rearrange(jnp.einsum("bnthd,hdc->bnhtc", v, out_kernel), "b n h t c -> b n (h t) c")
@@ -178,9 +184,9 @@ class ImageToToken(nn.Module):
         return out + out_bias.astype(self.dtype)
 
 
-def absorbs(t, c):
+def absorbs(t, c, num_heads):
     """Whether absorbed projections are less arithmetic: few (head, token) pairs, many channels."""
-    return NUM_HEADS * t <= c // CROSS_DOWNSAMPLE
+    return num_heads * t <= c // CROSS_DOWNSAMPLE
 
 
 def exponentials(logits, present=True, axis=-1):
@@ -201,14 +207,14 @@ def masked_softmax(logits, present, axis):
     return jax.nn.softmax(masked, axis=axis).astype(logits.dtype)
 
 
-def head_weights(c, name, dtype):
+def head_weights(c, name, num_heads, dtype):
     """The kernel 'c h d' and bias 'h d' of a projection to the inner channels, by head."""
     kernel, bias = Projection(c, c // CROSS_DOWNSAMPLE, name=name)()
-    return split_heads(kernel.astype(dtype)), split_heads(bias.astype(dtype))
+    return tuple(split_heads(x.astype(dtype), num_heads) for x in (kernel, bias))
 
 
-def split_heads(x):
-    return rearrange(x, "... (h d) -> ... h d", h=NUM_HEADS)
+def split_heads(x, num_heads):
+    return rearrange(x, "... (h d) -> ... h d", h=num_heads)
 
 
 def merge_heads(x):

@@ -17,7 +17,7 @@ import numpy as np
 
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
-from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE, NUM_HEADS
+from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
 from sam_jax.weights import names
 
 
@@ -54,7 +54,17 @@ def from_torch(state, notes):
 
 
 def to_torch(model, variables):
-    """Returns the official state dict {name: float32 array} of a model; undoes `from_torch`."""
+    """Returns the official state dict {name: float32 array} of a model; undoes `from_torch`.
+
+    Raises:
+      WeightsError: if the variables are not those of the model, or its decoder has not the official
+        number of heads, which the tensors cannot say.
+    """
+    if model.decoder_heads != Sam.decoder_heads:
+        raise WeightsError(
+            f"only models with decoder_heads={Sam.decoder_heads} have an official form; "
+            f"got {model.decoder_heads}"
+        )
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     table = names.official_names(model.depth, model.decoder_depth)
     check_shapes(model, flat, "variables")
@@ -177,7 +187,7 @@ def _model_of(tensors):
     for what, size, divisor in (
         ("the encoder's width", embed_dim, head_width),
         ("the MLPs' hidden width", mlp_dim, embed_dim),
-        ("the prompt width", prompt_dim, CROSS_DOWNSAMPLE * NUM_HEADS),
+        ("the prompt width", prompt_dim, CROSS_DOWNSAMPLE * Sam.decoder_heads),
         ("the channels of mask prompts", mask_channels, 4),
     ):
         if size % divisor:

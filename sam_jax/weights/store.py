@@ -8,6 +8,7 @@ path; Hugging Face's opens with transformers' `SamModel.from_pretrained`.
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ import flax.traverse_util
 import numpy as np
 
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
-from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE, NUM_HEADS
+from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
 from sam_jax.weights import safetensors_file
 from sam_jax.weights.convert import WeightsError, check_shapes, to_huggingface
 
@@ -133,8 +134,8 @@ def _check_sizes(model, where):
             and all(0 < side <= MAX_SIDE and side % p == 0 for side in model.image_size)
         ),
         "embed_dim must be a multiple of num_heads": model.embed_dim % model.num_heads == 0,
-        f"prompt_dim must be a multiple of {CROSS_DOWNSAMPLE * NUM_HEADS}": (
-            model.prompt_dim % (CROSS_DOWNSAMPLE * NUM_HEADS) == 0
+        f"prompt_dim must be a multiple of 8, and of {CROSS_DOWNSAMPLE} x decoder_heads": (
+            model.prompt_dim % math.lcm(8, CROSS_DOWNSAMPLE * model.decoder_heads) == 0
         ),
         "mask_channels must be a multiple of 4": model.mask_channels % 4 == 0,
         f"depth and decoder_depth must be at most {MAX_DEPTH}": (

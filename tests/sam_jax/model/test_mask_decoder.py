@@ -124,7 +124,9 @@ def test_upscaling(scale):
 
 # Tokens and masks.
 
-DECODER = MaskDecoder(depth=1, mlp_dim=12, iou_hidden_dim=10, dropout=0.0, dtype="float32")
+DECODER = MaskDecoder(
+    depth=1, num_heads=8, mlp_dim=12, iou_hidden_dim=10, dropout=0.0, dtype="float32"
+)
 
 
 @pytest.fixture(scope="module")

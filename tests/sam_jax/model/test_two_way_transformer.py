@@ -12,6 +12,7 @@ from sam_jax.model.two_way_transformer import (
     SelfAttention,
     TokenToImage,
     TwoWayTransformer,
+    absorbs,
     masked_softmax,
 )
 
@@ -54,9 +55,9 @@ def norm(params, x, epsilon=1e-5):
     return x * params["scale"] + params["bias"]
 
 
-def attention(params, queries, keys, values, present=None):
+def attention(params, queries, keys, values, present=None, heads=HEADS):
     """The textbook's: project queries, keys and values, attend by head, project."""
-    split = lambda x: x.reshape(*x.shape[:-1], HEADS, -1).swapaxes(-2, -3)
+    split = lambda x: x.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
     q, k = split(dense(params["q"], queries)), split(dense(params["k"], keys))
     v = split(dense(params["v"], values))
     logits = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
@@ -108,37 +109,42 @@ def run(jit, module, params, *args, **kwargs):
 def test_self_attention_masks_absent_keys(jit, inputs):
     tokens, present, *_ = inputs
     values = tokens[:, :, ::-1]
-    module = SelfAttention("float32")
+    module = SelfAttention(HEADS, "float32")
     params = random_like(module, tokens, values, present)
     actual = run(jit, module, params, tokens, values, present)
     p = precise(params)
     assert_close(actual, attention(p, tokens, tokens, values, present))
 
 
+# With 16 channels, the projections are absorbed for one head and computed for eight.
+@pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("n", [1, 3])
-def test_absorbed_attention_of_tokens_to_image(jit, inputs, n):
+def test_attention_of_tokens_to_image(jit, inputs, n, heads):
     tokens, _, image, pe = inputs
-    module = TokenToImage("float32")
+    module = TokenToImage(heads, "float32")
+    assert absorbs(*tokens.shape[-2:], heads) is (heads == 1)
     params = random_like(module, tokens, image, pe)
     image = image[:, :n]
     actual = run(jit, module, params, tokens, image, pe)
-    assert_close(actual, attention(precise(params), tokens, image + pe, image))
+    assert_close(actual, attention(precise(params), tokens, image + pe, image, heads=heads))
 
 
+@pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("n", [1, 3])
-def test_absorbed_attention_of_image_to_tokens(jit, inputs, n):
+def test_attention_of_image_to_tokens(jit, inputs, n, heads):
     tokens, present, image, _ = inputs
     values = tokens[:, :, ::-1]
-    module = ImageToToken("float32")
+    module = ImageToToken(heads, "float32")
+    assert absorbs(*tokens.shape[-2:], heads) is (heads == 1)
     params = random_like(module, image, tokens, values, present)
     image = image[:, :n]
     actual = run(jit, module, params, image, tokens, values, present)
     assert actual.shape == (2, 3, 12, 16)
-    assert_close(actual, attention(precise(params), image, tokens, values, present))
+    assert_close(actual, attention(precise(params), image, tokens, values, present, heads))
 
 
 def transformer_of(inputs, depth, **kwargs):
-    module = TwoWayTransformer(depth, 24, 0.0, "float32")
+    module = TwoWayTransformer(depth, HEADS, 24, 0.0, "float32")
     return module, random_like(module, *inputs, num_outputs=5, train=False)
 
 
