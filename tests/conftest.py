@@ -16,7 +16,11 @@ jax.config.update("jax_num_cpu_devices", 8)  # meshes are tested without acceler
 
 # Tests wait for compilers more than for results: these options compile two to three times faster.
 # The predictor's tests and the comparisons with the reference compile as users do.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 # Nothing is round or alike: the frame is not square, windows of 4 pad 6 rows to 8 and 9 columns to
 # 12, and every width differs from the others.

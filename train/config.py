@@ -48,7 +48,7 @@ class Data:
 
     source: str  # kind:place, e.g. sa1b:/data/sa1b, coco:DIR, labels:DIR, tfds:NAME, scenes
     held_out: str = ""  # slice of the source's images that only the evaluation sees, e.g. 0::5
-    flips: bool = False  # mirror images at random, both ways
+    flips: bool = False  # mirror images left to right at random
     turns: bool = False  # turn images by a random multiple of 90 degrees
     half_size_jpeg: bool = False  # decode JPEGs at half size where the frame allows: faster
     workers: int = 0  # processes that decode; 0: threads of this one

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.data.loader import Batch
@@ -18,7 +20,9 @@ class Embeddings:
     def __init__(self, model: Sam, variables: dict, path: Path, count: int) -> None:
         gh, gw = (side // model.patch_size for side in model.image_size)
         shape = (count, gh, gw, model.prompt_dim)
-        self.model, self.variables = model, variables
+        # The encoder's own copy: the step is given the variables themselves, and uses them up.
+        params = {"image_encoder": variables["params"]["image_encoder"]}
+        self.model, self.variables = model, {"params": jax.tree.map(jnp.copy, params)}
         self.known = np.zeros(count, bool)
         self.file = np.lib.format.open_memmap(path, "w+", np.float32, shape)
 

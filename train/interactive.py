@@ -174,14 +174,15 @@ def make_truth(model, config, size, keys, chunk):
     )
     target = fraction >= 0.5
     vanished = ~jnp.any(target, axis=(2, 3), keepdims=True)
-    covered = -(-size // cell)  # a cell counts as inside if any of its pixels is
+    target = target | (vanished & (fraction > 0))
+    covered = (2 * size + cell) // (2 * cell)  # a cell is inside if its centre is, or the target
     rows = jnp.arange(target.shape[2]) < covered[:, :1]
     columns = jnp.arange(target.shape[3]) < covered[:, 1:]
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
     return Truth(
         mask=mask,
-        target=target | (vanished & (fraction > 0)),
-        inside=jnp.broadcast_to(inside, target.shape),
+        target=target,
+        inside=inside | target,
         size=jnp.broadcast_to(size[:, None], (*mask.shape[:2], 2)),
         weight=chunk["weight"],
         key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, chunk["mask_id"]),

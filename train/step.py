@@ -25,6 +25,6 @@ def make_step(objective, optimizer, seed: int):
             params=optax.apply_updates(state.params, updates),
             optimizer=optimizer_state,
         )
-        return state, values | {"total": loss, "gradient_norm": optax.global_norm(gradients)}
+        return state, values | {"total": loss, "gradient_norm": optax.tree.norm(gradients)}
 
     return jax.jit(step, donate_argnums=0)

@@ -64,7 +64,7 @@ class Loader:
       batch_size: images of all hosts together.
       masks_per_image: n of a batch; more masks are drawn from at random, fewer filled up.
       seed: of the order, of which masks are taken, of flips and turns.
-      flips, turns: mirror images at random; turn them by a random multiple of 90 degrees.
+      flips, turns: mirror images left to right, turn them by multiples of 90 degrees, at random.
       host, hosts: which rows of a batch are read here: the host's share, in order.
     """
 

@@ -1,6 +1,6 @@
 """Generated scenes: objects that overlap and contain parts, so that one click means many things.
 
-Every scene is a function of its index alone. An object is a shape; most objects have parts (a disc
+Every scene is a function of its index alone. An object is a shape; many objects have parts (a disc
 inside, a band across, a half, a cap), and some parts have a part of their own. There is a mask for
 each object with its parts, for each part with its own, and for each of those. Objects hide what
 lies behind them: masks are what is seen.

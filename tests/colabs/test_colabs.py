@@ -24,13 +24,14 @@ def tiny_weights(tmp_path_factory):
 
 @pytest.mark.colab
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path, tiny_weights, tmp_path):
+def test_runs(path, tiny_weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(COLABS.parent))  # the checkout, for `train` and `configs`
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "setup" not in tags(cell)]
     (parameters,) = (cell for cell in notebook.cells if "parameters" in tags(cell))
     parameters.source += f"\nweights = {str(tiny_weights)!r}"
     nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
 
 

@@ -2,6 +2,7 @@
 
 import re
 import tracemalloc
+from fractions import Fraction
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -262,3 +263,82 @@ def _peak_memory(malformed, read=rle.decode) -> int:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     return peak
+
+
+# Another size.
+
+SIDES = st.integers(1, 40)
+
+
+def resized(mask, shape):
+    """Each pixel as that of the mask which its centre lies in, in exact arithmetic."""
+    rows, columns = (
+        [int((Fraction(2 * i + 1, 2) * old) // new) for i in range(new)]
+        for old, new in zip(mask.shape, shape, strict=True)
+    )
+    return mask[np.ix_(rows, columns)]
+
+
+@given(
+    hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40)),
+    st.tuples(SIDES, SIDES),
+)
+def test_another_size_is_the_nearest_pixels(mask, shape):
+    actual = rle.decode_resized(rle.encode(mask), shape)
+    assert actual.dtype == np.bool_
+    assert actual.shape == shape
+    np.testing.assert_array_equal(actual, resized(mask, shape))
+
+
+@given(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES), st.lists(st.integers(0, 90), max_size=30))
+def test_another_size_of_long_and_empty_runs(size, shape, lengths):
+    pixels = size[0] * size[1]
+    ends = np.minimum(np.cumsum([0, *lengths]), pixels)[: pixels + 1]
+    uncompressed = {"size": size, "counts": np.diff(ends, append=pixels).tolist()}
+    expected = resized(rle.decode(uncompressed), shape)
+    np.testing.assert_array_equal(rle.decode_resized(uncompressed, shape), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (3, 4), (7, 9), (14, 18), (100, 200)])
+@pytest.mark.parametrize("size", [(7, 9), (1, 9), (7, 1), (1, 1)])
+def test_another_size_of_empty_and_full_masks(size, shape):
+    for value in (False, True):
+        encoded = rle.encode(np.full(size, value))
+        np.testing.assert_array_equal(
+            rle.decode_resized(encoded, shape), np.full(shape, value, bool)
+        )
+
+
+def test_another_size_by_hand():
+    mask = np.array([[1, 0, 0, 0], [0, 0, 1, 1]], bool)
+    encoded = rle.encode(mask)
+    np.testing.assert_array_equal(rle.decode_resized(encoded, (2, 4)), mask)
+    np.testing.assert_array_equal(rle.decode_resized(encoded, (1, 2)), [[0, 1]])  # [1, 1], [1, 3]
+    twice = np.repeat(np.repeat(mask, 2, axis=0), 2, axis=1)
+    np.testing.assert_array_equal(rle.decode_resized(encoded, (4, 8)), twice)
+    # Centres 2/3, 2, 10/3 of 4 columns; 1/3, 1, 5/3 of 2 rows.
+    np.testing.assert_array_equal(
+        rle.decode_resized(encoded, (3, 3)), [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
+    )
+
+
+def test_a_large_mask_at_another_size():
+    """Positions of pixels need 26 bits; nothing is painted at the mask's own size."""
+    side = 2**13
+    mask = np.zeros((side, side), bool)
+    mask[side // 2 :, side // 4 :] = True
+    encoded = rle.encode(mask)
+    expected = np.zeros((8, 8), bool)
+    expected[4:, 2:] = True
+    tracemalloc.start()
+    np.testing.assert_array_equal(rle.decode_resized(encoded, (8, 8)), expected)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4_000_000  # bytes; the mask would take 67,108,864
+
+
+@pytest.mark.parametrize(("malformed", "message"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_at_another_size(malformed, message):
+    with pytest.raises(RLEError) as error:
+        rle.decode_resized(malformed, (3, 3))
+    assert message in str(error.value)

@@ -1,0 +1,455 @@
+"""Batches: the same whoever reads them, every image in its turn, masks that lie on their image."""
+
+import collections
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.stats
+
+from sam_jax.data.example import BadSample, Example
+from sam_jax.data.loader import Batch, Loader
+from sam_jax.data.scenes import Scenes
+from sam_jax.masks import rle
+
+FRAME = (48, 56)
+
+
+@dataclasses.dataclass(frozen=True)
+class Painted:
+    """Images with a mask in each colour, by index: white where the mask is. Some are unusable."""
+
+    size: tuple[int, int] = FRAME
+    count: int = 10
+    bad: tuple[int, ...] = ()
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f"painting {index}"
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise BadSample("broken image", f"painting {index} fell down")
+        rng = np.random.default_rng(index)
+        image = np.zeros((*self.size, 3), np.uint8)
+        for color in range(3):
+            y, x = (np.sort(rng.choice(side + 1, 2, replace=False)) for side in self.size)
+            image[y[0] : y[1], x[0] : x[1], color] = 255
+        image[: self.size[0] // 2, : self.size[1] // 3] = 255  # unlike its mirror images
+        image[0, 0] = 0
+        return Example(image=image, masks=[rle.encode(image[..., c] > 0) for c in range(3)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """One example, again and again."""
+
+    image: np.ndarray
+    masks: list
+    count: int = 1
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f"number {index}"
+
+    def __getitem__(self, index):
+        return Example(image=self.image, masks=self.masks)
+
+
+def loader(source, **changes):
+    fields = dict(frame=FRAME, batch_size=4, masks_per_image=3, seed=0)
+    return Loader(source=source, **(dict(indices=np.arange(len(source))) | fields | changes))
+
+
+def batch_of(source, step=0, **changes):
+    return loader(source, **changes).batch(step)[0]
+
+
+def unpack(batch):
+    """'b n h w' bool."""
+    return np.unpackbits(batch.masks, axis=-1, count=batch.image.shape[2]).astype(bool)
+
+
+def assert_same(actual, expected):
+    """Batches, and problems, are equal in every bit."""
+    for a, b in zip(jax.tree.leaves(actual[0]), jax.tree.leaves(expected[0]), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert actual[1] == expected[1]
+
+
+# What a batch is.
+
+
+def test_shapes_and_types():
+    batch = batch_of(Scenes((40, 50)), batch_size=2, masks_per_image=5)
+    assert isinstance(batch, Batch)
+    types = {field: (x.shape, x.dtype) for field, x in vars(batch).items() if x is not None}
+    assert types == {
+        "image": ((2, 48, 56, 3), np.uint8),
+        "size": ((2, 2), np.int32),
+        "image_id": ((2,), np.int32),
+        "masks": ((2, 5, 48, 7), np.uint8),
+        "mask_id": ((2, 5), np.int32),
+        "valid": ((2, 5), bool),
+    }
+    assert batch.embedding is None
+
+
+def test_packed_bits_are_the_masks_in_the_order_of_their_ids():
+    batch = batch_of(Painted(), batch_size=10)
+    masks = unpack(batch)
+    for b, index in enumerate(batch.image_id):
+        example = Painted()[index]
+        np.testing.assert_array_equal(batch.image[b], example.image)
+        assert batch.valid[b].all()
+        assert sorted(batch.mask_id[b]) == [0, 1, 2]
+        for n, mask in enumerate(batch.mask_id[b]):
+            np.testing.assert_array_equal(masks[b, n], rle.decode(example.masks[mask]))
+
+
+def test_a_frame_that_eight_does_not_divide():
+    source = Painted(size=(20, 13))
+    batch = batch_of(source, frame=(20, 13))
+    assert batch.masks.shape == (4, 3, 20, 2)
+    for b, index in enumerate(batch.image_id):
+        for n, mask in enumerate(batch.mask_id[b]):
+            expected = rle.decode(source[index].masks[mask])
+            np.testing.assert_array_equal(unpack(batch)[b, n], expected)
+    assert not (batch.masks[..., 1] & 0b111).any()  # beyond the frame
+
+
+@pytest.mark.parametrize(
+    ("size", "inside"),
+    [((48, 56), (48, 56)), ((100, 50), (48, 24)), ((10, 40), (14, 56)), ((96, 97), (48, 49)),
+     ((300, 7), (48, 1)), ((1, 900), (1, 56))],
+)  # fmt: skip
+def test_images_fill_the_frame_and_the_rest_is_zero(size, inside):
+    image = np.full((*size, 3), 200, np.uint8)
+    mask = np.add.outer(*map(np.arange, size)) < max(size) // 2
+    batch = batch_of(Given(image, [rle.encode(mask)]), batch_size=1)
+    h, w = inside
+    np.testing.assert_array_equal(batch.size, [inside])
+    assert (batch.image[0, :h, :w] == 200).all()
+    assert not batch.image[0, h:].any()
+    assert not batch.image[0, :, w:].any()
+    masks = unpack(batch)[0, 0]
+    assert not masks[h:].any()
+    assert not masks[:, w:].any()
+    expected = rle.decode_resized(rle.encode(mask), inside)
+    np.testing.assert_array_equal(masks[:h, :w], expected)
+
+
+# The order of images.
+
+
+def test_an_epoch_has_every_image_once():
+    """10 images in batches of 4: epochs end within a batch."""
+    ids = np.concatenate([batch_of(Painted(), step).image_id for step in range(15)])
+    epochs = ids.reshape(6, 10)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (6, 1)))
+    assert len({tuple(epoch) for epoch in epochs}) == 6  # each in another order
+    other = [batch_of(Painted(), step, seed=1).image_id for step in range(3)]
+    assert np.concatenate(other)[:10].tolist() != epochs[0].tolist()
+
+
+def test_only_the_given_indices_are_drawn():
+    indices = np.array([1, 5, 6, 9])
+    for step in range(3):
+        batch = batch_of(Painted(), step, indices=indices)
+        np.testing.assert_array_equal(np.sort(batch.image_id), indices)
+
+
+def test_an_epoch_smaller_than_a_batch():
+    ids = batch_of(Painted(), indices=np.array([2, 7, 8]), batch_size=12).image_id
+    assert collections.Counter(ids.tolist()) == {2: 4, 7: 4, 8: 4}
+
+
+# The same for everyone.
+
+BAD = Painted(count=12, bad=(1, 4, 5, 11))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_have_their_rows_of_the_same_batch(hosts):
+    changes = dict(batch_size=8, masks_per_image=2, flips=True, turns=True)
+    for step in (0, 1, 7, 1000):
+        whole = loader(BAD, **changes).batch(step)
+        parts = [loader(BAD, **changes, host=h, hosts=hosts).batch(step) for h in range(hosts)]
+        assert all(len(batch.image) == 8 // hosts for batch, _ in parts)
+        joined = jax.tree.map(lambda *rows: np.concatenate(rows), *[batch for batch, _ in parts])
+        assert_same((joined, [p for _, some in parts for p in some]), whole)
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (0, 1), (0, 2), (0, 8), (2, 2)])
+def test_reading_ahead_changes_nothing(workers, prefetch):
+    source = Scenes((40, 50), count=9)  # which other processes can import
+    for host in (0, 1) if not workers else (1,):
+        one = loader(source, host=host, hosts=2, turns=True)
+        ahead = list(one.batches(3, 9, workers=workers, prefetch=prefetch))
+        assert len(ahead) == 6
+        for step, batch in zip(range(3, 9), ahead, strict=True):
+            assert_same(batch, one.batch(step))
+
+
+def test_problems_come_with_their_batch_when_reading_ahead():
+    one = loader(BAD)
+    ahead = list(one.batches(2, 8))
+    for step, batch in zip(range(2, 8), ahead, strict=True):
+        assert_same(batch, one.batch(step))
+    assert any(problems for _, problems in ahead)
+
+
+def test_no_steps():
+    assert list(loader(Painted()).batches(4, 4)) == []
+    assert list(loader(Painted()).batches(4, 4, prefetch=0)) == []
+
+
+def test_a_batch_does_not_depend_on_those_before():
+    one = loader(BAD)
+    later = [one.batch(step) for step in (5, 2, 5)]
+    assert_same(later[0], later[2])
+    assert_same(later[1], loader(BAD).batch(2))
+
+
+@pytest.mark.parametrize(("batch_size", "hosts"), [(4, 3), (2, 4), (7, 2)])
+def test_hosts_must_share_a_batch_evenly(batch_size, hosts):
+    with pytest.raises(ValueError, match=f"multiple of the {hosts} hosts; got {batch_size}"):
+        loader(Painted(), batch_size=batch_size, hosts=hosts)
+
+
+# Masks.
+
+
+def bars(number, size=FRAME):
+    """Masks of different columns."""
+    masks = [np.zeros(size, bool) for _ in range(number)]
+    for column, mask in enumerate(masks):
+        mask[:, column] = True
+    return [rle.encode(mask) for mask in masks]
+
+
+def test_masks_are_drawn_at_random_without_replacement():
+    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(8))
+    drawn = [batch_of(source, step, batch_size=1) for step in range(600)]
+    ids = np.stack([batch.mask_id[0] for batch in drawn])
+    assert all(batch.valid.all() for batch in drawn)
+    assert all(len(set(row)) == 3 for row in ids.tolist())
+    assert scipy.stats.chisquare(np.bincount(ids.ravel(), minlength=8)).pvalue > 1e-3
+    sets = collections.Counter(frozenset(row) for row in ids.tolist())
+    assert len(sets) == 56  # all there are: another epoch has other masks
+    assert scipy.stats.chisquare(list(sets.values())).pvalue > 1e-3
+
+
+def test_images_of_a_batch_draw_on_their_own():
+    """What is drawn depends on the image and the step, not on the row."""
+    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(8), count=8)
+    one, other = (batch_of(source, 3, batch_size=8, seed=seed) for seed in (0, 1))
+    assert len({tuple(row) for row in one.mask_id.tolist()}) > 4
+    assert one.mask_id.tolist() != other.mask_id.tolist()
+
+
+def test_fewer_masks_are_filled_up():
+    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(2))
+    batch = batch_of(source, batch_size=1, masks_per_image=5)
+    np.testing.assert_array_equal(batch.valid, [[True, True, False, False, False]])
+    assert sorted(batch.mask_id[0, :2]) == [0, 1]
+    assert not batch.masks[0, 2:].any()
+    assert not batch.mask_id[0, 2:].any()
+
+
+def test_masks_of_more_than_90_percent_are_left_out():
+    size = (20, 30)
+    masks = [np.arange(600).reshape(size) < area for area in (540, 541, 600, 100)]
+    source = Given(np.zeros((*size, 3), np.uint8), [rle.encode(mask) for mask in masks])
+    batch = batch_of(source, batch_size=1, masks_per_image=4)
+    np.testing.assert_array_equal(batch.valid, [[True, True, False, False]])
+    assert sorted(batch.mask_id[0, :2]) == [0, 3]
+
+
+def test_the_image_is_what_masks_are_compared_with_not_the_frame():
+    """All of the image is half of the frame."""
+    size = (48, 28)
+    mask = np.ones(size, bool)
+    half = np.arange(28) < np.full((48, 1), 14)
+    source = Given(np.zeros((*size, 3), np.uint8), [rle.encode(mask), rle.encode(half)])
+    batch = batch_of(source, batch_size=1)
+    np.testing.assert_array_equal(batch.valid, [[True, False, False]])
+    assert batch.mask_id[0, 0] == 1
+
+
+def test_masks_too_small_to_be_seen_are_left_out():
+    """Of every ten pixels the frame keeps the sixth."""
+    size = (480, 560)
+    masks = [np.zeros(size, bool) for _ in range(4)]
+    masks[0][15, 25] = True  # the centre of a pixel of the frame
+    masks[1][14, 25] = masks[1][15, 24] = True
+    masks[3][100:109, 200:205] = True  # 45 pixels, none at a centre in x
+    source = Given(np.zeros((*size, 3), np.uint8), [rle.encode(mask) for mask in masks])
+    batch = batch_of(source, batch_size=1)
+    np.testing.assert_array_equal(batch.valid, [[True, False, False]])
+    assert batch.mask_id[0, 0] == 0
+    expected = np.zeros(FRAME, bool)
+    expected[1, 2] = True
+    np.testing.assert_array_equal(unpack(batch)[0, 0], expected)
+
+
+# Flips and turns.
+
+AROUND = np.ones((3, 3), bool)
+
+SYMMETRIES = [
+    lambda x, flip=flip, turns=turns: np.rot90(x[:, ::-1] if flip else x, turns)
+    for flip in (False, True)
+    for turns in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    ("flips", "turns", "number"), [(False, False, 1), (False, True, 4), (True, True, 8)]
+)
+def test_flips_and_turns_move_image_and_masks_alike(flips, turns, number):
+    """The frame is square and as long as the image: nothing is resized."""
+    source = Painted(size=(40, 26), count=1)
+    example, seen = source[0], collections.Counter()
+    for step in range(120):
+        batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=flips, turns=turns)
+        h, w = batch.size[0]
+        image = batch.image[0, :h, :w]
+        matches = [i for i, f in enumerate(SYMMETRIES) if np.array_equal(f(example.image), image)]
+        assert len(matches) == 1
+        move = SYMMETRIES[matches[0]]
+        seen[matches[0]] += 1
+        for n, mask in enumerate(batch.mask_id[0]):
+            expected = np.zeros((40, 40), bool)
+            expected[:h, :w] = move(rle.decode(example.masks[mask]))
+            np.testing.assert_array_equal(unpack(batch)[0, n], expected)
+    assert len(seen) == number
+    if number > 1:
+        assert scipy.stats.chisquare(list(seen.values())).pvalue > 1e-3
+
+
+def test_flips_alone_keep_the_sides():
+    source = Painted(size=(40, 26), count=1)
+    image, seen = source[0].image, set()
+    for step in range(40):
+        batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=True)
+        np.testing.assert_array_equal(batch.size, [[40, 26]])
+        actual = batch.image[0, :40, :26]
+        matches = [i for i, f in enumerate(SYMMETRIES) if np.array_equal(f(image), actual)]
+        seen |= set(matches)
+        for n, mask in enumerate(batch.mask_id[0]):
+            expected = SYMMETRIES[matches[0]](image)[..., mask] > 0
+            np.testing.assert_array_equal(unpack(batch)[0, n, :40, :26], expected)
+    assert {0, 4} <= seen  # as it is, and mirrored left to right
+
+
+@pytest.mark.parametrize("size", [(90, 160), (200, 120), (31, 17)])
+def test_masks_lie_on_their_image_when_it_is_resized(size):
+    """In a frame that is not square, turned images have other sides."""
+    source = Painted(size=size, count=6)
+    sizes = set()
+    for step in range(5):
+        batch = batch_of(source, step, flips=True, turns=True)
+        masks = unpack(batch)
+        for b, (h, w) in enumerate(batch.size):
+            sizes.add((int(h), int(w)))
+            scale = min(48 / size[0], 56 / size[1]), min(48 / size[1], 56 / size[0])
+            turned = (h > w) != (size[0] > size[1])
+            sides = (size[::-1] if turned else size) * np.full(2, scale[int(turned)])
+            assert np.abs(sides - [h, w]).max() <= 0.5
+            for n in np.flatnonzero(batch.valid[b]):
+                painted = batch.image[b, :, :, batch.mask_id[b, n]] >= 128
+                # Edges lie within a pixel of each other.
+                assert not (painted & ~scipy.ndimage.binary_dilation(masks[b, n], AROUND)).any()
+                assert not (scipy.ndimage.binary_erosion(masks[b, n], AROUND) & ~painted).any()
+    assert len(sizes) == 2
+
+
+# Samples that cannot be used.
+
+
+def test_a_bad_sample_is_reported_and_replaced():
+    replaced = collections.Counter()
+    for step in range(9):
+        batch, problems = loader(BAD).batch(step)
+        assert batch.image.shape[0] == 4
+        assert not set(batch.image_id.tolist()) & set(BAD.bad)
+        for problem in problems:
+            assert problem.index in BAD.bad
+            assert problem.name == f"painting {problem.index}"
+            assert problem.reason == "broken image"
+            assert f"painting {problem.index} fell down" in problem.detail
+        replaced.update(problem.index for problem in problems)
+    # In three epochs of 12 each was met three times at least, and replacements may be bad too.
+    assert set(replaced) == set(BAD.bad)
+    assert min(replaced.values()) >= 3
+
+
+def test_good_samples_stay_where_they_are_beside_bad_ones():
+    good = dataclasses.replace(BAD, bad=())
+    for step in range(6):
+        batch, problems = loader(BAD).batch(step)
+        expected = loader(good).batch(step)[0]
+        kept = [index not in BAD.bad for index in expected.image_id]
+        np.testing.assert_array_equal(batch.image_id[kept], expected.image_id[kept])
+        np.testing.assert_array_equal(batch.masks[kept], expected.masks[kept])
+        assert len(problems) >= kept.count(False)
+
+
+def test_replacements_are_not_always_the_same():
+    source = Painted(count=40, bad=tuple(range(20)))
+    replacements = collections.defaultdict(set)
+    for step in range(60):
+        expected = batch_of(dataclasses.replace(source, bad=()), step).image_id
+        actual = batch_of(source, step).image_id
+        for before, after in zip(expected.tolist(), actual.tolist(), strict=True):
+            if before in source.bad:
+                replacements[before].add(after)
+    assert np.mean([len(found) for found in replacements.values()]) > 3
+
+
+@pytest.mark.parametrize(
+    ("masks", "reason", "detail"),
+    [
+        ([], "no masks", "none of 0 masks"),
+        ([np.ones((20, 30), bool), np.zeros((20, 30), bool)], "no masks", "none of 2 masks"),
+        ([{"size": [20, 30], "counts": [5]}], "broken mask", "600, got 5"),
+        ([{"size": [20, 30], "counts": "4P"}], "broken mask", "cut short"),
+    ],
+)
+def test_masks_that_cannot_be_used(masks, reason, detail):
+    masks = [rle.encode(mask) if isinstance(mask, np.ndarray) else mask for mask in masks]
+    good = Painted((20, 30), count=2)
+
+    class Source(Painted):
+        def __getitem__(self, index):
+            return good[1] if index else Example(image=good[0].image, masks=masks)
+
+    batch, problems = loader(Source((20, 30), count=2)).batch(0)
+    assert batch.image_id.tolist() == [1] * 4
+    assert {(problem.index, problem.reason) for problem in problems} == {(0, reason)}
+    assert detail in problems[0].detail
+
+
+def test_nothing_but_bad_samples():
+    source = Painted(count=3, bad=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"no usable image .*painting \d: .*fell down"):
+        loader(source).batch(0)
+    with pytest.raises(ValueError, match="no usable image"):
+        list(loader(source).batches(0, 1))
+
+
+def test_other_errors_are_not_hidden():
+    class Wrong(Painted):
+        def __getitem__(self, index):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        loader(Wrong()).batch(0)

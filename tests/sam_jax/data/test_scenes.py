@@ -1,0 +1,143 @@
+"""Generated scenes: the same for everyone, and ambiguous enough to learn several answers from."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from sam_jax.data import scenes as scenes_module
+from sam_jax.data.scenes import MIN_PIXELS, Scenes
+from sam_jax.masks import rle
+
+NUM_SCENES = 150
+
+
+def masks_of(example):
+    return [rle.decode(mask) for mask in example.masks]
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.image, b.image)
+    assert a.masks == b.masks
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Images and masks of some scenes."""
+    source = Scenes()
+    examples = [source[index] for index in range(NUM_SCENES)]
+    return [(example.image, masks_of(example)) for example in examples]
+
+
+@pytest.fixture(scope="module")
+def pairs(scenes):
+    """Pairs of masks of one scene, the larger one first."""
+    return [
+        sorted(pair, key=lambda mask: -mask.sum())
+        for _, masks in scenes
+        for pair in itertools.combinations(masks, 2)
+    ]
+
+
+def test_a_scene_is_a_function_of_its_index_alone():
+    source, other = Scenes(), Scenes(count=12)
+    forwards = [source[index] for index in range(12)]
+    backwards = [other[index] for index in reversed(range(12))][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        assert_same(a, b)
+    assert_same(source[5], forwards[5])
+    assert len({example.image.tobytes() for example in forwards}) == 12
+
+
+def test_length_names_and_what_is_out_of_range():
+    source = Scenes(count=7)
+    assert len(source) == 7
+    assert source.name(3) == "scene 3"
+    assert source[6].image.shape == (128, 128, 3)
+    for index in (7, -1):
+        with pytest.raises(IndexError, match=f"index must be 0 to 6; got {index}"):
+            source[index]
+
+
+def test_images_and_masks(scenes):
+    for image, masks in scenes:
+        assert image.dtype == np.uint8
+        assert image.shape == (128, 128, 3)
+        assert image.std() > 5
+        assert len(masks) >= 1
+        assert all(mask.shape == (128, 128) for mask in masks)
+    assert np.mean([len(masks) >= 3 for _, masks in scenes]) > 0.5
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (160, 96), (128, 40), (50, 77)])
+def test_other_sizes(size):
+    source = Scenes(size=size)
+    numbers = []
+    for index in range(20):
+        example = source[index]
+        assert example.image.shape == (*size, 3)
+        masks = masks_of(example)
+        assert all(mask.shape == size for mask in masks)
+        assert all(mask.sum() >= MIN_PIXELS for mask in masks)
+        numbers.append(len(masks))
+    assert min(numbers) >= 1
+    assert np.mean(numbers) >= 2
+
+
+def test_masks_are_different_and_large_enough(scenes):
+    for _, masks in scenes:
+        assert len({mask.tobytes() for mask in masks}) == len(masks)
+        assert min(mask.sum() for mask in masks) >= MIN_PIXELS
+
+
+def test_masks_are_what_is_seen(pairs):
+    """What lies behind is cut out: masks share pixels only as an object and a part of it do."""
+    shared = [(large & small).sum() for large, small in pairs]
+    for (_, small), pixels in zip(pairs, shared, strict=True):
+        assert pixels in (0, small.sum())
+
+
+def test_masks_look_unlike_what_is_around_them(scenes):
+    distances = []
+    for image, masks in scenes:
+        for mask in masks:
+            if any((other & mask).sum() == other.sum() for other in masks if other is not mask):
+                continue  # it has parts, which have colours of their own
+            around = scipy.ndimage.binary_dilation(mask, iterations=2) & ~mask
+            distances.append(np.linalg.norm(image[mask].mean(axis=0) - image[around].mean(axis=0)))
+    assert np.percentile(distances, 5) > 40
+
+
+def test_some_objects_lie_behind_others(monkeypatch):
+    drawn = []
+    draw_object = scenes_module.draw_object
+
+    def record(*args):
+        regions = draw_object(*args)
+        drawn[-1].append(regions[0].copy())
+        return regions
+
+    monkeypatch.setattr(scenes_module, "draw_object", record)
+    for index in range(NUM_SCENES):
+        drawn.append([])
+        Scenes()[index]
+    overlap = [(np.sum(objects, axis=0) >= 2).any() for objects in drawn]
+    assert np.mean(overlap) > 0.5
+
+
+def test_clicks_are_ambiguous_often_enough(scenes, pairs):
+    """Of the pixels in any mask, a good part lies in several; most scenes have such pixels."""
+    covers = [np.sum(masks, axis=0) for _, masks in scenes]
+    several = sum((cover >= 2).sum() for cover in covers) / sum((c >= 1).sum() for c in covers)
+    assert several > 0.1
+    assert np.mean([cover.max() >= 2 for cover in covers]) > 0.5
+    assert max(cover.max() for cover in covers) >= 3  # a part of a part
+    nested = [small.sum() / large.sum() for large, small in pairs if (large & small).any()]
+    assert np.mean(np.array(nested) < 0.8) > 0.8  # and the answers differ
+
+
+def test_masks_are_of_several_sizes(scenes):
+    areas = np.array([mask.mean() for _, masks in scenes for mask in masks])
+    assert np.percentile(areas, 90) > 4 * np.percentile(areas, 10)
+    assert areas.max() < 0.9

@@ -1,0 +1,854 @@
+"""SAM's objective against a plain loop over rounds and masks, and the rules of its rounds.
+
+`plain` is the specification once more: one mask after the other, no scan, no vmap, all gradients by
+`jax.grad`. With the objective it shares the model, the draws of `train.prompts`, and the rule of
+the keys. `Toy` stands in for the model where the objective alone is in question.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+
+from sam_jax.data.loader import Batch
+from sam_jax.model.mask_decoder import Masks
+from sam_jax.model.prompt_encoder import (
+    ABSENT,
+    BACKGROUND,
+    BOTTOM_RIGHT,
+    FOREGROUND,
+    NOT_A_POINT,
+    TOP_LEFT,
+    Prompts,
+)
+from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
+from train.config import Interactive
+from train.interactive import CLICK, DROP_PATH, DROPOUT, INSERTION, make_interactive
+from train.prompts import click_on_error, first_prompt
+
+KEY = jax.random.key(5)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def jit(jit):
+    """The suite's, without fused kernels, which take half of the time, if XLA has the option."""
+    options = jit.keywords["compiler_options"] | {"xla_cpu_use_fusion_emitters": False}
+    quicker = functools.partial(jit, compiler_options=options)
+    try:
+        quicker(lambda: 0.0)()
+    except jax.errors.JaxRuntimeError:
+        return jit
+    return quicker
+
+
+# The plain loop.
+
+
+def fold(key, *numbers):
+    return functools.reduce(jax.random.fold_in, numbers, key)
+
+
+def upsample(x, scale):
+    """'... h w' at `scale` times the resolution, bilinear, pixel centres at +0.5."""
+    for axis in (-2, -1) if scale > 1 else ():
+        size = x.shape[axis]
+        at = np.clip((np.arange(scale * size) + 0.5) / scale - 0.5, 0, size - 1)
+        weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(size)))
+        x = jnp.moveaxis(jnp.tensordot(x, weights.astype(np.float32), (axis, 1)), -1, axis)
+    return x
+
+
+@functools.cache
+def pieces(jit, model, train):
+    """The compiled pieces of `plain`; of the first three `jax.grad` knows the gradients."""
+
+    def encode(variables, image, key):
+        rngs = {"drop_path": key}
+        return model.apply(variables, image[None], train, rngs=rngs, method="encode")[0]
+
+    def decode(inputs, clicks, has_mask, key):
+        variables, embedding, mask = inputs
+        prompts = Prompts(clicks.points, clicks.labels, mask, has_mask)
+        prompts = jax.tree.map(lambda x: x[None, None], prompts)
+        rngs = {"dropout": key}
+        masks = model.apply(variables, embedding[None], prompts, train, rngs=rngs, method="decode")
+        return masks.logits[0, 0], masks.iou[0, 0]
+
+    def measure(logits, target):
+        """Focal loss, dice loss and IoU of outputs 'm lh lw': 'm' each."""
+        t = jnp.broadcast_to(target, logits.shape).astype(jnp.float32)
+        focal = optax.losses.sigmoid_focal_loss(logits, t, alpha=0.25, gamma=2.0).mean((1, 2))
+        dice = optax.losses.dice_loss(
+            logits[..., None], t[..., None], smooth=0.5, axis=(-3, -2), reduction="none"
+        )[:, 0]
+        both, either = (logits > 0) & target, (logits > 0) | target
+        return focal, dice, both.sum((1, 2)) / jnp.maximum(1, either.sum((1, 2)))
+
+    def differentiable(f):
+        """Compiles f and its gradient by its first argument."""
+        run, whole = jit(f), jax.custom_vjp(f)
+        pull = jit(lambda args, g: jax.vjp(lambda x: f(x, *args[1:]), args[0])[1](g)[0])
+        forward = lambda *args: (run(*args), args)
+        whole.defvjp(forward, lambda args, g: (pull(args, g), *[None] * (len(args) - 1)))
+        return whole
+
+    return SimpleNamespace(
+        encode=differentiable(encode),
+        decode=differentiable(decode),
+        measure=differentiable(measure),
+        first_prompt=jit(first_prompt, static_argnames=("num_slots", "box_noise")),
+        click_on_error=jit(click_on_error, static_argnums=5),
+    )
+
+
+def judge(config, focal, dice, truth, iou):
+    """The values of a round from those of its outputs 'm', and which of them goes on."""
+    error = jnp.abs(iou - truth) if config.iou_l1 else (iou - truth) ** 2
+    best, chosen = jnp.argmin(config.focal * focal + config.dice * dice), jnp.argmax(iou)
+    values = {
+        "focal": focal[best],
+        "dice": dice[best],
+        "iou": jnp.mean(error) if config.iou_all else error[best],
+        "miou": truth[chosen],
+    }
+    parts = {"focal": config.focal, "dice": config.dice, "iou": config.iou}
+    return values | {"loss": sum(w * values[part] for part, w in parts.items())}, chosen
+
+
+def cells_of(model, config, mask, size):
+    """The target, and the cells whose centre is in the image or that it holds: 'lh lw' bool."""
+    cell = model.patch_size // (4 * config.loss_scale)
+    rows, columns = (range(0, side, cell) for side in model.image_size)
+    parts = np.array([[mask[y : y + cell, x : x + cell].mean() for x in columns] for y in rows])
+    target = parts >= 0.5
+    target = target if target.any() else parts > 0
+    middle = cell / 2
+    inside = [[y + middle <= size[0] and x + middle <= size[1] for x in columns] for y in rows]
+    return target, np.array(inside) | target
+
+
+def normalized(image, size):
+    """'h w 3' uint8: colours are normalised first, what is padding is set to zero then."""
+    rows, columns = (np.arange(side) for side in image.shape[:2])
+    inside = (rows[:, None] < size[0]) & (columns < size[1])
+    colors = (image - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+    return jnp.where(inside[..., None], colors, 0)
+
+
+def unpack(model, batch):
+    return np.unpackbits(batch.masks, axis=-1, count=model.image_size[1]).astype(bool)
+
+
+def plain(jit, model, config, train=True):
+    """`make_interactive`, as a loop."""
+    do = pieces(jit, model, train)
+    rounds = 1 + config.points + config.extra_rounds
+    cell = model.patch_size // (4 * config.loss_scale)
+    low = tuple(4 * side // model.patch_size for side in model.image_size)
+
+    def play(variables, embedding, mask, size, key):
+        target, inside = cells_of(model, config, mask, size)
+        nothing_new = set()
+        if config.extra_rounds >= 1:
+            nothing_new.add(rounds - 1)
+        if config.extra_rounds == 2:
+            k = jax.random.randint(fold(key, INSERTION), (), 0, config.points)
+            nothing_new.add(1 + int(k))
+        slots = 2 + config.points
+        clicks = do.first_prompt(
+            fold(key, CLICK, 0), mask, size, num_slots=slots, box_noise=config.box_noise
+        )
+        sampled, before, values = 0, jnp.zeros(low), []
+        for r in range(rounds):
+            if r > 0 and r not in nothing_new:
+                shown = upsample(jax.lax.stop_gradient(before), config.loss_scale)
+                clicks = do.click_on_error(fold(key, CLICK, r), clicks, shown, target, inside, cell)
+                sampled += 1
+            inputs, dropout = (variables, embedding, before), fold(key, DROPOUT, r)
+            logits, iou = do.decode(inputs, clicks, jnp.array(r > 0), dropout)
+            one_prompt = r == 0 or (config.multimask_extra and sampled == 0)
+            outputs = slice(1, 4) if config.multimask and one_prompt else slice(0, 1)
+            scaled = upsample(logits[outputs], config.loss_scale)
+            value, chosen = judge(config, *do.measure(scaled, target), iou[outputs])
+            values.append(value)
+            before = logits[outputs][chosen]
+            if config.detach_mask:
+                before = jax.lax.stop_gradient(before)
+        return jax.tree.map(lambda *x: jnp.stack(x), *values)
+
+    def objective(params, constants, batch, key):
+        variables = {"params": params, "constants": constants}
+        masks, values = unpack(model, batch), []
+        for b, size in enumerate(batch.size):
+            image_key = fold(key, batch.image_id[b])
+            image = normalized(batch.image[b], size)
+            embedding = do.encode(variables, image, fold(image_key, DROP_PATH))
+            for n in np.flatnonzero(batch.valid[b]):
+                key_of_mask = fold(image_key, batch.mask_id[b, n])
+                values.append(play(variables, embedding, masks[b, n], size, key_of_mask))
+        values = jax.tree.map(lambda *x: sum(x) / len(x), *values)
+        return jnp.mean(values["loss"]), values
+
+    return objective
+
+
+# A model of a few lines, every part of which reacts to every prompt.
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """What the objective asks of `Sam`."""
+
+    image_size: tuple[int, int] = (24, 40)
+    patch_size: int = 8
+    channels: int = 5
+
+    def init(self, seed=0):
+        rng, c = np.random.default_rng(seed), self.channels
+        h, w = (4 * side // self.patch_size for side in self.image_size)
+        normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+        return {
+            "params": {
+                "image_encoder": {"kernel": normal(3, c)},
+                "prompt_encoder": {"table": normal(6, c), "no_mask": normal(), "mask": normal()},
+                "mask_decoder": {
+                    "mix": normal(c, 4),
+                    "hint": normal(4),
+                    "bias": normal(4),
+                    "head": normal(c, 4),
+                },
+            },
+            "constants": {"waves": 0.2 * normal(2, c), "ramp": normal(h, w, c)},
+        }
+
+    def apply(self, variables, *args, rngs, method):
+        return getattr(self, method)(variables["params"], variables["constants"], *args, **rngs)
+
+    def encode(self, params, constants, image, train, drop_path):
+        p = self.patch_size
+        b, h, w, c = image.shape
+        patches = image.reshape(b, h // p, p, w // p, p, c).mean(axis=(2, 4))
+        noise = jax.random.normal(drop_path, (self.channels,)) if train else 0.0
+        return jnp.tanh(patches @ params["image_encoder"]["kernel"] + 0.3 * noise)
+
+    def decode(self, params, constants, embedding, prompts, train, dropout):
+        encoder, decoder = params["prompt_encoder"], params["mask_decoder"]
+        points, labels, mask, has_mask = (x[0, 0] for x in jax.tree.leaves(prompts))
+        tokens = encoder["table"][labels + 2] * jnp.cos(points @ constants["waves"])
+        feature = jnp.sum(jnp.where((labels == ABSENT)[:, None], 0.0, tokens), axis=0)
+        if train:
+            feature = feature + 0.3 * jax.random.normal(dropout, feature.shape)
+        pixels = embedding[0].repeat(4, axis=0).repeat(4, axis=1) + constants["ramp"]
+        hint = jnp.where(has_mask, encoder["mask"] * jnp.tanh(mask), encoder["no_mask"])
+        logits = (pixels * feature) @ decoder["mix"] + hint[..., None] * decoder["hint"]
+        logits = jnp.moveaxis(logits + decoder["bias"], -1, 0)
+        iou = feature @ decoder["head"] + jnp.mean(jnp.tanh(logits), axis=(1, 2))
+        return Masks(logits=logits[None, None], iou=jax.nn.sigmoid(iou)[None, None])
+
+
+TOY = Toy()
+
+
+@jax.jit
+def keys_of_rounds(key, image_id, mask_id, rounds):
+    """The data 'n round ...' of the keys with which masks 'n' drop units."""
+    of_mask = lambda i, m: jax.vmap(lambda r: fold(key, i, m, DROPOUT, r))(rounds)
+    return jax.random.key_data(jax.vmap(of_mask)(image_id, mask_id))
+
+
+class Recorder:
+    """A model that notes each mask's prompts and outputs by the key of its round."""
+
+    def __init__(self, model):
+        self.model, self.notes = model, {}
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def apply(self, variables, *args, rngs, method):
+        out = self.model.apply(variables, *args, rngs=rngs, method=method)
+        if method != "decode":
+            return out
+        key = jax.random.key_data(rngs["dropout"])
+        note = jax.lax.stop_gradient((key, args[1], out))
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        zero = jax.pure_callback(self.take, like, note, vmap_method="broadcast_all")
+        return out.replace(logits=out.logits + zero)
+
+    def take(self, note):
+        """Takes the notes of masks 'b n ...'."""
+        key, *leaves = (np.array(x) for x in jax.tree.leaves(note))
+        shape = key.shape[:-1]
+        for at in np.ndindex(shape):
+            some = [x[at][0, 0] for x in leaves]
+            self.notes[key[at].tobytes()] = jax.tree.unflatten(jax.tree.structure(note[1:]), some)
+        return np.zeros(shape, np.float32)
+
+    def of(self, batch, rounds, key=KEY):
+        """The notes of all valid masks by (image, mask): a list of rounds."""
+        ids = [
+            (int(i), int(m))
+            for i, masks, valid in zip(batch.image_id, batch.mask_id, batch.valid, strict=True)
+            for m in masks[valid]
+        ]
+        keys = keys_of_rounds(key, *np.array(ids).T, np.arange(rounds))
+        return {
+            which: [self.notes[key.tobytes()] for key in some]
+            for which, some in zip(ids, np.asarray(keys), strict=True)
+        }
+
+
+# Batches.
+
+
+def make_batch(model, sizes, masks, image_id=(7, 3, 11), mask_id=None, seed=0):
+    """A batch of images of random grey, and masks: for each image a list of 'h w' bool."""
+    rng, (h, w) = np.random.default_rng(seed), model.image_size
+    b, n = len(sizes), max(map(len, masks)) + 1
+    bits = np.zeros((b, n, h, w), bool)
+    for image, some in enumerate(masks):
+        bits[image, : len(some)] = some
+    if mask_id is None:
+        mask_id = [1 + rng.permutation(n) for _ in sizes]  # 0 is that of fillers of chunks
+    image = rng.integers(0, 256, (b, h, w, 3), np.uint8)
+    image[:, ::8] = rng.integers(0, 256, (b, 1, 1, 3), np.uint8)
+    return Batch(
+        image=image,
+        size=np.array(sizes, np.int32),
+        image_id=np.array(image_id[:b], np.int32),
+        masks=np.packbits(bits, axis=-1),
+        mask_id=np.array(mask_id, np.int32),
+        valid=np.arange(n) < np.array([len(some) for some in masks])[:, None],
+    )
+
+
+def rectangle(model, x0, y0, x1, y1):
+    mask = np.zeros(model.image_size, bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def masks_in(model, size, number, seed):
+    """Random rectangles in an image, and at last one pixel, which vanishes at low resolution."""
+    rng, masks = np.random.default_rng(seed), []
+    for _ in range(number - 1):
+        (y0, y1), (x0, x1) = (np.sort(rng.choice(s + 1, 2, replace=False)) for s in size)
+        masks.append(rectangle(model, x0, y0, x1, y1))
+    y, x = (int(rng.integers(s)) for s in size)
+    return [*masks, rectangle(model, x, y, x + 1, y + 1)]
+
+
+def rearranged(batch):
+    """The images and their masks in another order, with fillers among them."""
+    order, columns = [2, 0, 1], [3, 1, 0, 2]
+    moved = jax.tree.map(lambda x: x[order], batch)
+    n = batch.valid.shape[1]
+    assert n == 4
+    rng = np.random.default_rng(9)
+    filler = {
+        "masks": rng.integers(0, 256, (3, 2, *batch.masks.shape[2:]), np.uint8),
+        "mask_id": np.arange(50, 56, dtype=np.int32).reshape(3, 2),
+        "valid": np.zeros((3, 2), bool),
+    }
+    changed = {
+        field: np.concatenate([more[:, :1], getattr(moved, field)[:, columns], more[:, 1:]], axis=1)
+        for field, more in filler.items()
+    }
+    return moved.replace(**changed)
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE):
+    """Of the largest magnitude, leaf by leaf; what is zero but for rounding is below 1e-7."""
+    expected = jax.tree_util.tree_leaves_with_path(expected)
+    for a, (path, e) in zip(jax.tree.leaves(actual), expected, strict=True):
+        limit = tolerance * float(np.abs(e).max()) + 1e-7
+        np.testing.assert_allclose(a, e, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+@functools.cache
+def compiled(jit, model, config, train=True):
+    """Loss, values and gradients of the objective, as a function of (variables, batch, key)."""
+    f = jit(jax.value_and_grad(make_interactive(model, config, train), has_aux=True))
+    return lambda variables, batch, key=KEY: f(
+        variables["params"], variables["constants"], batch, key
+    )
+
+
+def by_hand(jit, model, config, variables, batch, train=True):
+    f = jax.value_and_grad(plain(jit, model, config, train), has_aux=True)
+    return f(variables["params"], variables["constants"], batch, KEY)
+
+
+# The whole, with the real model.
+
+SMALL = Sam(
+    image_size=(48, 72),
+    patch_size=8,
+    embed_dim=12,
+    depth=2,
+    num_heads=3,
+    global_blocks=(0, 1),
+    prompt_dim=16,
+    decoder_depth=1,
+    decoder_mlp_dim=20,
+    iou_hidden_dim=12,
+    drop_path=0.5,
+    dropout=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def small(jit):
+    """The objective of a small `Sam`, its variables, and a batch."""
+    prompts = Prompts(
+        points=jnp.zeros((1, 1, 2, 2)),
+        labels=jnp.ones((1, 1, 2), jnp.int32),
+        mask=jnp.zeros((1, 1, 24, 36)),
+        has_mask=jnp.ones((1, 1), bool),
+    )
+    shapes = jax.eval_shape(
+        lambda: SMALL.init(jax.random.key(0), jnp.zeros((1, *SMALL.image_size, 3)), prompts)
+    )
+    rng = np.random.default_rng(3)
+
+    def draw(path, like):
+        x, name = rng.standard_normal(like.shape).astype(np.float32), path[-1].key
+        if name == "scale":
+            return 1 + 0.1 * x
+        small = name in ("bias", "pos_embed", "rel_pos_h", "rel_pos_w")
+        return x * (0.1 if small else 0.6 * math.prod(like.shape[:-1]) ** -0.5)
+
+    variables = jax.tree.map_with_path(draw, shapes)
+    sizes = [(48, 72), (48, 41)]
+    batch = make_batch(SMALL, sizes, [masks_in(SMALL, s, 3 - i, i) for i, s in enumerate(sizes)])
+    config = Interactive(points=3, chunk=3)
+    return compiled(jit, SMALL, config), config, variables, batch
+
+
+def test_the_objective_is_the_plain_loop(jit, small):
+    objective, config, variables, batch = small
+    actual = objective(variables, batch)
+    assert_close(actual, by_hand(jit, SMALL, config, variables, batch))
+    # All is reached but the biases of keys, which a softmax does not see, and masks never best.
+    for path, gradient in jax.tree_util.tree_leaves_with_path(actual[1]):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.endswith("k/bias") and "hypernetwork" not in name:
+            assert np.abs(gradient).max() > 1e-6, name
+
+
+def test_paths_and_units_drop_by_image_and_mask_not_by_place(small):
+    objective, _, variables, batch = small
+    (loss, values), gradients = objective(variables, batch)
+    columns = np.array([2, 3, 0, 1])
+    moved = jax.tree.map(lambda x: x[::-1], batch)
+    moved = moved.replace(
+        masks=moved.masks[:, columns],
+        mask_id=moved.mask_id[:, columns],
+        valid=moved.valid[:, columns],
+    )
+    assert_close(objective(variables, moved), ((loss, values), gradients))
+    # Another step, another image or another mask drops others.
+    for other, key in [
+        (batch, jax.random.key(6)),
+        (batch.replace(image_id=batch.image_id + 1), KEY),
+        (batch.replace(mask_id=batch.mask_id + 1), KEY),
+    ]:
+        assert abs(objective(variables, other, key)[0][0] - loss) > 1e-4
+
+
+# The fields of the objective, with the toy.
+
+FIELDS = [
+    {},
+    dict(detach_mask=False),
+    dict(multimask_extra=True, iou_all=True, focal=3.0, dice=2.0, iou=0.5),
+    dict(extra_rounds=1, multimask=False, loss_scale=2),
+    dict(extra_rounds=0, iou_all=True, iou_l1=True, box_noise="uniform"),
+    dict(points=0, multimask_extra=True, iou_l1=True, detach_mask=False),
+]
+GAME = Interactive(points=3, chunk=3)
+VARIABLES = TOY.init()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """A whole frame, one padded at the right, one padded below; fillers in each."""
+    sizes = [(24, 40), (24, 29), (11, 40)]
+    return make_batch(TOY, sizes, [masks_in(TOY, s, 3 - i, i) for i, s in enumerate(sizes)])
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_every_field_is_as_in_the_plain_loop(jit, batch, fields):
+    config = dataclasses.replace(GAME, **fields)
+    train = config.extra_rounds > 0
+    actual = compiled(jit, TOY, config, train)(VARIABLES, batch)
+    assert_close(actual, by_hand(jit, TOY, config, VARIABLES, batch, train))
+    rounds = 1 + config.points + config.extra_rounds
+    assert all(value.shape == (rounds,) for value in actual[0][1].values())
+    for path, gradient in jax.tree_util.tree_leaves_with_path(actual[1]):
+        assert np.abs(gradient).max() > 1e-6, path
+
+
+@pytest.fixture(scope="module")
+def toy_objective(jit):
+    """The objective of the toy."""
+    return compiled(jit, TOY, GAME, True)
+
+
+@pytest.fixture(scope="module")
+def expected(toy_objective, batch):
+    """(loss, values), gradients of the batch."""
+    return toy_objective(VARIABLES, batch)
+
+
+def assert_same(actual, expected):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+def test_a_mask_prompt_that_is_not_detached_changes_gradients_alone(jit, batch, expected):
+    config = dataclasses.replace(GAME, detach_mask=False)
+    values, gradients = compiled(jit, TOY, config, True)(VARIABLES, batch)
+    assert_close(values, expected[0], 1e-6)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        detached = functools.reduce(lambda tree, key: tree[key.key], path, expected[1])
+        if path[-1].key == "head":  # which makes IoUs, and these no mask prompts
+            assert_close(gradient, detached, 1e-6)
+        else:
+            assert np.abs(gradient - detached).max() > 1e-4, path
+
+
+def test_gradients_are_scaled_by_what_the_loss_is_scaled_by(jit, batch, expected):
+    objective = make_interactive(TOY, GAME)
+
+    def scaled(params, constants, batch, key):
+        loss, values = objective(params, constants, batch, key)
+        return 1 - 3 * loss, values
+
+    f = jit(jax.grad(scaled, has_aux=True))
+    gradients, values = f(VARIABLES["params"], VARIABLES["constants"], batch, KEY)
+    assert_close(gradients, jax.tree.map(lambda g: -3 * g, expected[1]), 1e-6)
+    assert_close(values, expected[0][1], 1e-6)
+
+
+def test_known_embeddings_are_taken_as_they_are(jit, toy_objective, batch, expected):
+    encode = pieces(jit, TOY, True).encode
+    embedding = [
+        encode(VARIABLES, normalized(image, size), fold(KEY, index, DROP_PATH))
+        for image, size, index in zip(batch.image, batch.size, batch.image_id, strict=True)
+    ]
+    known = batch.replace(embedding=np.stack(embedding), image=np.zeros_like(batch.image))
+    values, gradients = toy_objective(VARIABLES, known)
+    assert_close(values, expected[0], 1e-6)
+    for part in ("prompt_encoder", "mask_decoder"):
+        assert_close(gradients[part], expected[1][part], 1e-6)
+    assert not np.any(gradients["image_encoder"]["kernel"])
+
+
+def test_a_batch_without_masks_is_no_loss(toy_objective, batch):
+    result = toy_objective(VARIABLES, batch.replace(valid=np.zeros_like(batch.valid)))
+    assert_same(result, jax.tree.map(np.zeros_like, result))
+
+
+def test_what_fillers_hold_does_not_matter(toy_objective, batch, expected):
+    masks = batch.masks | np.where(batch.valid, 0, 255)[:, :, None, None].astype(np.uint8)
+    mask_id = np.where(batch.valid, batch.mask_id, batch.mask_id[:, :1])  # that of a valid one
+    assert_same(toy_objective(VARIABLES, batch.replace(masks=masks, mask_id=mask_id)), expected)
+
+
+def test_what_lies_outside_an_image_does_not_matter(toy_objective, batch, expected):
+    image = batch.image.copy()
+    for b, (h, w) in enumerate(batch.size):
+        image[b, h:] = image[b, :, w:] = 17
+    assert (image != batch.image).any()
+    assert_same(toy_objective(VARIABLES, batch.replace(image=image)), expected)
+
+
+def test_other_steps_other_prompts(toy_objective, batch, expected):
+    loss = lambda key: float(toy_objective(VARIABLES, batch, key)[0][0])
+    assert loss(KEY) == float(expected[0][0])
+    assert len({loss(jax.random.key(seed)) for seed in range(5)}) == 5
+
+
+# Which of three outputs learns, and which goes on.
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Toy):
+    """Predicts its parameters: 'round m lh lw' logits and 'round m' IoUs of two rounds."""
+
+    def decode(self, params, constants, embedding, prompts, train, dropout):
+        later = prompts.has_mask[0, 0].astype(int)
+        logits, iou = (params["mask_decoder"][name][later] for name in ("logits", "iou"))
+        return Masks(logits=logits[None, None], iou=iou[None, None])
+
+
+TRUTH = rectangle(TOY, 8, 4, 24, 16)  # 4 to 12 by 2 to 8 at low resolution: 48 pixels
+
+
+@pytest.fixture(scope="module")
+def fixed():
+    """Variables, and a batch of one mask.
+
+    In the first round output 0 is right but does not count, output 2 has the lowest mask loss but
+    the worst predicted IoU, output 3 the highest predicted IoU; output 1 would win by the sum of
+    mask and IoU loss.
+    """
+    target = np.zeros((12, 20), bool)
+    target[2:8, 4:12] = True
+    half = target & (np.arange(20) < 8)
+    shapes = [[target, half, target | half, ~target], [half, target, target, target]]
+    sizes = np.array([[8, 1.0, 1.1, 1], [1, 8, 8, 8]], np.float32)
+    logits = np.where(shapes, 1, -1).astype(np.float32) * sizes[..., None, None]
+    iou = np.array([[0.1, 0.5, -9, 0.9], [0.2, 0.9, 0.9, 0.9]], np.float32)
+    variables = TOY.init()
+    variables["params"]["mask_decoder"] = {"logits": logits, "iou": iou}
+    return variables, make_batch(TOY, [(24, 40)], [[TRUTH]]), target
+
+
+def mask_loss(logits, target):
+    t = target.astype(np.float32)
+    focal = optax.losses.sigmoid_focal_loss(logits, t, alpha=0.25, gamma=2.0).mean()
+    p = jax.nn.sigmoid(logits)
+    return 20 * focal + 1 - (2 * jnp.sum(p * t) + 1) / (jnp.sum(p) + jnp.sum(t) + 1)
+
+
+@pytest.mark.parametrize("iou_all", [False, True])
+def test_only_the_best_of_three_learns(jit, fixed, iou_all):
+    variables, batch, target = fixed
+    config = Interactive(points=1, extra_rounds=0, iou_all=iou_all)
+    (loss, values), gradients = compiled(jit, Fixed(), config)(variables, batch)
+    logits, iou = variables["params"]["mask_decoder"].values()
+    slopes_of = jax.vmap(jax.vmap(jax.value_and_grad(mask_loss), (0, None)), (0, None))
+    losses, slopes = jit(slopes_of)(logits, target)
+    truth = [[1, 0.5, 1, 0], [0.5, 1, 1, 1]]
+    errors = (iou - truth) ** 2
+    assert np.argmin(losses[0, 1:]) == 1
+    assert np.argmin((losses + errors)[0, 1:]) == 0
+    assert np.argmax(iou[0, 1:]) == 2
+
+    # The first round's best is output 2, of two rounds; the next has output 0 alone.
+    expected = np.zeros_like(logits)
+    expected[0, 2], expected[1, 0] = slopes[0, 2] / 2, slopes[1, 0] / 2
+    got = gradients["mask_decoder"]
+    np.testing.assert_allclose(got["logits"], expected, rtol=1e-4, atol=1e-9)
+    assert (np.asarray(got["logits"])[expected == 0] == 0).all()
+    expected = np.zeros_like(iou)
+    expected[1, 0] = 2 * (0.2 - 0.5) / 2
+    if iou_all:
+        expected[0, 1:] = 2 * (iou - truth)[0, 1:] / 3 / 2
+    else:
+        expected[0, 2] = 2 * (-9 - 1) / 2
+    np.testing.assert_allclose(got["iou"], expected, rtol=1e-5)
+    error = [errors[0, 1:].mean() if iou_all else errors[0, 2], errors[1, 0]]
+    np.testing.assert_allclose(values["iou"], error, rtol=1e-5)
+    rounds = np.array([losses[0, 2], losses[1, 0]]) + error
+    np.testing.assert_allclose(values["loss"], rounds, rtol=1e-5)
+    np.testing.assert_allclose(loss, rounds.mean(), rtol=1e-5)
+    # The mask that goes on is output 3: of the highest predicted IoU, and all wrong.
+    np.testing.assert_allclose(values["miou"], [0, 0.5])
+
+
+# The rounds of many masks.
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """What was shown to the toy, for each mask (image, mask) a list of rounds."""
+
+    notes: dict
+    batch: Batch
+    result: tuple
+
+    def masks(self):
+        """(size of the image, mask 'h w', rounds) of each mask."""
+        bits = unpack(TOY, self.batch)
+        for b, n in zip(*np.nonzero(self.batch.valid), strict=True):
+            ids = int(self.batch.image_id[b]), int(self.batch.mask_id[b, n])
+            yield self.batch.size[b], bits[b, n], self.notes[ids]
+
+
+RECORDER = Recorder(TOY)
+
+
+def play(jit, batch, config):
+    RECORDER.notes.clear()
+    result = jax.block_until_ready(compiled(jit, RECORDER, config, True)(VARIABLES, batch))
+    rounds = 1 + config.points + config.extra_rounds
+    return Played(RECORDER.of(batch, rounds), batch, result)
+
+
+@pytest.fixture(scope="module")
+def played(jit):
+    """The paper's eleven rounds, with 200 masks."""
+    sizes = [(24, 40), (24, 29), (11, 40), (20, 20)]
+    masks = [masks_in(TOY, size, 50, i) for i, size in enumerate(sizes)]
+    batch = make_batch(TOY, sizes, masks, image_id=(7, 3, 11, 5))
+    return play(jit, batch, Interactive(chunk=51))
+
+
+def sampled(prompts):
+    """How many clicks were sampled so far; the slots after them are empty."""
+    present = prompts.labels[2:] != ABSENT
+    assert (present == (np.arange(8) < present.sum())).all()
+    return int(present.sum())
+
+
+def slot_of(rounds):
+    """k: after how many clicks the round without news is inserted."""
+    counts = [sampled(prompts) for prompts, _ in rounds]
+    news = np.diff(counts)
+    assert set(news) <= {0, 1}
+    return next(k for k in range(10) if not news[k])
+
+
+def test_the_number_of_clicks_in_each_round(played):
+    """r up to the inserted round, then r - 1, and 8 in the last."""
+    for _, _, rounds in played.masks():
+        k = slot_of(rounds)
+        assert k in range(8)
+        expected = [r if r <= k else r - 1 for r in range(10)] + [8]
+        assert [sampled(prompts) for prompts, _ in rounds] == expected
+
+
+def test_the_inserted_round_is_uniform(played):
+    """It comes before any of the clicks, and never last."""
+    k = [slot_of(rounds) for _, _, rounds in played.masks()]
+    assert len(k) == 200
+    assert scipy.stats.chisquare(np.bincount(k, minlength=8)).pvalue > 1e-3
+
+
+def test_rounds_keep_what_there_was(played):
+    for _, _, rounds in played.masks():
+        for (before, _), (after, _) in itertools.pairwise(rounds):
+            kept = 2 + sampled(before)
+            np.testing.assert_array_equal(after.points[:kept], before.points[:kept])
+            np.testing.assert_array_equal(after.labels[:kept], before.labels[:kept])
+            if sampled(after) == sampled(before):  # nothing new: the mask prompt alone
+                np.testing.assert_array_equal(after.points, before.points)
+                np.testing.assert_array_equal(after.labels, before.labels)
+        assert rounds[0][0].points.shape == (10, 2)
+
+
+def test_first_prompts(played):
+    boxes = 0
+    for size, mask, rounds in played.masks():
+        prompts = rounds[0][0]
+        y, x = np.nonzero(mask)
+        if prompts.labels[0] == TOP_LEFT:
+            boxes += 1
+            assert prompts.labels[1] == BOTTOM_RIGHT
+            corners = np.array([[x.min(), y.min()], [x.max(), y.max()]])
+            limit = 5 * 0.1 * (corners[1] - corners[0])
+            assert (np.abs(prompts.points[:2] - corners) <= limit).all()
+            assert (prompts.points[:2] <= size[::-1] - 1).all()
+        else:
+            assert prompts.labels[:2].tolist() == [FOREGROUND, NOT_A_POINT]
+            at = prompts.points[0].astype(int)
+            assert mask[at[1], at[0]]
+            np.testing.assert_array_equal(prompts.points[0], at)
+    assert scipy.stats.binomtest(boxes, 200, 0.5).pvalue > 1e-3
+
+
+def test_the_mask_of_the_highest_predicted_iou_goes_on(played):
+    differ = 0
+    for _, _, rounds in played.masks():
+        assert [bool(prompts.has_mask) for prompts, _ in rounds] == [False] + [True] * 10
+        for r in range(10):
+            logits, iou = rounds[r][1].logits, rounds[r][1].iou
+            chosen = 1 + np.argmax(iou[1:]) if r == 0 else 0
+            differ += r == 0 and chosen != 1
+            np.testing.assert_array_equal(rounds[r + 1][0].mask, logits[chosen])
+    assert differ > 20
+
+
+def test_clicks_lie_where_the_mask_that_goes_on_is_wrong(played):
+    wrong_clicks, labels = 0, []
+    for size, mask, rounds in played.masks():
+        target, inside = cells_of(TOY, GAME, mask, size)
+        for r in range(1, 11):
+            prompts = rounds[r][0]
+            count = sampled(prompts)
+            if count == sampled(rounds[r - 1][0]):
+                continue
+            point, label = prompts.points[1 + count], prompts.labels[1 + count]
+            x, y = cell = ((point + 0.5) / 2 - 0.5).astype(int)
+            np.testing.assert_array_equal(point, (cell + 0.5) * 2 - 0.5)  # cells are 2 by 2
+            assert inside[y, x]
+            assert label == (FOREGROUND if target[y, x] else BACKGROUND)
+            wrong = ((prompts.mask > 0) != target) & inside
+            wrong_clicks += wrong.any()
+            assert wrong[y, x] or not wrong.any()
+            assert wrong.any() or (label == BACKGROUND) == (~target & inside).any()
+            labels.append(int(label))
+    assert wrong_clicks > 1000
+    assert set(labels) == {FOREGROUND, BACKGROUND}
+
+
+def test_masks_that_vanish_are_clicked_at_their_pixel(played):
+    """A mask of one pixel is a target of one cell."""
+    vanished = 0
+    for size, mask, rounds in played.masks():
+        if mask.sum() == 1:
+            target, _ = cells_of(TOY, GAME, mask, size)
+            assert target.sum() == 1
+            last, (y, x) = rounds[-1][0], np.argwhere(mask)[0]
+            clicks = last.points[2:][last.labels[2:] == FOREGROUND]
+            assert (np.abs(clicks - [x, y]) == 0.5).all()
+            vanished += 1
+    assert vanished >= 4
+
+
+# The layout of a batch.
+
+
+@pytest.fixture(scope="module")
+def game(jit, batch):
+    return play(jit, batch, GAME)
+
+
+def assert_same_prompts(actual, expected):
+    """All masks are shown the same points, and the same mask up to rounding."""
+    for ids, rounds in actual.notes.items():
+        for (a, _), (e, _) in zip(rounds, expected.notes[ids], strict=True):
+            np.testing.assert_array_equal(a.points, e.points)
+            np.testing.assert_array_equal(a.labels, e.labels)
+            np.testing.assert_allclose(a.mask, e.mask, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+def test_chunks_change_nothing(jit, batch, game, chunk):
+    """Neither prompts nor, up to the order of sums, the loss and its gradients."""
+    other = play(jit, batch, dataclasses.replace(GAME, chunk=chunk))
+    assert other.notes.keys() == game.notes.keys()
+    assert_same_prompts(other, game)
+    assert_close(other.result, game.result)
+
+
+def test_order_and_fillers_change_nothing(jit, batch, game):
+    other = play(jit, rearranged(batch), GAME)
+    assert other.notes.keys() == game.notes.keys()
+    assert_same_prompts(other, game)
+    assert_close(other.result, game.result)
+
+
+def test_the_loss_is_the_mean_over_the_masks_of_the_batch(jit, batch, game):
+    """However many an image has: masks apart are as in company."""
+    is_first = np.arange(batch.valid.shape[1]) == 0
+    parts = [
+        play(jit, batch.replace(valid=batch.valid & which), GAME) for which in (is_first, ~is_first)
+    ]
+    assert [len(part.notes) for part in parts] == [3, 3]
+    for part in parts:
+        assert_same_prompts(part, game)
+    mean = jax.tree.map(lambda *x: sum(x) / 2, *[part.result for part in parts])
+    assert_close(mean, game.result)

@@ -1,0 +1,144 @@
+"""The losses, against numbers worked out by hand and against optax's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train.losses import dice_loss, focal_loss, mask_iou
+
+LN2, LN3 = np.log(2), np.log(3)
+
+
+def test_focal_loss_by_hand():
+    # p = 1/2 in all four pixels: alpha * (1/2)^2 * ln 2, alpha 1/4 on the mask and 3/4 off it.
+    logits = jnp.zeros((2, 2))
+    target = jnp.array([[True, False], [False, False]])
+    expected = (0.25 + 3 * 0.75) / 4 * 0.25 * LN2
+    np.testing.assert_allclose(focal_loss(logits, target), expected, rtol=1e-6)
+    # p = 3/4, 1/4: right and wrong, on the mask and off it.
+    logits = jnp.array([[LN3, -LN3, LN3, -LN3]])
+    target = jnp.array([[True, True, False, False]])
+    right, wrong = (1 / 4) ** 2 * np.log(4 / 3), (3 / 4) ** 2 * np.log(4)
+    expected = (0.25 * right + 0.25 * wrong + 0.75 * wrong + 0.75 * right) / 4
+    np.testing.assert_allclose(focal_loss(logits, target), expected, rtol=1e-6)
+
+
+def test_dice_loss_by_hand():
+    # sum p t = 3/4, sum p = 3/4 + 1/4 + 1/2, sum t = 1.
+    logits = jnp.array([[LN3, -LN3], [0.0, -200.0]])
+    target = jnp.array([[True, False], [False, False]])
+    expected = 1 - (2 * 0.75 + 1) / (1.5 + 1 + 1)
+    np.testing.assert_allclose(dice_loss(logits, target), expected, rtol=1e-6)
+    empty = jnp.zeros((2, 2), bool)
+    np.testing.assert_allclose(dice_loss(logits, empty), 1 - 1 / 2.5, rtol=1e-6)
+    np.testing.assert_allclose(dice_loss(jnp.full((2, 2), -200.0), empty), 0, atol=1e-6)
+
+
+def test_mask_iou_by_hand():
+    target = jnp.array([[True, True, False], [False, False, False]])
+    logits = jnp.array([[0.1, -1.0, 2.0], [0.0, -3.0, 1e-9]])  # 0 is outside
+    np.testing.assert_allclose(mask_iou(logits, target), 1 / 4, rtol=1e-6)
+    assert mask_iou(jnp.where(target, 1.0, -1.0), target) == 1
+    assert mask_iou(jnp.where(target, -1.0, 1.0), target) == 0
+
+
+def test_mask_iou_of_empty_masks():
+    empty, nothing = jnp.zeros((2, 3), bool), jnp.full((2, 3), -1.0)
+    assert mask_iou(nothing, empty) == 0  # the union is taken as one at least
+    assert mask_iou(nothing, ~empty) == 0
+    assert mask_iou(-nothing, empty) == 0
+    assert mask_iou(nothing, empty).dtype == jnp.float32
+
+
+def test_no_gradient_flows_through_the_iou():
+    target = jnp.array([[True, False], [True, False]])
+    gradient = jax.grad(lambda x: (0.3 - mask_iou(x, target)) ** 2)(jnp.ones((2, 2)))
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Logits '2 3 5 7' of all magnitudes up to 30, and targets."""
+    rng = np.random.default_rng(0)
+    logits = rng.uniform(-30, 30, (2, 3, 5, 7)) * rng.choice([0.01, 0.1, 1], (2, 3, 5, 7))
+    return jnp.array(logits, jnp.float32), jnp.array(rng.random((2, 3, 5, 7)) < 0.4)
+
+
+def test_focal_loss_is_that_of_optax(many):
+    logits, target = many
+    pixels = optax.losses.sigmoid_focal_loss(logits, target.astype(float), alpha=0.25, gamma=2)
+    actual = focal_loss(logits, target)
+    assert actual.shape == (2, 3)
+    np.testing.assert_allclose(actual, pixels.mean(axis=(-2, -1)), rtol=1e-5)
+
+
+def test_dice_loss_is_that_of_optax_with_half_its_smoothing(many):
+    logits, target = many
+    by_optax = lambda smooth: optax.losses.dice_loss(
+        logits[..., None],
+        target[..., None].astype(float),
+        smooth=smooth,
+        axis=(-3, -2),
+        reduction="none",
+    )
+    actual = dice_loss(logits, target)
+    assert actual.shape == (2, 3)
+    np.testing.assert_allclose(actual, by_optax(0.5)[..., 0], rtol=1e-5)
+    assert np.abs(actual - by_optax(1.0)[..., 0]).max() > 1e-3
+
+
+def test_masks_of_a_batch_are_apart(many):
+    logits, target = many
+    for loss in (focal_loss, dice_loss, mask_iou):
+        apart = [[loss(x, t) for x, t in zip(*row, strict=True)] for row in zip(*many, strict=True)]
+        np.testing.assert_allclose(loss(logits, target), apart, rtol=1e-6)
+        # One target for several masks.
+        shared = loss(logits, target[:, :1])
+        np.testing.assert_allclose(shared[1, 2], loss(logits[1, 2], target[1, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [60.0, 1e4])
+@pytest.mark.parametrize("loss", [focal_loss, dice_loss])
+def test_values_and_gradients_of_large_logits_are_finite(loss, size):
+    logits = jnp.array([[size, -size], [size, -size]])
+    target = jnp.array([[True, True], [False, False]])
+    value, gradient = jax.value_and_grad(loss)(logits, target)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("size", [60.0, 1e4])
+def test_large_logits_by_hand(size):
+    """The focal loss is alpha * size where they are wrong, 0 where right; its slope is alpha."""
+    logits = jnp.array([[size, -size], [size, -size]])
+    target = jnp.array([[True, True], [False, False]])
+    value, gradient = jax.value_and_grad(focal_loss)(logits, target)
+    np.testing.assert_allclose(value, (0.25 + 0.75) * size / 4, rtol=1e-6)
+    expected = [[0, -0.25 / 4], [0.75 / 4, 0]]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-20)
+    # Dice: sum p t = 1, sum p = 2, sum t = 2.
+    np.testing.assert_allclose(dice_loss(logits, target), 1 - 3 / 5, rtol=1e-6)
+
+
+def test_gradients_are_the_slopes():
+    rng = np.random.default_rng(1)
+    logits, direction = rng.normal(size=(2, 3, 4)) * [[[2.0]], [[1.0]]]
+    target = rng.random((3, 4)) < 0.5
+    p = lambda x: 1 / (1 + np.exp(-x))
+
+    def focal(x):
+        right = np.where(target, p(x), 1 - p(x))
+        return np.mean(np.where(target, 0.25, 0.75) * (1 - right) ** 2 * -np.log(right))
+
+    def dice(x):
+        return 1 - (2 * np.sum(p(x) * target) + 1) / (np.sum(p(x)) + target.sum() + 1)
+
+    for loss, in_numpy in ((focal_loss, focal), (dice_loss, dice)):
+        float32 = jnp.array(logits, jnp.float32)
+        np.testing.assert_allclose(loss(float32, target), in_numpy(logits), rtol=1e-5)
+        h = 1e-5  # in float64
+        slope = (in_numpy(logits + h * direction) - in_numpy(logits - h * direction)) / (2 * h)
+        gradient = np.asarray(jax.grad(loss)(float32, target), np.float64)
+        np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-4)

@@ -1,0 +1,85 @@
+"""What is replayed is what the objective plays, and is told in pixels of the frame."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sam_jax.data.loader import Batch
+from train.config import Interactive
+from train.interactive import make_interactive
+from train.replay import replay
+
+KEY = jax.random.key(3)
+BOX = (9, 7, 40, 33)
+CONFIG = Interactive(loss_scale=2)  # with a pixel of this model's frame to one of the loss
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """`replay` compiles by itself, for which the fixture `jit` is not made."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def batch_of(model, size, box, mask_id=1):
+    """An image of noise with a mask, the box (x0, y0, x1, y1), lighter than the rest."""
+    x0, y0, x1, y1 = box
+    mask = np.zeros((1, 1, *model.image_size), bool)
+    mask[..., y0:y1, x0:x1] = True
+    image = np.random.default_rng(0).integers(0, 128, (1, *model.image_size, 3), np.uint8)
+    image[0, y0:y1, x0:x1] += 100
+    return Batch(
+        image=image,
+        size=np.array([size], np.int32),
+        image_id=np.array([5], np.int32),
+        masks=np.packbits(mask, axis=-1),
+        mask_id=np.array([[mask_id]], np.int32),
+        valid=np.ones((1, 1), bool),
+    )
+
+
+def test_rounds_are_those_of_the_objective(tiny, jit):
+    model, variables = tiny
+    batch = batch_of(model, (48, 60), BOX)
+    rounds = replay(model, variables, CONFIG, batch, KEY)
+    miou = np.array([r.iou[r.chosen] for r in rounds])
+    assert len(np.unique(miou)) > 3, "the rounds differ"
+    objective = jit(make_interactive(model, CONFIG, train=False))
+    _, values = objective(variables["params"], variables["constants"], batch, KEY)
+    np.testing.assert_allclose(miou, values["miou"], atol=1e-5)
+
+
+def test_a_round_tells_what_was_asked_and_answered(tiny):
+    model, variables = tiny
+    low = (4 * 48 // model.patch_size, 4 * 72 // model.patch_size)
+    first_labels = set()
+    for mask_id in range(8):
+        batch = batch_of(model, (48, 60), BOX, mask_id)
+        first, *later = rounds = replay(model, variables, CONFIG, batch, KEY)
+        assert len(rounds) == 11
+        first_labels.add(tuple(first.labels.tolist()))
+        assert first.logits.shape == (3, *low)
+        assert all(r.logits.shape == (1, *low) and r.chosen == 0 for r in later)
+        assert first.chosen == first.predicted.argmax()
+        given = [len(r.labels) for r in rounds]
+        assert given[-1] - given[0] == 8
+        assert sorted(np.diff(given)) == [0, 0, *[1] * 8], "two rounds bring nothing new"
+        for before, after in zip(rounds, later, strict=False):
+            np.testing.assert_array_equal(after.points[: len(before.points)], before.points)
+        last = rounds[-1]
+        assert np.all((last.points >= 0) & (last.points <= (59, 47))), "within the image"
+        for (x, y), label in zip(last.points, last.labels, strict=True):
+            if label in (0, 1):
+                assert label == (9 <= x < 40 and 7 <= y < 33)
+    assert first_labels == {(1,), (2, 3)}, "a click or a box"
+
+
+def test_more_than_one_mask_is_refused(tiny):
+    model, variables = tiny
+    batch = batch_of(model, (48, 72), BOX)
+    two = dataclasses.replace(batch, valid=np.ones((1, 2), bool))
+    with pytest.raises(ValueError, match=r"masks_per_image=1; got .* \(1, 2\)"):
+        replay(model, variables, CONFIG, two, KEY)

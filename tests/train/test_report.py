@@ -1,0 +1,240 @@
+"""The report is there and whole, holds the numbers, and nothing of its text overlaps or is cut."""
+
+import copy
+import html.parser
+import itertools
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from configs.sam_tiny import config
+from sam_jax.data.example import BadSample, Example
+from sam_jax.data.scenes import Scenes
+from sam_jax.data.source import select
+from sam_jax.masks import rle
+from train import report
+from train.config import to_dict
+
+EVALUATION = {
+    "source": "scenes",
+    "index": "::1000",
+    "objects": 571,
+    "clicks": {
+        "1": {"chosen": 0.7121, "oracle": 0.8034},
+        "2": {"chosen": 0.7953, "oracle": 0.7953},
+        "3": {"chosen": 0.8405, "oracle": 0.8405},
+        "5": {"chosen": 0.8823, "oracle": 0.8823},
+        "9": {"chosen": 0.9154, "oracle": 0.9154},
+    },
+    "box": {"chosen": 0.8612, "oracle": 0.8897},
+    "ceiling": 0.7752,
+    "bad_samples": 0,
+}
+
+
+class Stub:
+    """A predictor whose masks are rows of the image: with k clicks, all but the k-th eighth."""
+
+    def set_image(self, image):
+        self.size = image.shape[:2]
+
+    def predict_many(self, prompts, multimask_output):
+        m = 3 if multimask_output else 1
+        row = np.arange(self.size[0])[:, None] * 8 // self.size[0]
+        masks = np.ones((len(prompts), m, *self.size), bool)
+        for prompt, outputs in zip(prompts, masks, strict=True):
+            for i, mask in enumerate(outputs):
+                mask &= row != (len(prompt["point_coords"]) + i) % 8
+        scores = np.tile(np.array([0.3, 0.9, 0.5][:m], np.float32), (len(prompts), 1))
+        return masks, scores, np.zeros((len(prompts), m, 4, 4), np.float32)
+
+
+class Odd:
+    """Images of unlike sizes, the third broken; the mask of the second covers it all."""
+
+    sizes = ((40, 200), (200, 40), (60, 60), (1300, 700), (64, 48))
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise BadSample("broken image", "it is the third")
+        example = Scenes(self.sizes[index])[index]
+        if index == 1:
+            example = Example(example.image, [rle.encode(np.ones(self.sizes[1], bool))])
+        return example
+
+    def name(self, index):
+        return f"<b>$x_{index}$ 漢字"
+
+
+def rows(count, every=10):
+    return [
+        {"step": every * i, "loss": 3 / i, "miou_of_rounds": [i / (i + 2), i / (i + 1)]}
+        for i in range(1, count + 1)
+    ]
+
+
+def write(workdir, source, rows, evaluations=(), name="scenes"):
+    """Writes a report -> its folder."""
+    run = to_dict(config)
+    run["data"]["source"] = name
+    run["num_steps"] = rows[-1]["step"]
+    (workdir / "config.json").write_text(json.dumps(run))
+    for file, lines in (("metrics", rows), ("evaluations", evaluations)):
+        if lines:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (workdir / f"{file}.jsonl").write_text(text)
+    page = report.write_report(workdir, Stub(), source, EVALUATION | {"source": name})
+    assert page == workdir / "report" / "index.html"
+    return page.parent
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, links and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text = set(), [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize(
+    ("source", "steps", "evaluated", "objects"),
+    [
+        (select(Scenes((64, 96)), "::10000"), 40, [100, 200], 8),
+        (select(Scenes((48, 48)), "7"), 1, [], 1),
+        (Odd(), 3, [], 4),
+    ],
+    ids=["many", "one", "odd"],
+)
+def test_report(tmp_path, source, steps, evaluated, objects):
+    hostile = "labels:<script>alert(1)</script>&"
+    folder = write(
+        tmp_path, source, rows(steps), [{"step": s} | EVALUATION for s in evaluated], hostile
+    )
+    files = {"curves.png", "clicks.png", "examples.png", "index.html"}
+    assert {path.name for path in folder.iterdir()} == files, "nothing half written"
+    for name in ("curves.png", "clicks.png", "examples.png"):
+        picture = matplotlib.image.imread(folder / name)
+        assert 600 < picture.shape[1] < 2000
+        assert 200 < picture.shape[0] < 5000
+        assert picture[..., :3].std() > 0.05, "something is drawn"
+
+    page = Page((folder / "index.html").read_text(encoding="utf-8"))
+    assert not page.tags & {"script", "b", "iframe", "link"}
+    assert sorted(page.links) == [
+        "../config.json", "clicks.png", "curves.png", "examples.png", "examples.png"
+    ]  # fmt: skip
+    assert page.text.count(hostile) >= 3  # title, heading, configuration
+    for number in ("0.712", "0.803", "0.915", "0.861", "0.890", "571", "0.7752"):
+        assert number in page.text
+    assert page.text.count(", mask ") == objects
+    assert page.text.count(source.name(0)) == 1
+
+
+def test_the_fields_of_the_config_are_there(tmp_path):
+    text = (write(tmp_path, select(Scenes((32, 32)), "7"), rows(2)) / "index.html").read_text()
+    assert [name for name in report.MAIN if f">{name}<" not in text] == []
+
+
+def test_objects_are_of_all_sizes_and_of_different_images():
+    source = select(Scenes((96, 96)), "::500")
+    chosen = list(report.choose_objects(source))
+    assert len({name.split(",")[0] for name, _, _ in chosen}) == report.EXAMPLES
+    areas = [mask.mean() for _, _, mask in chosen]
+    assert min(areas) >= report.MIN_AREA
+    assert max(areas) > 4 * min(areas)
+    again = list(report.choose_objects(source))
+    assert [name for name, _, _ in again] == [name for name, _, _ in chosen]
+    # Where there are only tiny ones, one of these.
+    dot = np.zeros((100, 100), bool)
+    dot[3, 4] = True
+    tiny = [Example(np.zeros((100, 100, 3), np.uint8), [rle.encode(dot)])]
+    ((_, _, mask),) = report.choose_objects(select(Listed(tiny), ":"))
+    np.testing.assert_array_equal(mask, dot)
+
+
+class Listed(list):
+    def name(self, index):
+        return str(index)
+
+
+def test_clicks_are_where_the_answer_is_wrong():
+    mask = np.zeros((80, 40), bool)
+    mask[10:70] = True
+    shown = report.play(Stub(), "", np.zeros((80, 40, 3), np.uint8), mask)
+    one, three, nine = shown.answers
+    assert one.best == 1
+    assert one.masks.shape == (3, 80, 40)
+    assert one.clicks == [(19, 29, 1)]
+    assert [len(a.clicks) for a in shown.answers] == [1, 3, 9]
+    assert three.clicks[:1] == one.clicks
+    assert nine.clicks[:3] == three.clicks
+    for answer in shown.answers:
+        assert all(mask[y, x] == bool(label) for x, y, label in answer.clicks)
+        both, either = answer.masks & mask, answer.masks | mask
+        np.testing.assert_allclose(answer.iou, both.sum((1, 2)) / either.sum((1, 2)))
+
+
+def boxes_of_texts(figure, monkeypatch):
+    """(text, its box in pixels) of all that is written on a figure."""
+    written = []
+    draw = Text.draw
+    monkeypatch.setattr(Text, "draw", lambda t, *args: (written.append(t), draw(t, *args)))
+    figure.canvas.draw()
+    shown = [t for t in written if t.get_text() and t.get_visible()]
+    return [(t.get_text(), t.get_window_extent()) for t in shown]
+
+
+def scaled(factor, oracle=0.0):
+    """The evaluation with all IoUs times a factor."""
+    result = copy.deepcopy(EVALUATION)
+    for iou in (*result["clicks"].values(), result["box"]):
+        iou["chosen"] *= factor
+        iou["oracle"] = iou["chosen"] + oracle
+    return result
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: report.draw_curves(rows(1), [{"step": 10} | EVALUATION]),
+        lambda: report.draw_curves(rows(2000, 50), [{"step": 100_000} | EVALUATION]),
+        lambda: report.draw_clicks(EVALUATION),
+        lambda: report.draw_clicks(scaled(0.0)),
+        lambda: report.draw_clicks(scaled(1.09)),
+        lambda: report.draw_clicks(scaled(0.02, 0.01)),
+        lambda: report.draw_examples(
+            [report.play(Stub(), *chosen) for chosen in report.choose_objects(Odd())]
+        ),
+    ],
+)
+def test_texts_are_whole_and_apart(draw, monkeypatch):
+    figure = draw()
+    boxes = boxes_of_texts(figure, monkeypatch)
+    assert len(boxes) > 5
+    width, height = figure.canvas.get_width_height()
+    for text, box in boxes:
+        assert min(box.x0, box.y0) >= 0, text
+        assert box.x1 <= width, text
+        assert box.y1 <= height, text
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), f"{one} and {other}"
+
+
+def test_no_curve_is_lost_where_values_are_not_numbers():
+    broken = [row | {"loss": float("nan")} for row in rows(3)]
+    figure = report.draw_curves(broken, [{"step": 30} | EVALUATION])
+    figure.canvas.draw()
