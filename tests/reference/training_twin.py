@@ -309,7 +309,7 @@ def to_loss_size(model, mask):
 
 
 def is_inside(model, batch, target):
-    """Where clicks may lie, 'n lh lw': cells whose centre is not padding, or that are to be said."""
+    """Where clicks may lie, 'n lh lw': cells whose centre is not padding, or that are target."""
     inside, cell = torch.zeros_like(target), cell_size(model)
     for one, owner in zip(inside, batch.owner.tolist(), strict=True):
         height, width = ((2 * side + cell) // (2 * cell) for side in batch.size[owner])
