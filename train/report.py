@@ -29,9 +29,7 @@ from sam_jax.masks.clicks import click_on_error, farthest_click
 from sam_jax.predict.predictor import SamPredictor
 from train.metrics import read_rows
 
-BLUE, SKY, GREEN, ORANGE, RED, GREY = (
-    "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#666666"
-)  # fmt: skip
+BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
 DPI = 120
 
 EXAMPLES = 8
@@ -350,7 +348,7 @@ def draw_key(figure: Figure) -> None:
 
 
 def draw_row(row: list[Axes], number: int, shown: Shown) -> None:
-    """Fills a row of panels."""
+    """Fills the panels of an object, of the number by which the page lists it."""
     first, *later = shown.answers
     draw_panel(row[0], shown, None, first.clicks)
     row[0].set_title(f"{number}: {shown.mask.mean():.1%} of the image", fontsize=11)
@@ -361,9 +359,9 @@ def draw_row(row: list[Axes], number: int, shown: Shown) -> None:
         axes.set_title(text, fontsize=11, weight="bold" if is_best else "normal")
         if is_best:
             axes.spines[:].set(visible=True, color=BLUE, linewidth=4)
-    for axes, number, answer in zip(row[4:], SHOWN[1:], later, strict=True):
+    for axes, asked, answer in zip(row[4:], SHOWN[1:], later, strict=True):
         draw_panel(axes, shown, answer.masks[answer.best], answer.clicks)
-        enough = len(answer.clicks) < number  # as nothing was wrong any more
+        enough = len(answer.clicks) < asked  # as nothing was wrong any more
         text = f", {count_of(str(len(answer.clicks)))} enough" if enough else ""
         axes.set_title(f"IoU {answer.iou[answer.best]:.2f}{text}", fontsize=11)
 

@@ -19,7 +19,7 @@ from sam_jax.weights.convert import initialize
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny"
-    model = sam_jax.sam_tiny(depth=2, global_blocks=(1,))
+    model = sam_jax.sam_tiny(depth=2, global_blocks=(1,), decoder_heads=8)
     sam_jax.save(path, model, jax.jit(lambda: initialize(model, seed=0))())
     return str(path)
 

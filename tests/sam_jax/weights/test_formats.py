@@ -641,6 +641,24 @@ def test_mutated_safetensors_are_read_or_refused():
     assert peak < 20e6
 
 
+def test_the_tiny_model_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, variables, notes = read("sam_tiny")
+    assert model == sam_tiny()
+    assert notes == []
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
+    assert sum(path.stat().st_size for path in formats.TINY.iterdir()) <= 4e6
+
+
+@pytest.mark.parametrize("name", ["tiny.pth", "tiny.safetensors", "tiny"])
+def test_a_decoder_of_other_heads_has_no_official_form(tmp_path, name):
+    model, variables = load("sam_tiny")
+    format = None if "." in name else "huggingface"
+    with pytest.raises(WeightsError, match=r"only models with decoder_heads=8 .* got 2"):
+        save(tmp_path / name, model, variables, format)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_mutated_weights_files_are_loaded_or_refused(tiny, monkeypatch):
     """Whole files, of every kind, with errors of no other kind."""
     monkeypatch.setattr(formats.jax.numpy, "asarray", lambda x: x)
