@@ -21,7 +21,7 @@ train: .venv/test
 	$(BIN)/python -m train configs/sam_tiny.py --workdir runs/sam_tiny
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 -m 'not reference and not colab'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not reference and not colab'
 
 test-colabs: .venv/test
 	$(BIN)/python -m pytest -m colab

@@ -70,12 +70,18 @@ def run(config: TrainConfig, workdir: Path) -> None:
 
 
 def open_data(config: TrainConfig) -> tuple[Selection, Selection]:
-    """The images to learn from, and those to evaluate on: the same ones where none are held out."""
+    """The images to learn from, and those to evaluate on: the same ones where none are held out.
+
+    Those to evaluate on are always decoded in full.
+    """
     frame = config.model.image_size if config.data.half_size_jpeg else None
-    source = open_source(config.data.source, reduce_to=frame)
+    source, whole = (
+        open_source(config.data.source, reduce_to=frame),
+        open_source(config.data.source),
+    )
     if not config.data.held_out:
-        return select(source, ":"), select(source, ":")
-    return leave_out(source, config.data.held_out), select(source, config.data.held_out)
+        return select(source, ":"), select(whole, ":")
+    return leave_out(source, config.data.held_out), select(whole, config.data.held_out)
 
 
 def make_loader(config: TrainConfig, selection: Selection) -> Loader:

@@ -34,6 +34,7 @@ from train.config import Interactive
 from train.interactive import CLICK, DROP_PATH, DROPOUT, INSERTION, make_interactive
 from train.prompts import click_on_error, first_prompt
 
+pytestmark = pytest.mark.xdist_group("rounds")  # which share what is compiled
 KEY = jax.random.key(5)
 TOLERANCE = 1e-5
 

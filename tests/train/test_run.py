@@ -17,6 +17,7 @@ import sam_jax
 from train import __main__ as command
 from train.metrics import read_rows
 
+pytestmark = pytest.mark.xdist_group("runs")  # which share what is compiled
 ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG = """
