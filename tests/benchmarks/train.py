@@ -59,7 +59,7 @@ from sam_jax.model.sam import Sam, sam_tiny
 from sam_jax.weights.convert import initialize, to_torch
 model = sam_tiny(decoder_heads=Sam.decoder_heads)  # no weight has a shape that tells
 state = to_torch(model, initialize(model, seed=0))
-torch.save({name: torch.from_numpy(x) for name, x in state.items()}, f"{sys.argv[1]}/weights.pth")
+torch.save({name: torch.tensor(x) for name, x in state.items()}, f"{sys.argv[1]}/weights.pth")
 """
 
 
