@@ -12,19 +12,19 @@ from train.config import Data, Interactive, Optimizer, TrainConfig
 
 config = TrainConfig(
     model=sam_tiny(),
-    objective=Interactive(masks_per_image=4, chunk=4),
+    objective=Interactive(masks_per_image=1, chunk=1),
     data=Data(source="scenes", held_out="::1000"),
     optimizer=Optimizer(
-        peak_lr=2e-3,
-        warmup_steps=50,
-        drop_at=(900, 1150, 1350),
+        peak_lr=1.2e-3,
+        warmup_steps=1,
+        drop_at=(2500, 3900, 4600),
         drop_by=0.35,
         weight_decay=0.05,
         layer_decay=1.0,
         b2=0.95,
     ),
     batch_size=8,
-    num_steps=1500,
-    log_every=20,
-    checkpoint_every=300,
+    num_steps=5000,
+    log_every=50,
+    checkpoint_every=1000,
 )

@@ -18,6 +18,7 @@ from train.interactive import make_interactive
 from train.metrics import Metrics, summarize
 from train.optimizer import check_train_only, make_optimizer
 from train.report import write_report
+from train.sharding import make_mesh, replicate, split_batch
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.workdir import BadSamples, claim, write_json
@@ -37,9 +38,11 @@ def run(config: TrainConfig, workdir: Path) -> None:
     claim(workdir, config, bytes_on_disk(config, variables, seen))
 
     optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
-    step = make_step(make_interactive(config.model, config.objective), optimizer, config.seed)
+    mesh = make_mesh(config.batch_size)
+    objective = make_interactive(config.model, config.objective)
+    step = make_step(objective, optimizer, config.seed, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    state = init_state(variables, optimizer)
+    state = replicate(mesh, init_state(variables, optimizer))
     state = checkpoints.restore(state) or state
     start = int(state.step)
 
@@ -49,7 +52,7 @@ def run(config: TrainConfig, workdir: Path) -> None:
     metrics = Metrics(workdir, start, config.num_steps, config.batch_size)
     for done, (batch, problems) in enumerate(batches, start=start + 1):
         bad.add(problems)
-        state, values = step(state, jax.device_put(complete(batch)))
+        state, values = step(state, split_batch(mesh, complete(batch)))
         metrics.advance()
         is_last = done == config.num_steps
         if is_last or done % config.log_every == 0:
@@ -124,7 +127,8 @@ def initial_variables(config: TrainConfig) -> dict:
     return variables
 
 
-NOT_IN_WEIGHTS = ("drop_path", "dropout", "remat", "dtype")  # fields that no parameter depends on
+# Fields that no parameter of given weights depends on.
+NOT_IN_WEIGHTS = ("drop_path", "dropout", "remat", "dtype", "position_scale")
 
 
 def bytes_on_disk(config: TrainConfig, variables: dict, selection: Selection) -> int:
@@ -146,5 +150,6 @@ def evaluate(config: TrainConfig, state: TrainState, held_out: Selection) -> dic
 
 
 def variables_of(state: TrainState) -> dict:
-    """The model's variables."""
-    return {"params": state.params, "constants": state.constants}
+    """The model's variables, on one device."""
+    variables = {"params": state.params, "constants": state.constants}
+    return jax.device_put(variables, jax.devices()[0])

@@ -13,7 +13,7 @@ import numpy as np
 from sam_jax.data.example import Example
 from sam_jax.masks import rle
 
-MIN_PIXELS = 60  # of a mask that is kept
+MIN_AREA = 0.015  # of the image, of a mask that is kept
 MIN_VISIBLE = 0.4  # of an object or part, else it is hidden rather than seen
 CONTRAST = 90.0  # least distance in RGB of a colour to the one around it
 
@@ -63,7 +63,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     for region, area in zip(regions, areas, strict=True):
         visible = int(region.sum())
         is_new = not any(np.array_equal(region, mask) for mask in masks)
-        if visible >= max(MIN_PIXELS, MIN_VISIBLE * area) and is_new:
+        if visible >= max(MIN_AREA * region.size, MIN_VISIBLE * area) and is_new:
             masks.append(region)
     return np.clip(image, 0, 255).astype(np.uint8), masks
 
@@ -71,7 +71,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
 def draw_object(rng, image, around, x, y):
     """Paints an object with its parts into the image -> the regions of all of them, it first."""
     height, width = x.shape
-    radius = rng.uniform(0.2, 0.38) * min(height, width)
+    radius = rng.uniform(0.22, 0.38) * min(height, width)
     cx = rng.uniform(0.6 * radius, width - 0.6 * radius)
     cy = rng.uniform(0.6 * radius, height - 0.6 * radius)
     u, v = turn(rng, x - cx, y - cy)
@@ -117,14 +117,14 @@ def parts(rng, whole, u, v):
     """One to three regions of an object that do not overlap, in its coordinates."""
     kind = rng.integers(4)
     if kind == 0:  # a disc inside
-        (du, dv), r = rng.uniform(-0.25, 0.25, 2), rng.uniform(0.4, 0.65)
+        (du, dv), r = rng.uniform(-0.25, 0.25, 2), rng.uniform(0.5, 0.7)
         return [whole & ((u - du) ** 2 + (v - dv) ** 2 < r**2)]
     if kind == 1:  # a band across
-        at, half = rng.uniform(-0.3, 0.3), rng.uniform(0.18, 0.3)
+        at, half = rng.uniform(-0.3, 0.3), rng.uniform(0.25, 0.35)
         return [whole & (np.abs(v - at) < half)]
     if kind == 2:  # one half
         return [whole & (u > rng.uniform(-0.15, 0.3))]
-    half = rng.uniform(0.3, 0.5)  # a cap on each of two sides
+    half = rng.uniform(0.2, 0.4)  # a cap on each of two sides
     return [whole & (u > half), whole & (u < -half)]
 
 

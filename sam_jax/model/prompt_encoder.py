@@ -60,15 +60,18 @@ class PromptEncoder(nn.Module):
     Attributes:
       dim: channels of a token.
       mask_channels: channels before the last convolution of a mask prompt.
+      position_scale: standard deviation of the frequencies of positions, in cycles per half frame.
       dtype: compute type; positions are always encoded in float32.
     """
 
     dim: int
     mask_channels: int
+    position_scale: float
     dtype: str
 
     def setup(self):
-        gaussian = lambda: jax.random.normal(self.make_rng("params"), (2, self.dim // 2))
+        normal = nn.initializers.normal(self.position_scale)
+        gaussian = lambda: normal(self.make_rng("params"), (2, self.dim // 2))
         self.gaussian = self.variable("constants", "gaussian", gaussian)
         embedding = lambda name: self.param(name, nn.initializers.normal(1.0), (self.dim,))
         self.by_label = [  # in the order of the labels 0, 1, 2, 3

@@ -203,6 +203,7 @@ def our_step(folder, images, points, extra_rounds):
     from train.config import Interactive, Optimizer
     from train.interactive import make_interactive
     from train.optimizer import make_optimizer
+    from train.sharding import make_mesh
     from train.state import init_state
     from train.step import make_step
 
@@ -211,7 +212,7 @@ def our_step(folder, images, points, extra_rounds):
     objective = make_interactive(model, Interactive(points=points, extra_rounds=extra_rounds))
     optimizer = make_optimizer(Optimizer(), model.depth)
     state = jax.jit(lambda variables: init_state(variables, optimizer))(variables)
-    compiled = make_step(objective, optimizer, seed=0).lower(state, batch).compile()
+    compiled = make_step(objective, optimizer, 0, make_mesh(images)).lower(state, batch).compile()
     memory = compiled.memory_analysis()
 
     def step():

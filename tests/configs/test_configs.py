@@ -13,6 +13,7 @@ from sam_jax.weights.convert import initialize
 from train.config import Interactive, load_config
 from train.interactive import make_interactive
 from train.optimizer import make_optimizer
+from train.sharding import make_mesh
 from train.state import init_state
 from train.step import make_step
 
@@ -45,7 +46,8 @@ def test_the_step_traces(name, monkeypatch):
     optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
     variables = jax.eval_shape(functools.partial(initialize, config.model, 0))
     state = jax.eval_shape(lambda v: init_state(v, optimizer), variables)
-    step = make_step(make_interactive(config.model, config.objective), optimizer, config.seed)
+    mesh = make_mesh(config.batch_size)
+    step = make_step(make_interactive(config.model, config.objective), optimizer, config.seed, mesh)
     after, values = jax.eval_shape(step, state, batch_of(config))
     same = jax.tree.map(lambda x, y: x.shape == y.shape and x.dtype == y.dtype, state, after)
     assert all(jax.tree.leaves(same))

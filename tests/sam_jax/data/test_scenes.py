@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 
 from sam_jax.data import scenes as scenes_module
-from sam_jax.data.scenes import MIN_PIXELS, Scenes
+from sam_jax.data.scenes import MIN_AREA, Scenes
 from sam_jax.masks import rle
 
 NUM_SCENES = 150
@@ -79,7 +79,7 @@ def test_other_sizes(size):
         assert example.image.shape == (*size, 3)
         masks = masks_of(example)
         assert all(mask.shape == size for mask in masks)
-        assert all(mask.sum() >= MIN_PIXELS for mask in masks)
+        assert all(mask.mean() >= MIN_AREA for mask in masks)
         numbers.append(len(masks))
     assert min(numbers) >= 1
     assert np.mean(numbers) >= 2
@@ -88,7 +88,7 @@ def test_other_sizes(size):
 def test_masks_are_different_and_large_enough(scenes):
     for _, masks in scenes:
         assert len({mask.tobytes() for mask in masks}) == len(masks)
-        assert min(mask.sum() for mask in masks) >= MIN_PIXELS
+        assert min(mask.mean() for mask in masks) >= MIN_AREA
 
 
 def test_masks_are_what_is_seen(pairs):

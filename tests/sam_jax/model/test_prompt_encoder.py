@@ -25,7 +25,7 @@ def encoder(recorded):
     """The prompt encoder, and variables with the released values in all of it that is recorded."""
     with np.load(REAL / "sam_prompt_encoder_real_partial.npz") as arrays:
         real = dict(arrays)
-    module = PromptEncoder(dim=256, mask_channels=16, dtype="float32")
+    module = PromptEncoder(dim=256, mask_channels=16, position_scale=1.0, dtype="float32")
     prompts = Prompts(points=np.zeros((1, 1, 1, 2)), labels=np.zeros((1, 1, 1), int))
     variables = module.init(jax.random.key(0), prompts, FRAME)
     values = {
