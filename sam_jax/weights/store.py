@@ -154,7 +154,9 @@ def _is_like(value, default):
     if isinstance(default, tuple):
         return isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
     if type(default) is float:
-        return type(value) in (int, float) and 0 <= value < 1
+        if type(value) not in (int, float):
+            return False
+        return 0 < value < math.inf if default else 0 <= value < 1  # a scale, or a rate
     if type(default) is int:
         return type(value) is int and value > 0
     if type(default) is str:

@@ -231,4 +231,4 @@ def test_info_prints_what_a_bug_report_needs(weights, capsys):
     printed = capsys.readouterr().out
     for word in ("sam_jax", "python", "jaxlib", "flax", "device     ", "trainable parameters"):
         assert word in printed
-    assert "embed_dim = 96" in printed
+    assert "embed_dim = 64" in printed
