@@ -23,8 +23,8 @@ USES = (*NETWORKS, "sam_jax.predict", "sam_jax.weights", "sam_jax.data")
 LIBRARY = (*USES, "sam_jax.evaluate", "sam_jax.export", "sam_jax.engine")
 LEAVES = (*LIBRARY, "train.config", "train.prompts", "train.losses", "train.sharding")
 PARTS = (*LEAVES, "train.state", "train.interactive", "train.pretrain", "train.optimizer")
-FILES = ("train.checkpoints", "train.embeddings", "train.metrics", "train.workdir")
-STEPS = (*PARTS, *FILES, "train.step", "train.replay", "train.report")
+FILES = ("train.checkpoints", "train.embeddings", "train.metrics", "train.plots", "train.workdir")
+STEPS = (*PARTS, *FILES, "train.step", "train.replay", "train.examples", "train.report")
 BELOW = {
     "sam_jax.model": (),
     "sam_jax.masks": (),
@@ -55,7 +55,9 @@ BELOW = {
     "train.embeddings": LEAVES,
     "train.metrics": LEAVES,
     "train.workdir": LEAVES,
-    "train.report": (*PARTS, "train.metrics"),
+    "train.plots": LEAVES,
+    "train.examples": (*PARTS, "train.plots"),
+    "train.report": (*PARTS, "train.metrics", "train.plots", "train.examples"),
     "train.run": ("sam_jax", *STEPS),
     "train.compile": STEPS,
     "train.__main__": (*STEPS, "train.run"),
@@ -71,7 +73,7 @@ HOMES = {
     "absl": ("sam_jax.data.loader",),
     "grain": ("sam_jax.data.loader",),
     "jax2onnx": ("sam_jax.export",),
-    "matplotlib": ("train.report",),
+    "matplotlib": ("train.plots", "train.examples"),
     "ml_dtypes": ("sam_jax.weights.torch_file",),
     "onnxruntime": ("sam_jax.export",),
     "optax": ("train.optimizer", "train.losses", "train.step", "train.state"),

@@ -36,8 +36,12 @@ def linear(in_features, features, dtype, name):
 
 
 def layer_norm(epsilon, dtype, name):
-    """A LayerNorm with statistics in float32 and PyTorch's two-pass variance."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    """A LayerNorm with statistics in float32 and PyTorch's two-pass variance.
+
+    It sees '... c' as rows, as gradients of arrays of many axes are slow on CPUs.
+    """
+    norm = nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    return lambda x: norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def gelu(x):

@@ -214,8 +214,10 @@ def head_weights(c, name, num_heads, dtype):
 
 
 def split_heads(x, num_heads):
+    """'... (h d)' -> '... h d'."""
     return rearrange(x, "... (h d) -> ... h d", h=num_heads)
 
 
 def merge_heads(x):
+    """'... h d' -> '... (h d)'."""
     return rearrange(x, "... h d -> ... (h d)")

@@ -15,7 +15,7 @@ from sam_jax.data.example import BadSample, Example
 from sam_jax.data.scenes import Scenes
 from sam_jax.data.source import select
 from sam_jax.masks import rle
-from train import report
+from train import examples, plots, report
 from train.config import to_dict
 
 EVALUATION = {
@@ -151,18 +151,18 @@ def test_the_fields_of_the_config_are_there(tmp_path):
 
 def test_objects_are_of_all_sizes_and_of_different_images():
     source = select(Scenes((96, 96)), "::500")
-    chosen = list(report.choose_objects(source))
+    chosen = list(examples.choose_objects(source))
     assert len({name.split(",")[0] for name, _, _ in chosen}) == report.EXAMPLES
     areas = [mask.mean() for _, _, mask in chosen]
     assert min(areas) >= report.MIN_AREA
     assert max(areas) > 4 * min(areas)
-    again = list(report.choose_objects(source))
+    again = list(examples.choose_objects(source))
     assert [name for name, _, _ in again] == [name for name, _, _ in chosen]
     # Where there are only tiny ones, one of these.
     dot = np.zeros((100, 100), bool)
     dot[3, 4] = True
     tiny = [Example(np.zeros((100, 100, 3), np.uint8), [rle.encode(dot)])]
-    ((_, _, mask),) = report.choose_objects(select(Listed(tiny), ":"))
+    ((_, _, mask),) = examples.choose_objects(select(Listed(tiny), ":"))
     np.testing.assert_array_equal(mask, dot)
 
 
@@ -174,7 +174,7 @@ class Listed(list):
 def test_clicks_are_where_the_answer_is_wrong():
     mask = np.zeros((80, 40), bool)
     mask[10:70] = True
-    shown = report.play(Stub(), "", np.zeros((80, 40, 3), np.uint8), mask)
+    shown = examples.play(Stub(), "", np.zeros((80, 40, 3), np.uint8), mask)
     one, three, nine = shown.answers
     assert one.best == 1
     assert one.masks.shape == (3, 80, 40)
@@ -210,14 +210,14 @@ def scaled(factor, oracle=0.0):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: report.draw_curves(rows(1), [{"step": 10} | EVALUATION]),
-        lambda: report.draw_curves(rows(2000, 50), [{"step": 100_000} | EVALUATION]),
-        lambda: report.draw_clicks(EVALUATION),
-        lambda: report.draw_clicks(scaled(0.0)),
-        lambda: report.draw_clicks(scaled(1.09)),
-        lambda: report.draw_clicks(scaled(0.02, 0.01)),
-        lambda: report.draw_examples(
-            [report.play(Stub(), *chosen) for chosen in report.choose_objects(Odd())]
+        lambda: plots.draw_curves(rows(1), [{"step": 10} | EVALUATION]),
+        lambda: plots.draw_curves(rows(2000, 50), [{"step": 100_000} | EVALUATION]),
+        lambda: plots.draw_clicks(EVALUATION),
+        lambda: plots.draw_clicks(scaled(0.0)),
+        lambda: plots.draw_clicks(scaled(1.09)),
+        lambda: plots.draw_clicks(scaled(0.02, 0.01)),
+        lambda: examples.draw_examples(
+            [examples.play(Stub(), *chosen) for chosen in examples.choose_objects(Odd())]
         ),
     ],
 )
@@ -236,5 +236,5 @@ def test_texts_are_whole_and_apart(draw, monkeypatch):
 
 def test_no_curve_is_lost_where_values_are_not_numbers():
     broken = [row | {"loss": float("nan")} for row in rows(3)]
-    figure = report.draw_curves(broken, [{"step": 30} | EVALUATION])
+    figure = plots.draw_curves(broken, [{"step": 30} | EVALUATION])
     figure.canvas.draw()
