@@ -3,8 +3,9 @@
     python -m train configs/sam_tiny.py --workdir runs/sam_tiny
 
 Cost: under ten minutes on two CPU cores. The recipe is the paper's but for its size: fewer and
-smaller steps at a higher rate, more drops of it, no drop path, dropout or layer-wise decay, and a
-second moment that forgets sooner, as the first steps' gradients are far larger than the rest.
+smaller steps at a higher rate, more drops of it, no drop path, dropout or layer-wise decay, a
+second moment that forgets sooner, as the first steps' gradients are far larger than the rest, and a
+focal loss of weight 4: with the paper's 20, masks stay empty for longer, and end a little worse.
 """
 
 from sam_jax.model.sam import sam_tiny
@@ -12,7 +13,7 @@ from train.config import Data, Interactive, Optimizer, TrainConfig
 
 config = TrainConfig(
     model=sam_tiny(),
-    objective=Interactive(masks_per_image=1, chunk=1),
+    objective=Interactive(focal=4.0, masks_per_image=1, chunk=1),
     data=Data(source="scenes", held_out="::1000"),
     optimizer=Optimizer(
         peak_lr=1.2e-3,
