@@ -152,9 +152,9 @@ def test_the_fields_of_the_config_are_there(tmp_path):
 def test_objects_are_of_all_sizes_and_of_different_images():
     source = select(Scenes((96, 96)), "::500")
     chosen = list(examples.choose_objects(source))
-    assert len({name.split(",")[0] for name, _, _ in chosen}) == report.EXAMPLES
+    assert len({name.split(",")[0] for name, _, _ in chosen}) == examples.EXAMPLES
     areas = [mask.mean() for _, _, mask in chosen]
-    assert min(areas) >= report.MIN_AREA
+    assert min(areas) >= examples.MIN_AREA
     assert max(areas) > 4 * min(areas)
     again = list(examples.choose_objects(source))
     assert [name for name, _, _ in again] == [name for name, _, _ in chosen]

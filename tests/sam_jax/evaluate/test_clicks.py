@@ -7,8 +7,11 @@ import pytest
 
 from sam_jax.cli import main
 from sam_jax.data.example import BadSample, Example
+from sam_jax.data.source import open_source, select
 from sam_jax.evaluate.clicks import evaluate_clicks, mask_iou, one_click_ceiling, rounds_of, table
 from sam_jax.masks import rle
+from sam_jax.predict.predictor import SamPredictor
+from sam_jax.weights.formats import load
 
 SIZE = (40, 50)
 
@@ -150,6 +153,14 @@ def test_the_ceiling_of_one_click_where_a_part_hides_in_a_whole():
     # Three that are nested: the middle one is the best answer to all.
     inner, middle, outer = rectangle(16, 16, 22, 32), part, whole
     assert one_click_ceiling(np.stack([inner, middle, outer])) == pytest.approx([96 / 200, 1, iou])
+
+
+def test_the_packaged_model_knows_scenes_that_it_has_not_seen():
+    held_out = select(open_source("scenes"), "::1000")
+    evaluation = evaluate_clicks(SamPredictor(*load("sam_tiny")), held_out, range(6))
+    assert evaluation["clicks"]["9"]["chosen"] > 0.75, evaluation
+    assert evaluation["clicks"]["1"]["oracle"] > 0.55, evaluation
+    assert evaluation["box"]["chosen"] > 0.6, evaluation
 
 
 def test_the_command_writes_what_it_prints(square, tmp_path, capsys, monkeypatch):
