@@ -17,9 +17,7 @@ from train.config import Data
 
 config = dataclasses.replace(
     tiny,
-    model=sam_tiny(
-        image_size=(192, 192), window_size=12, global_blocks=(1,), position_scale=1.2
-    ),
+    model=sam_tiny(image_size=(192, 192), window_size=12, global_blocks=(1,), position_scale=1.2),
     objective=dataclasses.replace(tiny.objective, masks_per_image=2, chunk=2),
     data=Data(source="labels:data/dsb2018", held_out="0::5", flips=True, turns=True),
     optimizer=dataclasses.replace(tiny.optimizer, drop_at=(1650, 2570, 3040)),
