@@ -619,8 +619,14 @@ def test_gelu_is_exact():
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
 def test_norms_are_precise_far_from_zero_and_near_it(epsilon):
     """Far from zero the variance as a difference of means would be lost; near it epsilon counts."""
-    norm = layer_norm(epsilon, "float32", None)
-    variables = {"params": {"scale": np.array([2.0, 2, 2, 2]), "bias": np.ones(4)}}
+
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layer_norm(epsilon, "float32", "norm")(x)
+
+    norm = Norm()
+    variables = {"params": {"norm": {"scale": np.array([2.0, 2, 2, 2]), "bias": np.ones(4)}}}
     far = np.array([4096.0, 4097, 4098, 4099], np.float32)
     by_hand = 1 + 2 * np.array([-1.5, -0.5, 0.5, 1.5]) / (1.25 + epsilon) ** 0.5
     np.testing.assert_allclose(norm.apply(variables, far), by_hand, rtol=1e-6)
