@@ -5,7 +5,7 @@
 Cost: under ten minutes on two CPU cores. The recipe is the paper's but for its size: fewer and
 smaller steps at a higher rate, more drops of it, no drop path, dropout or layer-wise decay, a
 second moment that forgets sooner, as the first steps' gradients are far larger than the rest, and a
-focal loss of weight 4: with the paper's 20, masks stay empty for longer, and end a little worse.
+focal loss of weight 4: with the paper's 20, masks this coarse learn later and end a little worse.
 """
 
 from sam_jax.model.sam import sam_tiny

@@ -5,7 +5,7 @@
 DIR is the public stage1_train folder (one folder an image), or one of label images with an
 index.json. Every fifth image is held out.
 
-Cost: under twenty minutes on two CPU cores. Nuclei are small: the frame has three times the
+Cost: about twenty minutes on two CPU cores. Nuclei are small: the frame has three times the
 tokens a side of `sam_tiny`, finer positions, and two masks an image, as the encoder costs more.
 """
 

@@ -331,4 +331,4 @@ def test_type_checkers_see_the_same_public_names():
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'SamModel'"):
-        sam_jax.SamModel  # noqa: B018
+        _ = sam_jax.SamModel

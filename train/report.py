@@ -19,9 +19,9 @@ DPI = 120
 MAIN = (
     *("model.image_size", "model.patch_size", "model.embed_dim", "model.depth", "model.dtype"),
     *("data.source", "data.held_out", "objective.points", "objective.extra_rounds"),
-    *("objective.masks_per_image", "optimizer.peak_lr", "optimizer.warmup_steps"),
-    *("optimizer.drop_at", "optimizer.weight_decay", "optimizer.layer_decay"),
-    *("batch_size", "num_steps", "init_from", "train_only", "seed"),
+    *("objective.focal", "objective.masks_per_image", "optimizer.peak_lr"),
+    *("optimizer.warmup_steps", "optimizer.drop_at", "optimizer.weight_decay"),
+    *("optimizer.layer_decay", "batch_size", "num_steps", "init_from", "train_only", "seed"),
 )  # fields of the config on the page
 
 

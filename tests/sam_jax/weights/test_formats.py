@@ -677,6 +677,6 @@ def test_mutated_weights_files_are_loaded_or_refused(tiny, monkeypatch):
             try:
                 model, _ = load(name)
             except ValueError as error:
-                assert name in str(error) or "tensors" in str(error)  # noqa: PT017
+                assert name in str(error) or "tensors" in str(error)  # noqa: PT017 - or it loads
             else:
                 assert model == tiny[0]
