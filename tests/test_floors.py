@@ -24,7 +24,8 @@ LIBRARY = (*USES, "sam_jax.evaluate", "sam_jax.export", "sam_jax.engine")
 LEAVES = (*LIBRARY, "train.config", "train.prompts", "train.losses", "train.sharding")
 PARTS = (*LEAVES, "train.state", "train.interactive", "train.pretrain", "train.optimizer")
 FILES = ("train.checkpoints", "train.embeddings", "train.metrics", "train.plots", "train.workdir")
-STEPS = (*PARTS, *FILES, "train.step", "train.replay", "train.examples", "train.report")
+USERS = ("train.step", "train.initial", "train.replay", "train.examples", "train.report")
+STEPS = (*PARTS, *FILES, *USERS)
 BELOW = {
     "sam_jax.model": (),
     "sam_jax.masks": (),
@@ -50,6 +51,7 @@ BELOW = {
     "train.pretrain": LEAVES,
     "train.optimizer": LEAVES,
     "train.step": PARTS,
+    "train.initial": ("sam_jax", *PARTS),
     "train.replay": PARTS,
     "train.checkpoints": LEAVES,
     "train.embeddings": LEAVES,

@@ -80,6 +80,7 @@ class TrainConfig:
     batch_size: int = 256  # images
     num_steps: int = 90_000
     init_from: str = ""  # weights to start from: whatever `sam_jax.load` takes
+    match_attention: float = 0.0  # scale of matched first weights (`train.initial`); 0: none
     train_only: tuple[str, ...] = ()  # parts that learn, by parameter path; none: all
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
@@ -110,6 +111,7 @@ def check(config: TrainConfig) -> None:
          "1, 2 or 4"),
         ("data.source", data.source, bool(data.source), "kind:place"),
         ("data.max_bad", data.max_bad, 0 <= data.max_bad <= 1, "0 to 1"),
+        ("match_attention", config.match_attention, config.match_attention >= 0, "at least 0"),
         ("optimizer.drop_at", config.optimizer.drop_at,
          list(config.optimizer.drop_at) == sorted(config.optimizer.drop_at), "steps in order"),
         ("optimizer.warmup_steps", config.optimizer.warmup_steps,

@@ -303,9 +303,9 @@ def score_masks(config, masks, target, is_multimask):
       '' the loss, 'lh lw' the logits that go on, and a dict of '' values.
     """
     counts = is_multimask == (jnp.arange(len(masks.iou)) > 0)
-    scaled = resize_logits(masks.logits, config.loss_scale)
+    scaled = resize_logits(jax.lax.stop_gradient(masks.logits), config.loss_scale)
     loss_of = lambda x: config.focal * focal_loss(x, target) + config.dice * dice_loss(x, target)
-    best = jnp.argmin(jnp.where(counts, loss_of(jax.lax.stop_gradient(scaled)), jnp.inf))
+    best = jnp.argmin(jnp.where(counts, loss_of(scaled), jnp.inf))
     goes_on = jnp.argmax(jnp.where(counts, masks.iou, -jnp.inf))
 
     iou = mask_iou(scaled, target)
@@ -314,7 +314,8 @@ def score_masks(config, masks, target, is_multimask):
         iou_loss = jnp.sum(jnp.where(counts, iou_loss, 0.0)) / jnp.sum(counts)
     else:
         iou_loss = iou_loss[best]
-    focal, dice = focal_loss(scaled[best], target), dice_loss(scaled[best], target)
+    learns = resize_logits(masks.logits[best], config.loss_scale)  # no other has a backward pass
+    focal, dice = focal_loss(learns, target), dice_loss(learns, target)
     loss = config.focal * focal + config.dice * dice + config.iou * iou_loss
     values = {"loss": loss, "focal": focal, "dice": dice, "iou": iou_loss, "miou": iou[goes_on]}
     return loss, masks.logits[goes_on], values

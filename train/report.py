@@ -21,7 +21,8 @@ MAIN = (
     *("data.source", "data.held_out", "objective.points", "objective.extra_rounds"),
     *("objective.focal", "objective.masks_per_image", "optimizer.peak_lr"),
     *("optimizer.warmup_steps", "optimizer.drop_at", "optimizer.weight_decay"),
-    *("optimizer.layer_decay", "batch_size", "num_steps", "init_from", "train_only", "seed"),
+    *("optimizer.layer_decay", "batch_size", "num_steps", "init_from"),
+    *("match_attention", "train_only", "seed"),
 )  # fields of the config on the page
 
 

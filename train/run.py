@@ -10,13 +10,13 @@ from sam_jax.data.loader import Loader
 from sam_jax.data.source import Selection, leave_out, open_source, select
 from sam_jax.evaluate.clicks import evaluate_clicks, table
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.weights.convert import initialize
 from train.checkpoints import KEPT, Checkpoints
-from train.config import ConfigError, TrainConfig, differences, learns_encoder, to_dict
+from train.config import TrainConfig, learns_encoder
 from train.embeddings import Embeddings
+from train.initial import initial_variables
 from train.interactive import make_interactive
 from train.metrics import Metrics, summarize
-from train.optimizer import check_train_only, make_optimizer
+from train.optimizer import make_optimizer
 from train.report import write_report
 from train.sharding import make_mesh, replicate, split_batch
 from train.state import TrainState, init_state
@@ -107,28 +107,6 @@ def make_completion(config: TrainConfig, variables: dict, workdir: Path, selecti
         return lambda batch: batch
     path = workdir / "embeddings.npy"
     return Embeddings(config.model, variables, path, len(selection.source))
-
-
-def initial_variables(config: TrainConfig) -> dict:
-    """The variables of `init_from`, or else drawn from the seed.
-
-    Raises:
-      ConfigError: if those of `init_from` are of another model, or `train_only` names nothing.
-    """
-    if config.init_from:
-        model, variables = sam_jax.load(config.init_from)
-        if found := differences(to_dict(model), to_dict(config.model), ignore=NOT_IN_WEIGHTS):
-            raise ConfigError(
-                f"init_from={config.init_from!r} holds another model: {'; '.join(found)}"
-            )
-    else:
-        variables = jax.jit(initialize, static_argnums=(0, 1))(config.model, config.seed)
-    check_train_only(variables["params"], config.train_only)
-    return variables
-
-
-# Fields that no parameter of given weights depends on.
-NOT_IN_WEIGHTS = ("drop_path", "dropout", "remat", "dtype", "position_scale")
 
 
 def bytes_on_disk(config: TrainConfig, variables: dict, selection: Selection) -> int:
