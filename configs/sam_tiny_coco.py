@@ -6,7 +6,7 @@ DIR holds instances.json beside images/. Every fifth image is held out. A model 
 what a box and a click are, hardly what objects look like: for that, fine-tune official weights
 (see the README). Its shape is that of `sam_tiny_nuclei`, whose weights it can start from.
 
-Cost: about twelve minutes on two CPU cores.
+Cost: about fifteen minutes on two CPU cores.
 """
 
 import dataclasses
