@@ -46,10 +46,13 @@ def match_attention(params: dict, scale: float) -> dict:
     Args:
       params: of a model, as they were drawn.
       scale: of the queries' weights, which the keys' are then equal to.
+    Returns:
+      Params of the same shapes; all others are as they were.
     """
     flat = flatten_dict(params)
-    for *path, name, kernel in list(flat):
-        if path and path[-1] in CROSS_ATTENTION and (name, kernel) == ("q", "kernel"):
-            matched = scale * flat[*path, "q", "kernel"]
-            flat[*path, "q", "kernel"], flat[*path, "k", "kernel"] = matched, matched.copy()
+    queries = [p for p in flat if p[-2:] == ("q", "kernel") and p[-3] in CROSS_ATTENTION]
+    for path in queries:
+        flat[path] = scale * flat[path]
+        # A copy: a step donates its state, and no buffer can be donated twice.
+        flat[*path[:-2], "k", "kernel"] = flat[path].copy()
     return unflatten_dict(flat)
