@@ -9,7 +9,14 @@ from train.config import ConfigError, TrainConfig, differences, to_dict
 from train.optimizer import check_train_only
 
 # Fields of the model that no parameter of given weights depends on.
-NOT_IN_WEIGHTS = ("drop_path", "dropout", "remat", "dtype", "position_scale")
+NOT_IN_WEIGHTS = (
+    "drop_path",
+    "dropout",
+    "remat",
+    "scan_blocks",
+    "dtype",
+    "position_scale",
+)
 # The mask decoder's attention between the image and the tokens.
 CROSS_ATTENTION = ("token_to_image", "image_to_token", "final_attention")
 

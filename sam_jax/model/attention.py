@@ -4,10 +4,11 @@ Source: Li et al. 2022 (MViTv2), as used by ViTDet and Segment Anything
 (segment-anything `modeling/image_encoder.py`).
 
 Differences, all exact up to rounding:
-- In windows the relative positions are folded into extra query and key channels, so that plain
-  matrix products add them (`fold_positions`), and no bias is ever broadcast to 't t'.
-- Over the whole grid the queries are taken a few rows at a time: the logits of one step stay in the
-  cache, where the reference holds 'heads t t' in memory.
+- The relative positions are folded into extra query and key channels, so that plain matrix products
+  add them (`attend_folded`), and no bias is ever broadcast to 't t'.
+- Over the whole grid the logits, 'heads t t' in the reference, are never in memory: accelerators
+  have kernels for that (`flash_attention.py`); elsewhere the queries are taken a few rows at a
+  time, so that the logits of one step stay in the cache.
 - Queries, keys and values of a window's padding are not computed: they are those of a zero token.
 - Tables are interpolated to any grid (the reference does so too, but never uses it).
 """
@@ -18,7 +19,9 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
+from sam_jax.model import flash_attention, window_attention
 from sam_jax.model.layers import xavier_uniform
+from sam_jax.model.platform import platform
 
 QUERIES_PER_STEP = 256  # of one head; a step's logits over 4096 keys take 4 MiB
 
@@ -55,16 +58,35 @@ class Attention(nn.Module):
             qkv = split_windows(qkv, self.window, fill=project(jnp.zeros(c, x.dtype)))
         rel_h = relative_positions(table_h, qkv.shape[1], self.dtype)
         rel_w = relative_positions(table_w, qkv.shape[2], self.dtype)
-        attend = attend_folded if self.window else attend_by_rows
-        out = for_each(lambda qkv: attend(qkv, rel_h, rel_w, self.num_heads), qkv)
+        attend = attend_in_windows if self.window else attend_globally
+        out = attend(qkv, rel_h, rel_w, self.num_heads)
         if self.window:
             out = join_windows(out, gh, gw)
         return nn.Dense(c, dtype=self.dtype, kernel_init=xavier_uniform, name="proj")(out)
 
 
-def for_each(f, xs):
-    """Applies f along the first axis: one by one on CPUs, whose caches hold one; else together."""
-    return lax.platform_dependent(xs, cpu=lambda xs: lax.map(f, xs), default=jax.vmap(f))
+def attend_in_windows(qkv, rel_h, rel_w, num_heads):
+    """Attention within each of many small grids: one by one on CPUs, whose caches hold one.
+
+    Args:
+      qkv: 'b h w (3 head d)', queries, keys and values.
+      rel_h: 'h u d', the vertical position of key row u relative to query row h; rel_w: 'w v d'.
+      num_heads: heads.
+    Returns:
+      'b h w (head d)'.
+    """
+    if platform() == "tpu" and qkv.dtype == jnp.bfloat16:
+        return window_attention.attend_in_windows(qkv, rel_h, rel_w, num_heads)
+    one = lambda x: attend_folded(x, rel_h, rel_w, num_heads)
+    return lax.map(one, qkv) if platform() == "cpu" else jax.vmap(one)(qkv)
+
+
+def attend_globally(qkv, rel_h, rel_w, num_heads):
+    """The same within large grids, of which not all logits are ever in memory."""
+    attend = flash_attention.choose(qkv.shape[1] * qkv.shape[2], qkv.dtype)
+    if attend is None:
+        return lax.map(lambda x: attend_by_rows(x, rel_h, rel_w, num_heads), qkv)
+    return jax.vmap(lambda x: attend_folded(x, rel_h, rel_w, num_heads, attend))(qkv)
 
 
 def relative_positions(table, n, dtype):
@@ -93,13 +115,18 @@ def join_windows(x, gh, gw):
     return x[:, :gh, :gw]
 
 
-def attend_folded(qkv, rel_h, rel_w, num_heads):
+def attend_plainly(q, k, v):
+    """softmax(q k^T) v of 'head t d', 'head t d' and 'head t e' -> 'head t e'."""
+    return weigh(jnp.einsum("aqd,akd->aqk", q, k), v)
+
+
+def attend_folded(qkv, rel_h, rel_w, num_heads, attend=attend_plainly):
     """Attention with relative positions in extra channels: `[q, q_rel_h, q_rel_w] . [k, 1_u, 1_v]`.
 
     Args:
       qkv: 'h w (3 head d)', the queries, keys and values of one grid of tokens.
-      rel_h: 'h u d', the vertical position of key row u relative to query row h; rel_w: 'w v d'.
-      num_heads: heads.
+      rel_h, rel_w, num_heads: as in `attend_in_windows`.
+      attend: f('head t d', 'head t d', 'head t e') -> 'head t e', attention without scaling.
     Returns:
       'h w (head d)'.
     """
@@ -110,8 +137,7 @@ def attend_folded(qkv, rel_h, rel_w, num_heads):
     q = jnp.concatenate([q, q_rel_h, q_rel_w], axis=-1)
     k = jnp.concatenate([k, rows, columns], axis=-1)
     q, k, v = (rearrange(x, "head h w d -> head (h w) d") for x in (q, k, v))
-    out = attend(jnp.einsum("aqd,akd->aqk", q, k), v)
-    return rearrange(out, "head (h w) d -> h w (head d)", w=width)
+    return rearrange(attend(q, k, v), "head (h w) d -> h w (head d)", w=width)
 
 
 def attend_by_rows(qkv, rel_h, rel_w, num_heads):
@@ -133,7 +159,7 @@ def attend_by_rows(qkv, rel_h, rel_w, num_heads):
             logits = rearrange(q, "r w d -> (r w) d") @ k.T
             logits = rearrange(logits, "(r w) (u v) -> r w u v", w=width, v=width)
             logits = logits + q_rel_h[..., :, None] + q_rel_w[..., None, :]
-            return attend(rearrange(logits, "r w u v -> (r w) (u v)"), v)
+            return weigh(rearrange(logits, "r w u v -> (r w) (u v)"), v)
 
         steps = [rearrange(x, "(s r) w d -> s r w d", r=rows) for x in (q, q_rel_h, q_rel_w)]
         return lax.map(some_rows, steps)
@@ -154,7 +180,7 @@ def project_positions(qkv, rel_h, rel_w, num_heads):
     return q * q.shape[-1] ** -0.5, k, v, q_rel_h, q_rel_w
 
 
-def attend(logits, v):
+def weigh(logits, v):
     """Softmax in float32 of '... q k', applied to values '... k d' -> '... q d'.
 
     Dividing the result instead of the weights passes over 'q d' instead of 'q k'.

@@ -8,6 +8,8 @@ which the released code leaves out; attention as in `attention.py`.
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from einops import rearrange
 
 from sam_jax.model.attention import Attention
 from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xavier_uniform
@@ -25,7 +27,9 @@ class ImageEncoder(nn.Module):
       window_size: side of a window in tokens.
       out_dim: channels of the embedding.
       drop_path: chance that the last block's branches are dropped; it grows linearly from 0.
-      remat: recompute each block in the backward pass, to save memory.
+      remat: what the backward pass keeps of a block: "none" recomputed, all but "products", or all
+        of the "blocks" but their inputs.
+      scan_blocks: loop over super-blocks, of which one is compiled; for training on accelerators.
       dtype: compute type; parameters are float32.
     """
 
@@ -39,7 +43,8 @@ class ImageEncoder(nn.Module):
     mlp_ratio: int
     out_dim: int
     drop_path: float
-    remat: bool
+    remat: str
+    scan_blocks: bool
     dtype: str
 
     @nn.compact
@@ -50,19 +55,79 @@ class ImageEncoder(nn.Module):
         positions = self.param("pos_embed", nn.initializers.truncated_normal(0.02), (1, *grid, c))
         x = x + resize_positions(positions, x.shape[1:3]).astype(self.dtype)
 
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        for i in range(self.depth):
-            window = 0 if i in self.global_blocks else self.window_size
-            x = block(
-                num_heads=self.num_heads,
-                table_size=(window, window) if window else grid,
-                window=window,
-                mlp_dim=self.mlp_ratio * c,
-                drop_path=self.drop_path * i / max(1, self.depth - 1),
-                dtype=self.dtype,
-                name=f"block_{i:02d}",
-            )(x, train)
+        keep = self.draw_kept(len(x)) if train and self.drop_path else None
+        blocks = [self.block(i) for i in range(self.depth)]
+        if self.scan_blocks and not self.is_initializing():
+            x = scan_super_blocks(blocks, self.variables["params"], x, keep)
+        else:
+            for i, block in enumerate(blocks):
+                x = block(x, None if keep is None else keep[i])
         return Neck(self.out_dim, self.dtype, name="neck")(x)
+
+    def block(self, i):
+        """Block i, with its parameters."""
+        window = 0 if i in self.global_blocks else self.window_size
+        grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
+        return rematted(Block, self.remat)(
+            num_heads=self.num_heads,
+            table_size=(window, window) if window else grid,
+            window=window,
+            mlp_dim=self.mlp_ratio * self.embed_dim,
+            dtype=self.dtype,
+            name=f"block_{i:02d}",
+        )
+
+    def draw_kept(self, b):
+        """Factors 'depth 2 b' of the blocks' branches: 0 for a dropped one, and the mean is 1."""
+        rate = self.drop_path * jnp.arange(self.depth) / max(1, self.depth - 1)
+        kept = 1 - rate[:, None, None]
+        draws = jax.random.bernoulli(self.make_rng("drop_path"), kept, (self.depth, 2, b))
+        return jnp.where(draws, 1 / kept, 0.0)
+
+
+def scan_super_blocks(blocks, params, x, keep):
+    """Applies blocks in loops, so that only one of each kind is compiled.
+
+    Args:
+      blocks: a whole number of super-blocks: some windowed blocks, then a global one.
+      params: the encoder's.
+      x: 'b gh gw c'; keep: 'depth 2 b', or None.
+    """
+    period = 1 + next(i for i, block in enumerate(blocks) if not block.window)
+    if any((i % period == period - 1) == bool(b.window) for i, b in enumerate(blocks)):
+        raise ValueError(
+            "scan_blocks needs global_blocks at equal distances, the last block among them; got "
+            f"{[i for i, block in enumerate(blocks) if not block.window]} of {len(blocks)} blocks"
+        )
+    count = len(blocks) // period
+    each = [params[block.name] for block in blocks]
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    windowed = [stack(each[s * period : (s + 1) * period - 1]) for s in range(count) if period > 1]
+    xs = {"global": stack(each[period - 1 :: period])}
+    if windowed:
+        xs["windowed"] = stack(windowed)
+    if keep is not None:
+        xs["keep"] = rearrange(keep, "(s i) branch b -> s i branch b", i=period)
+
+    def apply(block, x, params, keep):
+        return block.clone(parent=None, name=None).apply({"params": params}, x, keep)
+
+    def super_block(x, xs):
+        keep = xs.get("keep")
+        if windowed:
+            within = xs["windowed"], None if keep is None else keep[:-1]
+            x, _ = jax.lax.scan(lambda x, one: (apply(blocks[0], x, *one), None), x, within)
+        return apply(blocks[-1], x, xs["global"], None if keep is None else keep[-1]), None
+
+    return jax.lax.scan(super_block, x, xs)[0]
+
+
+def rematted(block, what):
+    """The class of a block whose backward pass recomputes what `ImageEncoder.remat` says."""
+    if what == "none":
+        return block
+    keep_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return nn.remat(block, policy={"products": keep_products, "blocks": None}[what])
 
 
 def resize_positions(table, grid):
@@ -80,27 +145,24 @@ class Block(nn.Module):
     table_size: tuple[int, int]
     window: int
     mlp_dim: int
-    drop_path: float
     dtype: str
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x, keep=None):
+        """Maps 'b gh gw c' to the same; keep: factors '2 b' of the two branches, or None."""
         c = x.shape[-1]
         dense = lambda features, name: nn.Dense(
             features, dtype=self.dtype, kernel_init=xavier_uniform, name=name
         )
-        drop = nn.Dropout(
-            self.drop_path,
-            broadcast_dims=(1, 2, 3),
-            rng_collection="drop_path",
-            deterministic=not train,
+        factor = lambda y, i: (
+            y if keep is None else y * keep[i, :, None, None, None].astype(y.dtype)
         )
         attend = Attention(
             self.num_heads, self.table_size, self.window, self.dtype, name="attention"
         )
-        x = x + drop(attend(layer_norm(1e-6, self.dtype, "norm1")(x)))
+        x = x + factor(attend(layer_norm(1e-6, self.dtype, "norm1")(x)), 0)
         y = gelu(dense(self.mlp_dim, "lin1")(layer_norm(1e-6, self.dtype, "norm2")(x)))
-        return x + drop(dense(c, "lin2")(y))
+        return x + factor(dense(c, "lin2")(y), 1)
 
 
 class Neck(nn.Module):

@@ -7,7 +7,7 @@ products on every device; preprocessing and postprocessing live in `sam_jax.pred
 """
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,10 @@ class Sam(nn.Module):
         hidden channels of their MLPs.
       iou_hidden_dim: hidden channels of the IoU head.
       drop_path: of the image encoder's last block; dropout: of the mask decoder. In training only.
-      remat: recompute the image encoder's blocks in the backward pass, to save memory.
+      remat: what the backward pass recomputes of the image encoder, to save memory: "none"; all but
+        the results of matrix "products"; or whole "blocks".
+      scan_blocks: loop over the image encoder's super-blocks (windowed blocks and a global one), of
+        which only one is compiled: training on accelerators starts sooner.
       dtype: "float32" or "bfloat16", the compute type. Parameters, norms, softmax, positions and
         outputs of the mask decoder are float32 in either case.
     """
@@ -59,8 +62,9 @@ class Sam(nn.Module):
     iou_hidden_dim: int = 256
     drop_path: float = 0.0
     dropout: float = 0.0
-    remat: bool = False
-    dtype: str = "float32"
+    remat: Literal["none", "products", "blocks"] = "none"
+    scan_blocks: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def setup(self) -> None:
         self.image_encoder = ImageEncoder(
@@ -75,6 +79,7 @@ class Sam(nn.Module):
             out_dim=self.prompt_dim,
             drop_path=self.drop_path,
             remat=self.remat,
+            scan_blocks=self.scan_blocks,
             dtype=self.dtype,
         )
         self.prompt_encoder = PromptEncoder(

@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import tempfile
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,13 @@ def model_from_fields(fields, where):
     known = {f.name: f.default for f in _sam_fields()}
     if unknown := sorted(fields.keys() - known.keys()):
         raise WeightsError(f"{where}: unknown fields {unknown}; allowed are {sorted(known)}")
+    hints = typing.get_type_hints(Sam)
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     for name, value in values.items():
-        if not _is_like(value, known[name]):
+        if allowed := typing.get_args(hints[name]) if type(known[name]) is str else ():
+            if value not in allowed:
+                raise WeightsError(f"{where}: {name} must be one of {allowed}; got {value!r}")
+        elif not _is_like(value, known[name]):
             raise WeightsError(f"{where}: {name} must be like {known[name]!r}; got {value!r}")
     model = Sam(**values)
     _check_sizes(model, where)
@@ -159,8 +164,6 @@ def _is_like(value, default):
         return 0 < value < math.inf if default else 0 <= value < 1  # a scale, or a rate
     if type(default) is int:
         return type(value) is int and value > 0
-    if type(default) is str:
-        return value in ("float32", "bfloat16")
     return type(value) is type(default)
 
 

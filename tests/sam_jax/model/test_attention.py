@@ -8,10 +8,10 @@ import pytest
 from sam_jax.model.attention import (
     QUERIES_PER_STEP,
     Attention,
-    attend,
     join_windows,
     relative_positions,
     split_windows,
+    weigh,
 )
 
 TOLERANCE = 1e-5  # of the largest magnitude
@@ -186,7 +186,7 @@ def test_relative_positions_by_hand():
 def test_softmax_of_large_logits_is_finite():
     logits = jnp.array([[1e4, 1e4, -1e4], [-3e38, -3e38, -3e38]])
     values = jnp.array([[1.0], [3.0], [8.0]])
-    np.testing.assert_allclose(attend(logits, values), [[2], [4]], rtol=1e-6)
+    np.testing.assert_allclose(weigh(logits, values), [[2], [4]], rtol=1e-6)
 
 
 def test_bfloat16_in_and_out():

@@ -407,7 +407,10 @@ def test_gradients_are_finite_and_reach_every_parameter(tiny, jit, images):
     assert all(np.abs(of_image).max() > 1e-4 for of_image in gradients[1])
 
 
-def test_remat_changes_neither_values_nor_gradients(tiny, jit, images):
+@pytest.mark.parametrize(
+    ("remat", "scan_blocks"), [("none", True), ("products", False), ("blocks", True)]
+)
+def test_remat_and_loops_change_neither_values_nor_gradients(tiny, jit, images, remat, scan_blocks):
     model, variables = tiny
     params, constants = variables["params"], variables["constants"]
 
@@ -418,9 +421,9 @@ def test_remat_changes_neither_values_nor_gradients(tiny, jit, images):
     gradient = functools.partial(jit, static_argnums=0)(
         jax.value_and_grad(loss, argnums=(1, 2), has_aux=True)
     )
-    remat = model.clone(remat=True)
+    other = model.clone(remat=remat, scan_blocks=scan_blocks)
     (_, expected), gradients = gradient(model, params, images)
-    (_, embedding), again = gradient(remat, params, images)
+    (_, embedding), again = gradient(other, params, images)
     assert_close(embedding, expected)
     encoder = lambda x: jax.tree.leaves((x[0]["image_encoder"], x[1]))
     for a, b in zip(encoder(again), encoder(gradients), strict=True):
@@ -430,7 +433,8 @@ def test_remat_changes_neither_values_nor_gradients(tiny, jit, images):
         name in ("checkpoint", "remat2")  # by JAX version
         for name in primitives(jax.make_jaxpr(lambda p: loss(model, p, images))(params))
     )
-    assert remats(remat) == remats(model) + model.depth
+    if not scan_blocks:
+        assert remats(other) == remats(model) + model.depth
 
 
 def test_dropping_is_off_unless_training(tiny, encode, decode, embedding, images):
@@ -478,50 +482,43 @@ def test_dropout_follows_its_key_and_differs_by_object(tiny, decode, embedding):
 
 
 @pytest.mark.parametrize(
-    ("silent", "other"), [("lin2", "attention/proj"), ("attention/proj", "lin2")]
+    ("silent", "other", "branch"), [("lin2", "attention/proj", 0), ("attention/proj", "lin2", 1)]
 )
-def test_drop_path_drops_whole_branches_of_an_image_and_keeps_the_mean(jit, silent, other):
-    """With the other branch silenced, an image gets x, or x + branch / (1 - rate)."""
-    rate, b = 0.3, 400
-    block = Block(
-        num_heads=2, table_size=(3, 3), window=3, mlp_dim=16, drop_path=rate, dtype="float32"
-    )
+def test_a_block_multiplies_each_branch_of_an_image_with_its_factor(jit, silent, other, branch):
+    block = Block(num_heads=2, table_size=(3, 3), window=3, mlp_dim=16, dtype="float32")
     rng = np.random.default_rng(0)
-    x = np.repeat(rng.standard_normal((1, 4, 5, 8)).astype(np.float32), b, axis=0)
-    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x[:1], False))
+    x = np.repeat(rng.standard_normal((1, 4, 5, 8)).astype(np.float32), 3, axis=0)
+    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x[:1]))
     flat = flax.traverse_util.flatten_dict(shapes, sep="/")
     flat = {path: rng.standard_normal(v.shape).astype(np.float32) for path, v in flat.items()}
     flat = {path: 0 * v if silent in path else v for path, v in flat.items()}
     assert any(other in path for path in flat)
     variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-    run = functools.partial(jit, static_argnums=2)(block.apply)
-    branch = run(variables, x[:1], False) - x[:1]
-    out = run(variables, x, True, rngs={"drop_path": jax.random.key(1)})
-    dropped = np.abs(out - x).max(axis=(1, 2, 3)) < 1e-5
+    run = jit(block.apply)
+    added = run(variables, x) - x
+    factors = np.full((2, 3), 7.0, np.float32)  # of the silent branch: without effect
+    factors[branch] = 0, 1, 2.5
     np.testing.assert_allclose(
-        (out - x)[~dropped],
-        np.repeat(branch / (1 - rate), b - dropped.sum(), 0),
+        run(variables, x, factors) - x,
+        added * factors[branch][:, None, None, None],
         rtol=1e-4,
         atol=1e-4,
     )
-    # Four standard deviations of a binomial. As 0.7 / (1 - 0.3) = 1, the mean is the branch.
-    assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / b) ** 0.5
 
 
-def test_drop_path_grows_linearly_with_depth(tiny, images):
-    model, rates = tiny[0].clone(depth=4, drop_path=0.6), {}
-
-    def look(call, args, kwargs, context):
-        if isinstance(context.module, Block):
-            rates[context.module.name] = context.module.drop_path
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(look):
-        encode = lambda: model.init(jax.random.key(0), images, method="encode")
-        jax.eval_shape(encode)
-    assert rates == pytest.approx(
-        {"block_00": 0, "block_01": 0.2, "block_02": 0.4, "block_03": 0.6}
-    )
+def test_branches_are_dropped_more_often_with_depth_and_keep_the_mean(tiny, jit):
+    model, b = tiny[0].clone(depth=4, drop_path=0.6), 2000
+    draw = lambda model: model.image_encoder.draw_kept(b)
+    keep = model.apply({}, rngs={"drop_path": jax.random.key(1)}, method=draw)
+    assert keep.shape == (4, 2, b)
+    for factors, rate in zip(keep, (0, 0.2, 0.4, 0.6), strict=True):
+        dropped = factors == 0
+        np.testing.assert_allclose(factors[~dropped], 1 / (1 - rate), rtol=1e-6)
+        # Four standard deviations of a binomial, for each of the two branches.
+        spread = 4 * (rate * (1 - rate) / b) ** 0.5
+        assert np.abs(dropped.mean(axis=1) - rate).max() <= spread
+        both = np.all(dropped, axis=0).mean()
+        assert abs(both - rate**2) <= 4 * (rate**2 * (1 - rate**2) / b) ** 0.5
 
 
 # Precision.

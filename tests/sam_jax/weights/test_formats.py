@@ -91,7 +91,7 @@ def test_formats_of_files(square):
 
 
 def test_a_weights_directory_keeps_how_the_model_computes(tiny):
-    model = tiny[0].clone(dtype="bfloat16", dropout=0.1, drop_path=0.4, remat=True)
+    model = tiny[0].clone(dtype="bfloat16", dropout=0.1, drop_path=0.4, remat="blocks")
     save("w", model, tiny[1])
     assert load("w")[0] == model
 
@@ -333,7 +333,9 @@ def test_a_huge_model_json_is_not_read(tiny):
         ("position_scale", "1"),
         ("dtype", "float16"),
         ("dtype", 32),
-        ("remat", 1),
+        ("remat", True),
+        ("remat", "all"),
+        ("scan_blocks", 1),
     ],
 )
 def test_a_field_of_the_wrong_type_is_named(tiny, field, value):
