@@ -79,12 +79,14 @@ class TrainConfig:
     optimizer: Optimizer = Optimizer()
     batch_size: int = 256  # images
     num_steps: int = 90_000
+    fsdp: int = 1  # devices over which each large array of the state is split
     init_from: str = ""  # weights to start from: whatever `sam_jax.load` takes
     match_attention: float = 0.0  # scale of matched first weights (`train.initial`); 0: none
     train_only: tuple[str, ...] = ()  # parts that learn, by parameter path; none: all
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
     evaluate_every: int = 0  # steps; 0: only at the end
+    profile: tuple[int, ...] = ()  # first and last step of a profiler's trace; none: no trace
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +98,7 @@ def check(config: TrainConfig) -> None:
     model, objective, data = config.model, config.objective, config.data
     rules = [
         ("batch_size", config.batch_size, config.batch_size >= 1, "at least 1"),
+        ("fsdp", config.fsdp, config.fsdp >= 1, "at least 1"),
         ("num_steps", config.num_steps, config.num_steps >= 1, "at least 1"),
         ("log_every", config.log_every, config.log_every >= 1, "at least 1"),
         ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 1, "at least 1"),
@@ -111,6 +114,9 @@ def check(config: TrainConfig) -> None:
          "1, 2 or 4"),
         ("data.source", data.source, bool(data.source), "kind:place"),
         ("data.max_bad", data.max_bad, 0 <= data.max_bad <= 1, "0 to 1"),
+        ("profile", config.profile,
+         len(config.profile) in (0, 2) and list(config.profile) == sorted(config.profile),
+         "a first and a last step, or ()"),
         ("match_attention", config.match_attention, config.match_attention >= 0, "at least 0"),
         ("optimizer.drop_at", config.optimizer.drop_at,
          list(config.optimizer.drop_at) == sorted(config.optimizer.drop_at), "steps in order"),

@@ -12,6 +12,7 @@ neither chunks nor the layout of a batch change it.
 """
 
 import functools
+import math
 
 import flax.struct
 import jax
@@ -33,8 +34,8 @@ class Truth:
     """What is known of masks, 'b n ...': constant through the rounds.
 
     Attributes:
-      mask: 'h w' bool in the frame; target: 'lh lw' bool at the resolution of the loss.
-      inside: 'lh lw' bool, what is not padding.
+      mask: 'h w' bool in the frame; target: 's p' bool at the resolution of the loss, by token.
+      inside: 's p' bool, what is not padding.
       size: '2' int32, (height, width) of the image in the frame.
       weight: '' float32, the mask's share of the loss of a round; 0 for a filler.
       key: of the mask.
@@ -50,7 +51,7 @@ class Truth:
 
 @flax.struct.dataclass
 class Session:
-    """What the rounds have led to, 'b n ...': the clicks, and 'lh lw' logits to go on from."""
+    """What the rounds have led to, 'b n ...': the clicks, and 's p' logits to go on from."""
 
     clicks: Clicks
     logits: jax.Array
@@ -75,7 +76,8 @@ def make_interactive(model, config, train=True):
             variables = {"params": params, "constants": constants}
             image = normalize(batch.image, batch.size)
             one = functools.partial(encode, model, variables, train=train)
-            embedding = jax.vmap(one)(image, keys)
+            with jax.named_scope("encoder"):
+                embedding = jax.vmap(one)(image, keys)
 
         def start(chunk):
             truth = make_truth(model, config, batch.size, keys, chunk)
@@ -84,7 +86,8 @@ def make_interactive(model, config, train=True):
         play = functools.partial(play_round, model, config, train, constants)
         decoder = {part: params[part] for part in ("prompt_encoder", "mask_decoder")}
         chunks = split_masks(config, batch)
-        return sum_rounds(config, start, play, decoder, embedding.astype(jnp.float32), chunks)
+        with jax.named_scope("rounds"):
+            return sum_rounds(config, start, play, decoder, embedding.astype(jnp.float32), chunks)
 
     return objective
 
@@ -181,8 +184,8 @@ def make_truth(model, config, size, keys, chunk):
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
     return Truth(
         mask=mask,
-        target=target,
-        inside=inside | target,
+        target=by_token(target, model),
+        inside=by_token(inside | target, model),
         size=jnp.broadcast_to(size[:, None], (*mask.shape[:2], 2)),
         weight=chunk["weight"],
         key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, chunk["mask_id"]),
@@ -214,7 +217,7 @@ def begin(model, config, truth):
 
     gh, gw = (side // model.patch_size for side in model.image_size)
     logits = jnp.zeros((*truth.weight.shape, 4 * gh, 4 * gw))
-    return Session(clicks=one(truth), logits=logits)
+    return Session(clicks=one(truth), logits=by_token(logits, model))
 
 
 def play_round(model, config, train, constants, params, embedding, truth, session, index):
@@ -236,7 +239,7 @@ def play_round(model, config, train, constants, params, embedding, truth, sessio
         prompts = Prompts(
             points=session.clicks.points,
             labels=session.clicks.labels,
-            mask=session.logits,
+            mask=by_place(session.logits, model),
             has_mask=index > 0,
         )
         prompts = jax.tree.map(lambda x: x[None, None], prompts)
@@ -246,7 +249,7 @@ def play_round(model, config, train, constants, params, embedding, truth, sessio
 
     keys = over_masks(lambda truth: key_of(truth, index, DROPOUT))(truth)
     masks = jax.vmap(jax.vmap(decode_one, (None, 0, 0)))(embedding, session, keys)
-    score = functools.partial(score_masks, config)
+    score = functools.partial(score_masks, model, config)
     loss, logits, values = jax.vmap(jax.vmap(score))(
         masks, truth.target, is_multimask(config, session, index)
     )
@@ -262,9 +265,13 @@ def next_clicks(model, config, truth, session, index):
 
     @over_masks
     def one(truth, session):
-        logits = jax.lax.stop_gradient(resize_logits(session.logits, config.loss_scale))
+        logits = resize_logits(by_place(session.logits, model), config.loss_scale)
+        shown = (
+            jax.lax.stop_gradient(logits),
+            *(by_place(x, model) for x in (truth.target, truth.inside)),
+        )
         key = key_of(truth, index, CLICK)
-        clicked = click_on_error(key, session.clicks, logits, truth.target, truth.inside, cell)
+        clicked = click_on_error(key, session.clicks, *shown, cell)
         is_new = has_click(config, truth.key, index)
         return jax.tree.map(lambda new, old: jnp.where(is_new, new, old), clicked, session.clicks)
 
@@ -291,19 +298,20 @@ def is_multimask(config, session, index):
     return jnp.broadcast_to(config.multimask & first, session.clicks.count.shape)
 
 
-def score_masks(config, masks, target, is_multimask):
+def score_masks(model, config, masks, target, is_multimask):
     """The loss of one mask's outputs.
 
     Args:
-      config: `Interactive`.
+      model, config: as in `make_interactive`.
       masks: `Masks` 'm lh lw' and 'm'.
-      target: 'h w' bool, at the resolution of the loss.
+      target: 's p' bool, at the resolution of the loss.
       is_multimask: '' bool, whether outputs 1 to 3 count, or output 0.
     Returns:
-      '' the loss, 'lh lw' the logits that go on, and a dict of '' values.
+      '' the loss, 's p' the logits that go on, and a dict of '' values.
     """
     counts = is_multimask == (jnp.arange(len(masks.iou)) > 0)
-    scaled = resize_logits(jax.lax.stop_gradient(masks.logits), config.loss_scale)
+    logits = by_token(masks.logits, model)
+    scaled = scale_tokens(model, config, jax.lax.stop_gradient(logits))
     loss_of = lambda x: config.focal * focal_loss(x, target) + config.dice * dice_loss(x, target)
     best = jnp.argmin(jnp.where(counts, loss_of(scaled), jnp.inf))
     goes_on = jnp.argmax(jnp.where(counts, masks.iou, -jnp.inf))
@@ -314,11 +322,33 @@ def score_masks(config, masks, target, is_multimask):
         iou_loss = jnp.sum(jnp.where(counts, iou_loss, 0.0)) / jnp.sum(counts)
     else:
         iou_loss = iou_loss[best]
-    learns = resize_logits(masks.logits[best], config.loss_scale)  # no other has a backward pass
+    learns = scale_tokens(model, config, logits[best])  # no other has a backward pass
     focal, dice = focal_loss(learns, target), dice_loss(learns, target)
     loss = config.focal * focal + config.dice * dice + config.iou * iou_loss
     values = {"loss": loss, "focal": focal, "dice": dice, "iou": iou_loss, "miou": iou[goes_on]}
-    return loss, masks.logits[goes_on], values
+    return loss, logits[goes_on], values
+
+
+def scale_tokens(model, config, logits):
+    """'... s p' logits of the decoder at the resolution of the loss."""
+    return by_token(resize_logits(by_place(logits, model), config.loss_scale), model)
+
+
+def by_token(x, model):
+    """'... lh lw' pixels as '... s p': the s of each token together.
+
+    So they leave the decoder, whose prompt takes them so: in this order they need not be moved,
+    which on TPUs costs more than the losses.
+    """
+    gh, gw = (side // model.patch_size for side in model.image_size)
+    return rearrange(x, "... (gh i) (gw j) -> ... (i j) (gh gw)", gh=gh, gw=gw)
+
+
+def by_place(x, model):
+    """Undoes `by_token`."""
+    gh, _ = (side // model.patch_size for side in model.image_size)
+    i = math.isqrt(x.shape[-2])
+    return rearrange(x, "... (i j) (gh gw) -> ... (gh i) (gw j)", i=i, gh=gh)
 
 
 def resize_logits(logits, scale):

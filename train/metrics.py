@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,17 @@ class Metrics:
     that goes on from a checkpoint first drops what came after it: every step stands there once.
     """
 
-    def __init__(self, workdir: Path, start: int, stop: int, batch_size: int) -> None:
+    def __init__(
+        self, workdir: Path, start: int, stop: int, batch_size: int, ideal: float | None = None
+    ) -> None:
+        """Starts to write.
+
+        Args:
+          workdir: of the run.
+          start, stop: steps done, and to be done.
+          batch_size: images a step.
+          ideal: seconds of a step at the devices' peak, if that is known.
+        """
         from tensorboardX import SummaryWriter
 
         self.path = workdir / "metrics.jsonl"
@@ -25,8 +36,20 @@ class Metrics:
             cut(path, start)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
-        self.batch_size = batch_size
-        self.since = time.perf_counter(), start
+        self.batch_size, self.ideal = batch_size, ideal
+        self.since, self.waited = (time.perf_counter(), start), 0.0
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches, with the time noted that they are waited for."""
+        stream = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - began
+            yield batch
 
     def advance(self) -> None:
         """Moves the bar by a step."""
@@ -35,14 +58,24 @@ class Metrics:
     def log(self, step: int, values: dict) -> None:
         """Writes the values of a step: numbers, or lists of one a round."""
         now = time.perf_counter()
-        rate = self.batch_size * (step - self.since[1]) / (now - self.since[0])
-        self.since = now, step
-        row = {"step": step} | values | {"images_per_second": round(rate, 2)}
-        append(self.path, row)
-        for name, value in values.items():
+        passed = now - self.since[0]
+        seconds = passed / (step - self.since[1])
+        rate = self.batch_size / seconds
+        speed = {
+            "images_per_second": round(rate, 2),
+            "step_seconds": round(seconds, 5),
+            "waiting_for_data": round(self.waited / passed, 4),  # share of the time
+        }
+        if self.ideal:
+            speed["mfu"] = round(self.ideal / seconds, 4)
+        self.since, self.waited = (now, step), 0.0
+        append(self.path, {"step": step} | values | speed)
+        for name, value in (values | speed).items():
             if isinstance(value, float):
                 self.board.add_scalar(name, value, step)
         bar = {"loss": values["loss"], "mIoU": values["miou"], "images/s": rate}
+        if self.ideal:
+            bar["MFU"] = speed["mfu"]
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in bar.items()})
 
     def log_evaluation(self, step: int, evaluation: dict) -> None:

@@ -17,6 +17,8 @@ from sam_jax.model.sam import Sam, normalize
 from train.config import Interactive
 from train.interactive import (
     begin,
+    by_place,
+    by_token,
     is_multimask,
     make_truth,
     next_clicks,
@@ -71,9 +73,10 @@ def replay(
         clicks, masks = ask(model, config, variables, embedding, truth, session, index)
         session = session.replace(clicks=clicks)
         masks = choose_masks(masks, is_multimask(config, session, index).item())
-        iou = mask_iou(resize_logits(masks.logits, config.loss_scale), truth.target[:, :, None])
+        shown = by_token(resize_logits(masks.logits, config.loss_scale), model)
+        iou = mask_iou(shown, truth.target[:, :, None])
         chosen = jnp.argmax(masks.iou)
-        session = session.replace(logits=masks.logits[:, :, chosen])
+        session = session.replace(logits=by_token(masks.logits[:, :, chosen], model))
         clicks, masks, iou = jax.tree.map(lambda x: np.asarray(x[0, 0]), (clicks, masks, iou))
         given = clicks.labels >= BACKGROUND  # neither absent nor the padding point
         rounds.append(
@@ -106,7 +109,7 @@ def ask(model, config, variables, embedding, truth, session, index):
     prompts = Prompts(
         points=clicks.points,
         labels=clicks.labels,
-        mask=session.logits,
+        mask=by_place(session.logits, model),
         has_mask=jnp.broadcast_to(index > 0, clicks.count.shape),
     )
     return clicks, model.apply(variables, embedding, prompts, method="decode")

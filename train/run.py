@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import sam_jax
@@ -13,12 +14,13 @@ from sam_jax.predict.predictor import SamPredictor
 from train.checkpoints import KEPT, Checkpoints
 from train.config import TrainConfig, learns_encoder
 from train.embeddings import Embeddings
+from train.flops import peak_flops, step_flops
 from train.initial import initial_variables
 from train.interactive import make_interactive
 from train.metrics import Metrics, summarize
 from train.optimizer import make_optimizer
 from train.report import write_report
-from train.sharding import make_mesh, replicate, split_batch
+from train.sharding import born_on, gather, make_mesh, split_batch, wait_for_all
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.workdir import BadSamples, claim, write_json
@@ -28,46 +30,71 @@ def run(config: TrainConfig, workdir: Path) -> None:
     """Trains, or goes on with what was begun in the workdir; then evaluates and reports.
 
     The workdir then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, weights/ (for
-    `sam_jax.load`), evaluation.json, report/, and bad_samples.jsonl if there were any.
+    `sam_jax.load`), evaluation.json, report/, and bad_samples.jsonl and profile/ if there were any.
+
+    Of several hosts, each reads its share of every batch and saves its pieces of the checkpoints.
+    The variables are gathered on all of them for evaluations; these, and all other writing, are the
+    first host's, for which the others wait.
 
     Raises:
       ConfigError, SourceError: before anything is written, if the run cannot be.
     """
     seen, held_out = open_data(config)
+    mesh = make_mesh(config.batch_size, config.fsdp)
     variables = initial_variables(config)
-    claim(workdir, config, bytes_on_disk(config, variables, seen))
+    leads = jax.process_index() == 0
+    claim(workdir, config, bytes_on_disk(config, variables, seen), leads)
 
     optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
-    mesh = make_mesh(config.batch_size)
     objective = make_interactive(config.model, config.objective)
-    step = make_step(objective, optimizer, config.seed, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    state = replicate(mesh, init_state(variables, optimizer))
+    state = born_on(mesh, lambda given: init_state(given, optimizer), variables)
+    step = make_step(objective, optimizer, config.seed, mesh, state, config.model.dtype)
     state = checkpoints.restore(state) or state
     start = int(state.step)
 
     batches = make_loader(config, seen).batches(start, config.num_steps, config.data.workers)
     complete = make_completion(config, variables, workdir, seen)
-    bad = BadSamples(workdir / "bad_samples.jsonl", config.data.max_bad, len(seen))
-    metrics = Metrics(workdir, start, config.num_steps, config.batch_size)
+    del variables  # the state has its own, in pieces
+    bad = BadSamples(workdir / own("bad_samples.jsonl"), config.data.max_bad, len(seen))
+    metrics = None
+    if leads:
+        ideal = seconds_at_peak(config, mesh)
+        metrics = Metrics(workdir, start, config.num_steps, config.batch_size, ideal)
+        batches = metrics.timed(batches)
     for done, (batch, problems) in enumerate(batches, start=start + 1):
         bad.add(problems)
+        if leads and done in config.profile[:1]:
+            jax.profiler.start_trace(workdir / "profile")
         state, values = step(state, split_batch(mesh, complete(batch)))
-        metrics.advance()
         is_last = done == config.num_steps
-        if is_last or done % config.log_every == 0:
-            metrics.log(done, summarize(jax.device_get(values)))
+        if leads and done in config.profile[1:]:
+            jax.block_until_ready(values)
+            jax.profiler.stop_trace()
+        if metrics:
+            metrics.advance()
+            if is_last or done % config.log_every == 0:
+                metrics.log(done, summarize(jax.device_get(values)))
         if is_last or done % config.checkpoint_every == 0:
             checkpoints.save(done, state)
         if not is_last and config.evaluate_every and done % config.evaluate_every == 0:
-            metrics.log_evaluation(done, evaluate(config, state, held_out))
+            variables = variables_of(mesh, state)
+            if metrics:
+                metrics.log_evaluation(done, evaluate(config, variables, held_out))
     checkpoints.close()
-    metrics.close()
+    variables = variables_of(mesh, state)
+    if metrics:
+        metrics.close()
+        conclude(config, workdir, variables, held_out)
+    wait_for_all("the run's end")
 
-    predictor = SamPredictor(config.model, variables_of(state))
-    sam_jax.save(workdir / "weights", config.model, variables_of(state))
-    evaluation = evaluate(config, state, held_out)
+
+def conclude(config: TrainConfig, workdir: Path, variables: dict, held_out: Selection) -> None:
+    """Saves the weights, evaluates them, and reports."""
+    sam_jax.save(workdir / "weights", config.model, variables)
+    evaluation = evaluate(config, variables, held_out)
     write_json(workdir / "evaluation.json", evaluation)
+    predictor = SamPredictor(config.model, variables)
     report = write_report(workdir, predictor, held_out, evaluation)
     print(table(evaluation), f"report: {report}", f"weights: {workdir / 'weights'}", sep="\n")
 
@@ -98,6 +125,8 @@ def make_loader(config: TrainConfig, selection: Selection) -> Loader:
         seed=config.seed,
         flips=config.data.flips,
         turns=config.data.turns,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
     )
 
 
@@ -105,8 +134,17 @@ def make_completion(config: TrainConfig, variables: dict, workdir: Path, selecti
     """What a batch goes through before a step: a frozen encoder's embeddings are added."""
     if learns_encoder(config):
         return lambda batch: batch
-    path = workdir / "embeddings.npy"
+    path = workdir / own("embeddings.npy")
     return Embeddings(config.model, variables, path, len(selection.source))
+
+
+def seconds_at_peak(config: TrainConfig, mesh: Mesh) -> float | None:
+    """Of a step, if the devices did nothing but the reference's operations; None if unknown."""
+    devices = mesh.devices.flatten()
+    peak = peak_flops(devices[0].device_kind)
+    if peak is None or not learns_encoder(config):
+        return None
+    return config.batch_size * step_flops(config.model, config.objective) / peak / len(devices)
 
 
 def bytes_on_disk(config: TrainConfig, variables: dict, selection: Selection) -> int:
@@ -119,15 +157,21 @@ def bytes_on_disk(config: TrainConfig, variables: dict, selection: Selection) ->
     return total
 
 
-def evaluate(config: TrainConfig, state: TrainState, held_out: Selection) -> dict:
+def evaluate(config: TrainConfig, variables: dict, held_out: Selection) -> dict:
     """What evaluation.json holds: see `evaluate_clicks`."""
-    predictor = SamPredictor(config.model, variables_of(state))
+    predictor = SamPredictor(config.model, variables)
     indices = tqdm(range(len(held_out)), "evaluation", unit="image", leave=False)
     where = {"source": config.data.source, "index": config.data.held_out or ":"}
     return where | evaluate_clicks(predictor, held_out, indices)
 
 
-def variables_of(state: TrainState) -> dict:
-    """The model's variables, on one device."""
-    variables = {"params": state.params, "constants": state.constants}
-    return jax.device_put(variables, jax.devices()[0])
+def variables_of(mesh: Mesh, state: TrainState) -> dict:
+    """The model's variables, whole, on one device of every host."""
+    variables = gather(mesh, {"params": state.params, "constants": state.constants})
+    return jax.device_put(variables, jax.local_devices()[0])
+
+
+def own(name: str) -> str:
+    """The name of a file of which every host has its own."""
+    path = Path(name)
+    return f"{path.stem}_{jax.process_index()}{path.suffix}" if jax.process_index() else name

@@ -3,32 +3,35 @@
 import jax
 import optax
 
-from train.sharding import gradients_over
+from train.sharding import compile_step, gradients_over
 
 
-def make_step(objective, optimizer, seed: int, mesh):
+def make_step(objective, optimizer, seed: int, mesh, state, dtype="float32"):
     """Builds the update.
 
     Args:
       objective: f(params, constants, batch, key) -> (loss, values).
       optimizer: `optax.GradientTransformation`.
       seed: of the run; with the step it makes the key.
-      mesh: `make_mesh`'s; the state lies on all of its devices, the batch is split over them.
+      mesh: `make_mesh`'s.
+      state: a `TrainState`, or its shapes.
+      dtype: in which parameters and gradients travel where the mesh splits them.
     Returns:
       f(state, batch) -> (`TrainState`, dict of float32 values), compiled; the state is donated.
     """
-
-    find_gradients = gradients_over(mesh, objective)
+    find_gradients = gradients_over(mesh, objective, state.params, dtype)
 
     def step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, values), gradients = find_gradients(state.params, state.constants, batch, key)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            optimizer=optimizer_state,
-        )
-        return state, values | {"total": loss, "gradient_norm": optax.tree.norm(gradients)}
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            state = state.replace(
+                step=state.step + 1,
+                params=optax.apply_updates(state.params, updates),
+                optimizer=optimizer_state,
+            )
+            norm = optax.tree.norm(gradients)
+        return state, values | {"total": loss, "gradient_norm": norm}
 
-    return jax.jit(step, donate_argnums=0)
+    return compile_step(mesh, step, state)

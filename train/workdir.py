@@ -11,15 +11,24 @@ from sam_jax.data.loader import Problem
 from train.config import ConfigError, TrainConfig, differences, to_dict
 
 # Fields that may differ when a run goes on: they change nothing that has been computed already.
-FREE = ("num_steps", "log_every", "checkpoint_every", "evaluate_every", "data.workers")
+FREE = (
+    "num_steps",
+    "fsdp",
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "profile",
+    "data.workers",
+)
 
 
-def claim(workdir: Path, config: TrainConfig, needed: int) -> None:
+def claim(workdir: Path, config: TrainConfig, needed: int, writes: bool = True) -> None:
     """Makes the folder this run's own, and writes its config.json.
 
     Args:
       workdir: a new or empty folder, or that of a run with the same config.
       needed: bytes that the run will write.
+      writes: whether to write, or to check alone.
     Raises:
       ConfigError: if it is another's, or has too little room.
     """
@@ -38,8 +47,9 @@ def claim(workdir: Path, config: TrainConfig, needed: int) -> None:
         raise ConfigError(
             f"{workdir} needs room for {needed / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, to_dict(config))
+    if writes:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(config))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -203,7 +203,7 @@ def our_step(folder, images, points, extra_rounds):
     from train.config import Interactive, Optimizer
     from train.interactive import make_interactive
     from train.optimizer import make_optimizer
-    from train.sharding import make_mesh
+    from train.sharding import born_on, make_mesh, split_batch
     from train.state import init_state
     from train.step import make_step
 
@@ -211,8 +211,10 @@ def our_step(folder, images, points, extra_rounds):
     batch = Batch(**np.load(folder / f"{images}.npz"))
     objective = make_interactive(model, Interactive(points=points, extra_rounds=extra_rounds))
     optimizer = make_optimizer(Optimizer(), model.depth)
-    state = jax.jit(lambda variables: init_state(variables, optimizer))(variables)
-    compiled = make_step(objective, optimizer, 0, make_mesh(images)).lower(state, batch).compile()
+    mesh = make_mesh(images)
+    state = born_on(mesh, lambda given: init_state(given, optimizer), variables)
+    batch = split_batch(mesh, batch)
+    compiled = make_step(objective, optimizer, 0, mesh, state).lower(state, batch).compile()
     memory = compiled.memory_analysis()
 
     def step():

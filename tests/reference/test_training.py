@@ -66,7 +66,8 @@ def overheard(ours):
     def next_clicks(model, config, truth, session, index):
         clicks = untold(model, config, truth, session, index)
         keys = jax.random.key_data(truth.key)
-        jax.debug.callback(hear, index, keys, clicks.points, clicks.labels, session.logits)
+        logits = interactive.by_place(session.logits, model)
+        jax.debug.callback(hear, index, keys, clicks.points, clicks.labels, logits)
         return clicks
 
     untold = interactive.next_clicks

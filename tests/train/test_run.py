@@ -1,12 +1,11 @@
 """Runs as people start them: killed and started again, refused, fine-tuned."""
 
+import functools
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,31 +13,11 @@ import pytest
 from PIL import Image
 
 import sam_jax
+from tests.train.running import CONFIG, ROOT, finish, losses, start_run
 from train import __main__ as command
 from train.metrics import read_rows
 
 pytestmark = pytest.mark.xdist_group("runs")  # which share what is compiled
-ROOT = Path(__file__).resolve().parents[2]
-
-CONFIG = """
-from sam_jax.model.sam import sam_tiny
-from train.config import Data, Interactive, Optimizer, TrainConfig
-
-config = TrainConfig(
-    model=sam_tiny(
-        image_size=(48, 64), patch_size=16, embed_dim=24, depth=1, num_heads=2, global_blocks=(0,),
-        prompt_dim=16, decoder_depth=1, decoder_mlp_dim=16, iou_hidden_dim=16, drop_path=0.1,
-        dropout=0.1,
-    ),
-    objective=Interactive(masks_per_image=2, chunk=2, points=2),
-    data=Data(source="scenes:48x64", held_out="::50000", flips=True),
-    optimizer=Optimizer(peak_lr=1e-3, warmup_steps=2, drop_at=(8,), layer_decay=0.8),
-    batch_size=2,
-    num_steps=12,
-    log_every=1,
-    checkpoint_every=2,
-)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +30,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(config, tmp_path_factory):
     """Starts `python -m train` in a process; programs are compiled once for all."""
-    cache = tmp_path_factory.mktemp("cache")
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-    def start(workdir, *settings):
-        arguments = ["--set", *settings] if settings else []
-        return subprocess.Popen(
-            [sys.executable, "-m", "train", str(config), "--workdir", str(workdir), *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return start
+    return functools.partial(start_run, config, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +39,6 @@ def whole(start, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     finish(start(workdir))
     return workdir
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
-
-
-def losses(workdir):
-    rows = read_rows(workdir / "metrics.jsonl")
-    return [(row["step"], row["loss"], row["miou_of_rounds"]) for row in rows]
 
 
 def digest(workdir):

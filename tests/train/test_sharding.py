@@ -1,12 +1,23 @@
-"""Split over devices, a batch has the gradients that it has on one."""
+"""Spread over devices, a step is what it is on one."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from sam_jax.data.loader import Batch
-from train.sharding import gradients_over, make_mesh, replicate, split_batch
+from sam_jax.data.loader import Batch, Loader
+from sam_jax.data.source import open_source
+from sam_jax.model.sam import sam_tiny
+from sam_jax.weights.convert import initialize
+from train.config import ConfigError, Interactive, Optimizer
+from train.interactive import make_interactive
+from train.optimizer import make_optimizer
+from train.sharding import born_on, gradients_over, layout_of, make_mesh, split_batch
+from train.state import init_state
+from train.step import make_step
 
 
 def objective(params, constants, batch, key):
@@ -35,16 +46,90 @@ def test_devices_do_not_change_gradients(counts):
 
     mesh = make_mesh(4)
     assert mesh.devices.size == 4
-    found = jax.jit(gradients_over(mesh, objective))(
-        *replicate(mesh, (params, constants)), split_batch(mesh, batch), replicate(mesh, key)
+    found = jax.jit(gradients_over(mesh, objective, params))(
+        *born_on(mesh, lambda x: x, (params, constants)), split_batch(mesh, batch), key
     )
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(found))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), found, expected)
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "count"), [(1, 1), (3, 3), (7, 7), (12, 6), (16, 8), (11, 1)]
+    ("batch_size", "fsdp", "shape"),
+    [
+        (1, 1, (1, 1)),
+        (3, 1, (3, 1)),
+        (7, 1, (7, 1)),
+        (12, 1, (6, 1)),
+        (16, 1, (8, 1)),
+        (11, 1, (1, 1)),
+        (16, 4, (2, 4)),
+        (4, 4, (1, 4)),
+        (12, 2, (3, 2)),
+    ],
 )
-def test_the_mesh_has_as_many_devices_as_divide_the_batch(batch_size, count):
+def test_the_mesh_has_as_many_devices_as_divide_the_batch(batch_size, fsdp, shape):
     assert jax.device_count() == 8
-    assert make_mesh(batch_size).devices.size == count
+    assert make_mesh(batch_size, fsdp).devices.shape == shape
+
+
+@pytest.mark.parametrize(("batch_size", "fsdp"), [(3, 2), (8, 16), (4, 3)])
+def test_a_mesh_that_cannot_be_is_refused(batch_size, fsdp):
+    with pytest.raises(ConfigError, match=rf"{batch_size} images, 8 devices and fsdp={fsdp}"):
+        make_mesh(batch_size, fsdp)
+
+
+def test_large_arrays_are_split_along_whole_tiles_and_small_ones_are_not():
+    mesh = make_mesh(8, 4)
+    shapes = {
+        "kernel": (1280, 3840),
+        "positions": (1, 64, 64, 1280),
+        "uneven": (1004, 2048),
+        "vector": (2**21,),
+        "small": (512, 512),
+    }
+    state = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    specs = {name: x.spec for name, x in layout_of(mesh, state).items()}
+    assert specs == {
+        "kernel": P("fsdp"),
+        "positions": P(None, "fsdp"),
+        "uneven": P(),
+        "vector": P(),
+        "small": P(),
+    }
+    assert {x.spec for x in layout_of(make_mesh(8), state).values()} == {P()}
+
+
+MODEL = sam_tiny(image_size=(32, 32), depth=2, embed_dim=16, prompt_dim=16, global_blocks=(1,),
+                 window_size=2, decoder_depth=1, decoder_mlp_dim=16, drop_path=0.2, dropout=0.1,
+                 scan_blocks=True)  # fmt: skip
+
+
+def losses_of_five_steps(mesh):
+    """Five steps of the same batches of eight scenes, from the same weights; and the last state."""
+    config = Interactive(masks_per_image=2, chunk=1, points=2)
+    loader = Loader(open_source("scenes"), np.arange(64), MODEL.image_size, 8, 2, seed=0)
+    optimizer = make_optimizer(Optimizer(peak_lr=1e-3, warmup_steps=2), MODEL.depth)
+    variables = jax.jit(initialize, static_argnums=(0, 1))(MODEL, 0)
+    state = born_on(mesh, lambda given: init_state(given, optimizer), variables)
+    step = make_step(make_interactive(MODEL, config), optimizer, 0, mesh, state)
+    losses = []
+    for i in range(5):
+        state, values = step(state, split_batch(mesh, loader.batch(i)[0]))
+        losses.append(jax.device_get(values))
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return losses_of_five_steps(make_mesh(8, devices=jax.devices()[:1]))[0]
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_a_mesh_does_not_change_a_run(fsdp, on_one_device, monkeypatch):
+    monkeypatch.setattr("train.sharding.SPLIT_FROM", 1)
+    monkeypatch.setattr("train.sharding.SHARE", 1)
+    found, state = losses_of_five_steps(make_mesh(8, fsdp))
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, found, on_one_device)
+    kernel = state.optimizer[0].mu["image_encoder"]["block_01"]["lin1"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[0] == kernel.shape[0] // fsdp

@@ -1,0 +1,86 @@
+"""What the work costs: multiplications and additions of the paper's formulas, one image.
+
+They are those of the reference implementation, padding of windows included, however a program does
+the work; a program's model FLOPs utilisation (MFU) is these over its time and the chip's peak. A
+product and a sum are two. Norms, softmax and activations are left out, as is usual.
+"""
+
+from sam_jax.model.mask_decoder import NUM_MASKS
+from sam_jax.model.sam import Sam
+from train.config import Interactive
+
+# Peaks of devices in bfloat16, dense, by what `device_kind` begins with; by their datasheets.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+OUTPUTS = 1 + NUM_MASKS  # tokens that are read: of the IoUs, and of each mask
+FIRST = 2  # tokens of the first prompt: two corners, or a click and the padding point
+CROSS = 2  # channels of the decoder over those of its attention between tokens and image
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of a device, if it is known."""
+    return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)
+
+
+def encoder_flops(model: Sam) -> float:
+    """Of the image encoder, forward."""
+    tokens, c = tokens_of(model), model.embed_dim
+    patches = 2 * tokens * c * 3 * model.patch_size**2
+    blocks = sum(block_flops(model, i not in model.global_blocks) for i in range(model.depth))
+    neck = 2 * tokens * c * model.prompt_dim + 18 * tokens * model.prompt_dim**2
+    return patches + blocks + neck
+
+
+def block_flops(model: Sam, in_windows: bool) -> float:
+    """Of one of the image encoder's blocks, forward."""
+    c, grid = model.embed_dim, [side // model.patch_size for side in model.image_size]
+    height, width = (model.window_size,) * 2 if in_windows else grid
+    windows = -(-grid[0] // height) * -(-grid[1] // width)
+    area = height * width
+    projections = 8 * windows * area * c * c
+    products = 4 * windows * area * area * c
+    positions = 2 * windows * area * (height + width) * c
+    return projections + products + positions + 4 * model.mlp_ratio * tokens_of(model) * c * c
+
+
+def tokens_of(model: Sam) -> int:
+    """How many tokens an image has."""
+    height, width = (side // model.patch_size for side in model.image_size)
+    return height * width
+
+
+def decoder_flops(model: Sam, prompt_tokens: float) -> float:
+    """Of the prompt encoder and the mask decoder, forward, for one mask with a mask prompt."""
+    c, pixels = model.prompt_dim, tokens_of(model)
+    tokens, inner = OUTPUTS + prompt_tokens, c // CROSS
+    attention = 4 * (pixels + tokens) * c * inner + 4 * tokens * pixels * inner
+    attention *= 2 * model.decoder_depth + 1
+    block = 8 * tokens * c * c + 4 * tokens**2 * c + 4 * tokens * c * model.decoder_mlp_dim
+    upscaling = 2 * pixels * c * c + 8 * pixels * (c // 4) * (c // 2)
+    masks = 2 * 16 * pixels * (c // 8) * NUM_MASKS
+    heads = 2 * NUM_MASKS * (2 * c * c + c * c // 8)
+    m = model.mask_channels
+    mask_prompt = 2 * pixels * (4 * m + m * m + m * c)
+    return attention + model.decoder_depth * block + upscaling + masks + heads + mask_prompt
+
+
+def step_flops(model: Sam, config: Interactive) -> float:
+    """Of a training step: the encoder, and every round of every mask, forward and backward."""
+    return 3 * (encoder_flops(model) + config.masks_per_image * rounds_flops(model, config))
+
+
+def rounds_flops(model: Sam, config: Interactive) -> float:
+    """Of all rounds of a mask, forward. The inserted round comes before each click as often."""
+    clicks = list(range(config.points + 1))
+    mean = sum(clicks) / max(1, config.points)
+    if config.extra_rounds > 0:
+        clicks.append(config.points)
+    extra = [mean - 1] if config.extra_rounds == 2 else []
+    return sum(decoder_flops(model, FIRST + n) for n in clicks + extra)
