@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test test-colabs test-reference lint bench clean
+.PHONY: install train test test-colabs test-reference test-tpu lint bench clean
 
 install: .venv/test
 
@@ -17,17 +17,24 @@ install: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,reference]'
 	touch $@
 
+.venv/tpu: .venv/test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,tpu]'
+	touch $@
+
 train: .venv/test
 	$(BIN)/python -m train configs/sam_tiny.py --workdir runs/sam_tiny
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not reference and not colab'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not reference and not colab and not tpu'
 
 test-colabs: .venv/test
 	$(BIN)/python -m pytest -m colab
 
 test-reference: .venv/reference
 	$(BIN)/python -m pytest -m reference
+
+test-tpu: .venv/tpu
+	$(BIN)/python -m pytest -m tpu
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -21,7 +21,14 @@ SHIPPED = ("sam_jax", "train", "configs", "colabs")
 NETWORKS = ("sam_jax.model", "sam_jax.masks")
 USES = (*NETWORKS, "sam_jax.predict", "sam_jax.weights", "sam_jax.data")
 LIBRARY = (*USES, "sam_jax.evaluate", "sam_jax.export", "sam_jax.engine")
-LEAVES = (*LIBRARY, "train.config", "train.prompts", "train.losses", "train.sharding")
+LEAVES = (
+    *LIBRARY,
+    "train.config",
+    "train.prompts",
+    "train.losses",
+    "train.sharding",
+    "train.flops",
+)
 PARTS = (*LEAVES, "train.state", "train.interactive", "train.pretrain", "train.optimizer")
 FILES = ("train.checkpoints", "train.embeddings", "train.metrics", "train.plots", "train.workdir")
 USERS = ("train.step", "train.initial", "train.replay", "train.examples", "train.report")
@@ -61,7 +68,9 @@ BELOW = {
     "train.examples": (*PARTS, "train.plots"),
     "train.report": (*PARTS, "train.metrics", "train.plots", "train.examples"),
     "train.run": ("sam_jax", *STEPS),
-    "train.compile": STEPS,
+    "train.flops": (*LIBRARY, "train.config"),
+    "train.modelled": (),
+    "train.compile": (*STEPS, "train.modelled"),
     "train.__main__": (*STEPS, "train.run"),
     "configs": ("train.config", "sam_jax.model"),
 }

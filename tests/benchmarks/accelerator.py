@@ -1,0 +1,219 @@
+"""Times SAM on the accelerator that is here: `python -m tests.benchmarks.accelerator`.
+
+What the chip reaches in a plain product and a copy comes first, as a scale; then, in bfloat16 and
+with random weights: the image encoder, beside transformers' with PyTorch's fused attention, eager
+and compiled, in turns, where PyTorch sees the chip too; 64 prompts on one embedding; and a whole
+training step of 64 masks and eleven rounds. Medians. Model FLOPs utilisation (MFU) counts the
+reference's operations (`train.flops`) over the chip's peak.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from sam_jax.model.prompt_encoder import Prompts
+from sam_jax.model.sam import sam_vit_b, sam_vit_h, sam_vit_l
+from sam_jax.weights.convert import initialize
+from train.config import Interactive, Optimizer
+from train.flops import decoder_flops, encoder_flops, peak_flops, step_flops
+from train.interactive import make_interactive
+from train.optimizer import make_optimizer
+from train.sharding import born_on, make_mesh
+from train.state import init_state
+from train.step import make_step
+
+SIZES = {"b": sam_vit_b, "l": sam_vit_l, "h": sam_vit_h}
+PROMPT_TOKENS = 2
+REPEATS = 5
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--train", nargs="*", choices=SIZES, default=["b", "h"])
+    parser.add_argument("--train-images", type=int, default=1)
+    parser.add_argument("--torch", nargs="*", choices=["eager", "compiled"], default=["eager"])
+    args = parser.parse_args()
+
+    kind = jax.devices()[0].device_kind
+    say(f"{kind}, jax {jax.__version__}")
+    product, bandwidth = scale()
+    say(f"product 8192^3 {product / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
+    peak = peak_flops(kind) or product
+    for size in args.sizes:
+        for batch in args.batches:
+            time_encoder(size, batch, args.torch, peak)
+        time_decoder(size, peak)
+    for size in args.train:
+        time_step(size, args.train_images, peak)
+
+
+def say(line):
+    print(line, flush=True)
+
+
+def median_of(contestants, repeats=REPEATS):
+    """{name: median seconds} of functions that wait for their results, taking turns."""
+    for f in contestants.values():
+        f()
+    times = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, f in contestants.items():
+            began = time.perf_counter()
+            f()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def scale():
+    """FLOP/s of a product of random bfloat16 matrices, and bytes/s of a copy, read and written."""
+    n, runs = 8192, 10
+    a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
+    products = jax.jit(lambda a, b: jax.lax.fori_loop(0, runs, lambda _, x: (x @ b) / 90, a))
+    x = jnp.zeros((2**29,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    seconds = median_of(
+        {
+            "product": lambda: products(a, b).block_until_ready(),
+            "copy": lambda: copy(x).block_until_ready(),
+        }
+    )
+    return 2 * n**3 * runs / seconds["product"], 2 * x.nbytes / seconds["copy"]
+
+
+@functools.cache
+def model_of(size):
+    model = SIZES[size](dtype="bfloat16")
+    return model, jax.jit(initialize, static_argnums=(0, 1))(model, 0)
+
+
+def time_encoder(size, batch, rivals, peak):
+    model, variables = model_of(size)
+    image = jnp.zeros((batch, *model.image_size, 3))
+    encode = jax.jit(functools.partial(model.apply, method="encode"))
+    contestants = {"ours": lambda: encode(variables, image).block_until_ready()}
+    for rival in rivals:
+        try:
+            contestants[f"transformers {rival}"] = transformers_encoder(size, batch, rival)
+        except Exception as error:  # no PyTorch, no chip for it, no room: we are timed alone
+            say(f"  transformers {rival}: {str(error).splitlines()[0]}")
+    for name, seconds in median_of(contestants).items():
+        mfu = batch * encoder_flops(model) / seconds / peak
+        say(
+            f"encoder {size}, {batch} images, {name}: {1e3 * seconds:.1f} ms, "
+            f"{batch / seconds:.1f} images/s, MFU {mfu:.1%}"
+        )
+
+
+@functools.cache
+def transformers_model(size, rival):
+    import torch
+    import transformers
+
+    model = SIZES[size]()
+    config = transformers.SamVisionConfig(
+        hidden_size=model.embed_dim,
+        num_hidden_layers=model.depth,
+        num_attention_heads=model.num_heads,
+        global_attn_indexes=list(model.global_blocks),
+        attn_implementation="sdpa",
+    )
+    encoder = transformers.SamVisionModel(config).to("cuda", torch.bfloat16).eval()
+    return torch.compile(encoder) if rival == "compiled" else encoder
+
+
+def transformers_encoder(size, batch, rival):
+    import torch
+
+    encoder = transformers_model(size, rival)
+    image = torch.zeros(batch, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        with torch.inference_mode():
+            encoder(image)
+        torch.cuda.synchronize()
+
+    run()
+    return run
+
+
+def time_decoder(size, peak, n=64):
+    model, variables = model_of(size)
+    gh, gw = (side // model.patch_size for side in model.image_size)
+    embedding = jnp.zeros((1, gh, gw, model.prompt_dim))
+    prompts = Prompts(
+        points=jnp.ones((1, n, PROMPT_TOKENS, 2)), labels=jnp.ones((1, n, PROMPT_TOKENS), int)
+    )
+    decode = jax.jit(functools.partial(model.apply, method="decode"))
+    seconds = median_of(
+        {"ours": lambda: jax.block_until_ready(decode(variables, embedding, prompts))}
+    )["ours"]
+    mfu = n * decoder_flops(model, PROMPT_TOKENS) / seconds / peak
+    say(
+        f"decoder {size}, {n} prompts: {1e3 * seconds:.1f} ms, {n / seconds:.0f} prompts/s, "
+        f"MFU {mfu:.1%}"
+    )
+
+
+def time_step(size, images, peak):
+    rates = {"drop_path": 0.4, "dropout": 0.1}
+    model = SIZES[size](remat="none", scan_blocks=True, dtype="bfloat16", **rates)
+    config = Interactive()
+    optimizer = make_optimizer(Optimizer(), model.depth)
+    mesh = make_mesh(images, devices=jax.devices()[:1])
+    make = lambda: init_state(initialize(model, 0), optimizer)
+    state = born_on(mesh, make)
+    step = make_step(make_interactive(model, config), optimizer, 0, mesh, state, model.dtype)
+    batch = random_batch(model, images, config.masks_per_image)
+    began = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    compiling = time.perf_counter() - began
+    states = [state]
+
+    def run():
+        state, values = compiled(states.pop(), batch)
+        jax.block_until_ready(values)
+        states.append(state)
+
+    seconds = median_of({"ours": run})["ours"]
+    memory = compiled.memory_analysis()
+    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    mfu = images * step_flops(model, config) / seconds / peak
+    say(
+        f"training step {size}, {images} images of {config.masks_per_image} masks: "
+        f"{1e3 * seconds:.0f} ms, {images / seconds:.2f} images/s, MFU {mfu:.1%}, "
+        f"{held / 2**30:.1f} GiB, compiled in {compiling:.0f} s"
+    )
+
+
+def random_batch(model, images, masks):
+    """A `Batch` of discs on noise."""
+    import numpy as np
+
+    from sam_jax.data.loader import Batch
+
+    rng = np.random.default_rng(0)
+    h, w = model.image_size
+    y, x = np.mgrid[:h, :w]
+    bits = np.zeros((images, masks, h, w // 8), np.uint8)
+    for i in range(images):
+        for j in range(masks):
+            cy, cx, radius = rng.uniform((100, 100, 10), (900, 900, 100))
+            bits[i, j] = np.packbits((y - cy) ** 2 + (x - cx) ** 2 < radius**2, axis=-1)
+    return Batch(
+        image=rng.integers(0, 256, (images, h, w, 3), np.uint8),
+        size=np.full((images, 2), (h, w), np.int32),
+        image_id=np.arange(images, dtype=np.int32),
+        masks=bits,
+        mask_id=np.tile(np.arange(masks, dtype=np.int32), (images, 1)),
+        valid=np.ones((images, masks), bool),
+    )
+
+
+if __name__ == "__main__":
+    main()

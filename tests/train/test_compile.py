@@ -1,0 +1,140 @@
+"""Steps compiled for TPU pods that are not here, and what is said of them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from configs.sam_tiny import config as tiny
+from train.compile import describe, devices_of, reading_rate, schedule
+from train.config import ConfigError, override
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).with_name("golden_tpu.json")
+WORSE = 1.05  # times its golden figure, which is too much
+HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+
+REPORT = {
+    "topology": "v5e:2x4",
+    "what": "step",
+    "chips": 8,
+    "hosts": 2,
+    "hbm_bytes": 16 * 2**30,
+    "reference_flops": 25.76e12,
+    "fits": True,
+    "peak_hbm_bytes": 5 * 2**30,
+    "modelled_seconds": 0.5,
+    "of_which_bounded": 0.03,
+    "phases": {"encoder": 0.2, "rounds": 0.3, "other": 0.0},
+    "unbounded": [],
+    "modelled_mfu": 0.26,
+    "collectives": {
+        "all-gather": {"count": 9, "bytes": 2**30, "asynchronous": 9, "phases": ["gather"]}
+    },
+    "compile_seconds": 99.0,
+}
+
+
+def compile_for(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "train.compile", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+
+
+def report_of(config, topology, *settings):
+    done = compile_for(config, "--topology", topology, "--json", "--set", *settings)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_schedule_is_the_steps_times_the_modelled_time():
+    config = override(tiny, ["num_steps=7200", "batch_size=64"])
+    cost = schedule(config, REPORT)
+    assert cost == pytest.approx({"hours": 1.0, "chip_hours": 8.0, "images_per_host": 64})
+
+
+def test_people_are_told_what_counts():
+    text = describe(REPORT | {"hours": 1.0, "chip_hours": 8.0, "images_per_host": 64.0,
+                              "images_per_core": None})  # fmt: skip
+    for part in ("5.00 GiB of 16.00 GiB", "500.00 ms", "26.0%", "encoder", "all-gather", "9 async",
+                 "8 chip-hours", "data.source is not here", "30.00 ms of it bounded*"):  # fmt: skip
+        assert part in text
+    assert "other" not in text
+    refused = describe(REPORT | {"fits": False, "reason": "Ran out of memory in HBM."})
+    assert refused.endswith("does not fit: Ran out of memory in HBM.")
+
+
+def test_the_rate_of_reading_is_measured_where_the_source_is_here():
+    assert reading_rate(tiny, seconds=0.1) > 1
+    assert reading_rate(override(tiny, ["data.source=sa1b:nowhere"])) is None
+
+
+@pytest.mark.parametrize("topology", ["v5e", "a100:2x2", "v9:2x2"])
+def test_an_unknown_chip_is_refused(topology):
+    with pytest.raises(ConfigError, match=f"CHIP:SHAPE, e.g. v5e:16x16.*got {topology}"):
+        devices_of(topology)
+
+
+@pytest.mark.skipif(HAS_COMPILER, reason="the compiler is here")
+def test_without_the_compiler_one_is_told_where_it_is():
+    done = compile_for("configs/sam_tiny.py", "--topology", "v5e:2x2")
+    assert done.returncode == 1
+    assert "pip install 'sam_jax[tpu,train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs the extra [tpu]")
+
+
+@pytest.mark.tpu
+@needs_compiler
+def test_the_step_of_vit_b_fits_and_is_no_slower_than_it_was():
+    report = report_of("configs/sam_vit_b.py", "v5e:2x2", "batch_size=4")
+    assert report["fits"]
+    assert report["unbounded"] == []
+    crossed = {phase for found in report["collectives"].values() for phase in found["phases"]}
+    assert not crossed & {"encoder", "rounds"}  # no activation leaves its device
+    versions = f"jax {version('jax')}, libtpu {version('libtpu')}"
+    golden = json.loads(GOLDEN.read_text()).get(versions)
+    if golden is None:
+        pytest.skip(f"{GOLDEN.name} has no figures of {versions}; these are {report}")
+    for name, was in golden["vit_b, v5e:2x2, 4 images"].items():
+        assert report[name] <= WORSE * was, name
+
+
+@pytest.mark.tpu
+@needs_compiler
+def test_split_parameters_are_gathered_beside_other_work_and_nothing_else_is():
+    report = report_of(
+        "configs/sam_vit_b.py", "v5e:2x2", "batch_size=4", "fsdp=4", "model.depth=4",
+        "model.global_blocks=(1,3)", "objective.points=0", "objective.extra_rounds=0",
+        "objective.masks_per_image=8",
+    )  # fmt: skip
+    gathers = report["collectives"]["all-gather"]
+    assert gathers["asynchronous"] == gathers["count"] > 0
+    assert gathers["phases"] == ["gather"]
+    assert report["collectives"]["reduce-scatter"]["phases"] == ["gather"]
+    assert not {"encoder", "rounds"} & set(report["collectives"]["all-reduce"]["phases"])
+
+
+@pytest.mark.tpu
+@needs_compiler
+def test_what_does_not_fit_is_refused_with_the_reason():
+    done = compile_for(
+        "configs/sam_vit_b.py", "--topology", "v5e:2x2", "--what", "encode",
+        "--set", "batch_size=512", "model.dtype=float32",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "does not fit" in done.stdout
+    assert "hbm" in done.stdout.lower()

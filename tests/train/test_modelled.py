@@ -1,0 +1,82 @@
+"""Programs' texts, read."""
+
+# ruff: noqa: E501
+
+import pytest
+
+from train.modelled import CHIPS, bytes_of, model_program
+
+V5E = CHIPS["v5e"]
+SECOND = V5E.flops / V5E.flops_per_cycle  # cycles
+
+LOOP = """\
+HloModule jit_f
+
+%body.1 (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]) parameter(0)
+  %inner = (s32[], f32[4]) while(%p), condition=%condition.2, body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %fusion.1 = (s32[], f32[8,128]) fusion(%p), kind=kLoop, calls=%f, metadata={op_name="jit(f)/transpose(jvp(rounds))/mul"}, backend_config={"estimated_cycles":"1000"}
+}
+
+%body.2 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  ROOT %fusion.2 = (s32[], f32[4]) fusion(%p), kind=kLoop, calls=%g, metadata={op_name="jit(f)/encoder/add"}, backend_config={"estimated_cycles":"10"}
+}
+
+%condition.1 (p: (s32[], f32[8,128])) -> pred[] {
+  %constant.7 = s32[] constant(3)
+  ROOT %compare = pred[] compare(%i, %constant.7), direction=LT
+}
+
+%condition.2 (p: (s32[], f32[4])) -> pred[] {
+  ROOT %compare.2 = pred[] compare(%i, %j), direction=LT
+}
+
+ENTRY %main.9 (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %gather = (bf16[16], bf16[128]) all-gather-start(%x), dimensions={0}, metadata={op_name="jit(f)/gather/all_gather"}
+  %gathered = bf16[128] all-gather-done(%gather)
+  %sum = f32[8,128] all-reduce(%x), to_apply=%add, backend_config={"estimated_cycles":"7"}
+  %unknown = f32[8,128] copy(%x), backend_config={"estimated_cycles":"9223372036854775807"}
+  %splash_mha_fwd.1 = bf16[2,512,64] custom-call(%m, %q, %k, %v), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,4]{2,1,0}, bf16[2,512,108]{2,1,0}, bf16[2,512,108]{2,1,0}, bf16[2,512,64]{2,1,0}}, frontend_attributes={kernel_metadata={
+"block_q": 512
+}}, metadata={op_name="jit(f)/encoder/splash"}
+  %window_attention_forward.2 = bf16[25,196,96]{2,1,0} custom-call(%qkv, %rel, %a), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[25,196,288]{2,1,0}, bf16[32,392]{1,0}, bf16[196,392]{1,0}}, metadata={op_name="jit(f)/windows/kernel"}
+  %mystery.4 = f32[8] custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %loop = (s32[], f32[8,128]) while(%x), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run_and_scopes_are_phases():
+    modelled = model_program(LOOP, V5E, {"encoder": "encoder", "rounds": "rounds"})
+    expected = {"rounds": 3 * 1000, "encoder": 3 * 5 * 10, "other": 7}
+    assert modelled.seconds == pytest.approx({k: v / SECOND for k, v in expected.items()})
+
+
+def test_collectives_are_counted_once_each():
+    collectives = model_program(LOOP, V5E, {}).collectives
+    assert collectives == {
+        "all-gather": {"count": 1, "bytes": 2 * (16 + 128), "asynchronous": 1, "phases": ["other"]},
+        "all-reduce": {"count": 1, "bytes": 4 * 8 * 128, "asynchronous": 0, "phases": ["other"]},
+    }
+
+
+def test_kernels_of_attention_are_bounded_and_others_named():
+    modelled = model_program(LOOP, V5E, {"encoder": "encoder", "windows": "windows"})
+    flops = 2 * 2 * 512 * 512 * (128 + 128)  # channels in whole lanes
+    assert modelled.kernel_seconds["encoder"] == pytest.approx(flops / V5E.flops / 0.7)
+    windows = 853 * 3 * (25 + 2)  # cycles of three heads
+    assert modelled.kernel_seconds["windows"] == pytest.approx(windows / SECOND)
+    assert modelled.unbounded == ["mystery"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[8,128]{1,0:T(8,128)}", 4096),
+        ("(bf16[3,5]{1,0}, pred[7])", 37),
+        ("s32[]", 4),
+    ],
+)
+def test_bytes_of_a_shape(shape, size):
+    assert bytes_of(shape) == size
