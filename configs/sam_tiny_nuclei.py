@@ -5,7 +5,7 @@
 DIR is the public stage1_train folder (one folder an image), or one of label images with an
 index.json. Every fifth image is held out.
 
-Cost: 20 minutes on two CPU cores. Nuclei are small: the frame has three times the tokens a side of
+Cost: 21 minutes on two CPU cores. Nuclei are small: the frame has three times the tokens a side of
 `sam_tiny` and finer positions, the loss sees halves of the decoder's pixels, and attention starts
 out matched, without which masks stay empty three times as long. Still finer positions find a first
 click sooner and are worse at boxes.

@@ -69,7 +69,7 @@ BELOW = {
     "train.report": (*PARTS, "train.metrics", "train.plots", "train.examples"),
     "train.run": ("sam_jax", *STEPS),
     "train.flops": (*LIBRARY, "train.config"),
-    "train.modelled": (),
+    "train.modelled": ("train.flops",),
     "train.compile": (*STEPS, "train.modelled"),
     "train.__main__": (*STEPS, "train.run"),
     "configs": ("train.config", "sam_jax.model"),

@@ -11,6 +11,8 @@ import re
 from collections import Counter, defaultdict
 from typing import Any
 
+from train.flops import PEAKS
+
 GIB = 2**30
 UNKNOWN = 2**62  # an estimate of this and more is the compiler's word for none
 KERNEL = "tpu_custom_call"
@@ -43,10 +45,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(flops=275e12, hbm=32 * GIB, flops_per_cycle=262144, attention=0.7),
-    "v5e": Chip(flops=197e12, hbm=16 * GIB, flops_per_cycle=131072, attention=0.7),
-    "v5p": Chip(flops=459e12, hbm=95 * GIB, flops_per_cycle=262144, attention=0.7),
-    "v6e": Chip(flops=918e12, hbm=32 * GIB, flops_per_cycle=524288, attention=0.4),
+    "v4": Chip(flops=PEAKS["TPU v4"], hbm=32 * GIB, flops_per_cycle=262144, attention=0.7),
+    "v5e": Chip(flops=PEAKS["TPU v5 lite"], hbm=16 * GIB, flops_per_cycle=131072, attention=0.7),
+    "v5p": Chip(flops=PEAKS["TPU v5"], hbm=95 * GIB, flops_per_cycle=262144, attention=0.7),
+    "v6e": Chip(flops=PEAKS["TPU v6 lite"], hbm=32 * GIB, flops_per_cycle=524288, attention=0.4),
 }
 
 

@@ -153,4 +153,5 @@ def gradients_over(mesh: Mesh, objective: Callable, params: Any, dtype: Any = jn
 
 
 def is_spec(x: Any) -> bool:
+    """Whether it is a leaf of a tree of specs, which JAX might take for a tuple."""
     return isinstance(x, PartitionSpec)

@@ -93,11 +93,12 @@ def scan_super_blocks(blocks, params, x, keep):
       params: the encoder's.
       x: 'b gh gw c'; keep: 'depth 2 b', or None.
     """
-    period = 1 + next(i for i, block in enumerate(blocks) if not block.window)
-    if any((i % period == period - 1) == bool(b.window) for i, b in enumerate(blocks)):
+    ends = [i for i, block in enumerate(blocks) if not block.window]
+    period = len(blocks) // max(1, len(ends))
+    if ends != list(range(period - 1, len(blocks), period)):
         raise ValueError(
             "scan_blocks needs global_blocks at equal distances, the last block among them; got "
-            f"{[i for i, block in enumerate(blocks) if not block.window]} of {len(blocks)} blocks"
+            f"{ends} of {len(blocks)} blocks"
         )
     count = len(blocks) // period
     each = [params[block.name] for block in blocks]

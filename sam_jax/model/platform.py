@@ -15,7 +15,7 @@ def platform() -> str:
     `jax.lax.platform_dependent` would choose later, but keeps for the backward pass what any of its
     branches would need, zeros included.
     """
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # set on import
     return _traced_for.get(getattr(device, "platform", device) or jax.default_backend())
 
 

@@ -53,10 +53,12 @@ def attend(qkv, rel, num_heads, interpret):
 
 
 def attend_forward(qkv, rel, num_heads, interpret):
+    """`attend`, and what its gradients need: its arguments."""
     return attend(qkv, rel, num_heads, interpret), (qkv, rel)
 
 
 def attend_backward(num_heads, interpret, saved, d_out):
+    """Gradients 'n t (3 head d)' and 'd (2 t)' from those of the result, 'n t (head d)'."""
     qkv, rel = saved
     n, t, c = qkv.shape
     d_qkv, d_rel = pl.pallas_call(

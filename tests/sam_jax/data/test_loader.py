@@ -176,7 +176,7 @@ def test_an_epoch_smaller_than_a_batch():
 BAD = Painted(count=12, bad=(1, 4, 5, 11))
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_hosts_have_their_rows_of_the_same_batch(hosts):
     changes = dict(batch_size=8, masks_per_image=2, flips=True, turns=True)
     for step in (0, 1, 7, 1000):

@@ -437,6 +437,16 @@ def test_remat_and_loops_change_neither_values_nor_gradients(tiny, jit, images, 
         assert remats(other) == remats(model) + model.depth
 
 
+@pytest.mark.parametrize("ends", [(), (0,), (0, 3), (1, 2), (0, 1, 3)])
+def test_loops_need_equal_super_blocks(ends, images):
+    model = sam_tiny(depth=4, global_blocks=ends, scan_blocks=True)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, method="encode"))
+    with pytest.raises(
+        ValueError, match=rf"equal distances.*got {re.escape(str(list(ends)))} of 4"
+    ):
+        jax.eval_shape(lambda v: model.apply(v, images, method="encode"), shapes)
+
+
 def test_dropping_is_off_unless_training(tiny, encode, decode, embedding, images):
     model, variables = tiny
     dropping = model.clone(drop_path=0.5, dropout=0.5)
