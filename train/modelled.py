@@ -7,6 +7,7 @@ inner loops that the compiler writes, or by their matrix products at the rate th
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter, defaultdict
 from typing import Any
@@ -19,10 +20,19 @@ KERNEL = "tpu_custom_call"
 LANES = 128  # channels are filled up to a multiple of it
 # Products with queries' and with values' channels in JAX's splash attention, by kernel.
 SPLASH = {"splash_mha_fwd": (1, 1), "splash_mha_dkv": (3, 2)}
-# Bundles that the compiler schedules for a head of one window of 14 x 14 in our own kernels, by
-# --xla_jf_dump_llo_text on v5e: 792 and 853 (of 64 and 80 channels), 1871 and 1969. One takes a
-# cycle. Two windows' time goes by before and after the first and the last are in memory.
+# Bundles, of a cycle each, that the compiler schedules in our own kernels on v5e, by
+# --xla_jf_dump_llo_text. Of a head of one window of 14 x 14: 792 and 853 (of 64 and 80 channels),
+# 1871 and 1969. Two windows' time goes by before and after the first and the last are in memory.
 WINDOWS = {"window_attention_forward": 853, "window_attention_backward": 1969}
+# Of 1024 pixels of 256 channels, attended to by, or to, 15 tokens with 8 heads.
+PIXELS = {
+    "token_to_image_forward": 1875,
+    "token_to_image_backward": 3123,
+    "image_to_token_forward": 2768,
+    "image_to_token_backward": 6665,
+    "upscaling_forward": 5217,
+    "upscaling_backward": 12412,
+}
 COLLECTIVES = (
     "all-gather",
     "reduce-scatter",
@@ -187,10 +197,15 @@ def kernel_seconds(kernel: Instruction, chip: Chip) -> float | None:
             whole = lambda channels: -(-channels // LANES) * LANES
             channels = of_keys * whole(key) + of_values * whole(value)
             return 2 * heads * tokens**2 * channels / chip.flops / chip.attention
+    second = chip.flops / chip.flops_per_cycle  # cycles of one
+    for name, cycles in PIXELS.items():
+        if name in kernel.name:
+            *masks, _, pixels = max(sides, key=lambda shape: shape[-1])  # of the image, 'c p'
+            return cycles * math.prod(masks) * pixels / 1024 / second
     for name, cycles in WINDOWS.items():
         if kernel.name.startswith(name):
             windows, _, channels = sides[0]
             of_head = next(shape for shape in sides if len(shape) == 2)[0]
             heads = channels // 3 // of_head
-            return cycles * heads * (windows + 2) * chip.flops_per_cycle / chip.flops
+            return cycles * heads * (windows + 2) / second
     return None

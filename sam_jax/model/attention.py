@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
-from sam_jax.model import flash_attention, window_attention
+from sam_jax.model import flash_attention
+from sam_jax.model.kernels import window_attention
 from sam_jax.model.layers import xavier_uniform
 from sam_jax.model.platform import platform
 

@@ -29,7 +29,7 @@ def fan_in_uniform(fan_in):
     )
 
 
-def linear(in_features, features, dtype, name):
+def linear(in_features, features, dtype, name=None):
     """A dense layer with PyTorch's initial values, as in the prompt encoder and mask decoder."""
     init = fan_in_uniform(in_features)
     return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
@@ -42,6 +42,17 @@ def layer_norm(epsilon, dtype, name):
     """
     norm = nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
     return lambda x: norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+class NormWeights(nn.Module):
+    """The scale and bias 'c' of a LayerNorm, for callers that normalise elsewhere."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self):
+        scale = self.param("scale", nn.initializers.ones, (self.channels,))
+        return scale, self.param("bias", nn.initializers.zeros, (self.channels,))
 
 
 def gelu(x):
@@ -66,15 +77,21 @@ class Mlp(nn.Module):
 
 
 class Projection(nn.Module):
-    """The weights of a linear map (kernel 'i o', bias 'o'), for callers that fold it elsewhere."""
+    """The weights of a linear map (kernel 'i o', bias 'o'), for callers that fold it elsewhere.
+
+    With `is_conv` it is a convolution of single pixels, whose kernel is stored as '1 1 i o'.
+    """
 
     in_features: int
     features: int
+    is_conv: bool = False
 
     @nn.compact
     def __call__(self):
         init = fan_in_uniform(self.in_features)
-        kernel = self.param("kernel", init, (self.in_features, self.features))
+        patch = (1, 1) if self.is_conv else ()
+        kernel = self.param("kernel", init, (*patch, self.in_features, self.features))
+        kernel = kernel.reshape(self.in_features, self.features)
         return kernel, self.param("bias", init, (self.features,))
 
 

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sam_jax.model.layers import Mlp, fan_in_uniform, gelu, layer_norm
+from sam_jax.model.kernels import upscaling
+from sam_jax.model.kernels.blocks import over_objects, suit
+from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform, gelu, layer_norm
 from sam_jax.model.two_way_transformer import TwoWayTransformer
 
 NUM_MASKS = 4  # 0 is the single-mask output; 1 to 3 are those of an ambiguous prompt
@@ -82,15 +84,12 @@ class MaskDecoder(nn.Module):
             Mlp((c, c, c // 8), nn.relu, self.dtype, name=f"hypernetwork_{m}")(tokens[:, :, 1 + m])
             for m in range(NUM_MASKS)
         ]
-        pixels = Upscaling(self.dtype, name="upscaling")(image)
-        logits = jnp.einsum(
-            "bnpijklc,bnmc->bnpijklm",
-            pixels,
-            jnp.stack(hyper, axis=2),
-            preferred_element_type=jnp.float32,
-        )
+        logits = Upscaling(self.dtype, name="upscaling")(image, jnp.stack(hyper, axis=2))
         logits = rearrange(
-            logits, "b n (gh gw) i j k l m -> b n m (gh i k) (gw j l)", gh=embedding.shape[1]
+            logits,
+            "b n m (i j) (gh gw) -> b n m (gh i) (gw j)",
+            i=4,
+            gh=embedding.shape[1],
         )
         iou_head = Mlp(
             (self.iou_hidden_dim, self.iou_hidden_dim, NUM_MASKS),
@@ -102,29 +101,46 @@ class MaskDecoder(nn.Module):
 
 
 class Upscaling(nn.Module):
-    """'b n p c' tokens -> 'b n p 2 2 2 2 c/8' pixels: rows and columns of halves, then quarters."""
+    """Tokens as 4 x 4 pixels each, and masks of them."""
 
     dtype: str
 
     @nn.compact
-    def __call__(self, image):
+    def __call__(self, image, hyper):
+        """Of tokens 'b n p c', masks that weigh pixels' channels by 'b n m c/8'.
+
+        Returns:
+          'b n m s p' float32, the (4 4) pixels s of each token.
+        """
         c = image.shape[-1]
-        x = Deconvolution(c // 4, self.dtype, name="conv1")(image)
+        conv1, conv2 = (
+            Deconvolution(c, c // 4, name="conv1"),
+            Deconvolution(c // 4, c // 8, name="conv2"),
+        )
+        if suit(image):
+            norm = NormWeights(c // 4, name="norm")()
+            paint = lambda image, hyper: upscaling.paint(image, *conv1(), *norm, *conv2(), hyper)
+            return over_objects(paint, image, hyper)
+        x = deconvolve(image, *conv1())
         x = gelu(layer_norm(1e-6, self.dtype, "norm")(x))
-        return gelu(Deconvolution(c // 8, self.dtype, name="conv2")(x))
+        x = gelu(deconvolve(x, *conv2()))
+        logits = jnp.einsum("bnpijklc,bnmc->bnpijklm", x, hyper, preferred_element_type=jnp.float32)
+        return rearrange(logits, "b n p i j k l m -> b n m (i k j l) p")
 
 
 class Deconvolution(nn.Module):
-    """A transposed convolution of size and stride 2, pixels kept apart: '... c' -> '... 2 2 o'."""
+    """The weights of a transposed convolution of size and stride 2: 'c 2 2 o' and 'o'."""
 
+    in_features: int
     features: int
-    dtype: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self):
         init = fan_in_uniform(4 * self.features)
-        kernel = self.param("kernel", init, (x.shape[-1], 2, 2, self.features))
-        bias = self.param("bias", init, (self.features,))
-        return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(self.dtype)) + bias.astype(
-            self.dtype
-        )
+        kernel = self.param("kernel", init, (self.in_features, 2, 2, self.features))
+        return kernel, self.param("bias", init, (self.features,))
+
+
+def deconvolve(x, kernel, bias):
+    """A transposed convolution that keeps pixels apart: '... c' -> '... 2 2 o'."""
+    return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(x.dtype)) + bias.astype(x.dtype)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm
+from sam_jax.model.layers import PatchConv, Projection, fan_in_uniform, gelu, layer_norm
 
 FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3
 NOT_A_POINT = -1  # the reference's padding point: a token of its own, which is attended to
@@ -95,8 +95,10 @@ class PromptEncoder(nn.Module):
 
         dense = self.no_mask[None, None, None]
         if prompts.mask is not None:
-            masks = self.mask_downscaling(prompts.mask)
-            dense = jnp.where(prompts.has_mask[..., None, None], masks, dense)
+            # What is alike for all pixels is chosen before it is added: its gradient is one sum.
+            has_mask = prompts.has_mask[..., None, None]
+            masks, bias = self.mask_downscaling(prompts.mask)
+            dense = jnp.where(has_mask, masks, 0) + jnp.where(has_mask, bias, dense)
         return PromptFeatures(
             sparse=sparse.astype(self.dtype),
             present=prompts.labels != ABSENT,
@@ -127,7 +129,7 @@ class PromptEncoder(nn.Module):
 
 
 class MaskDownscaling(nn.Module):
-    """'b n lh lw' mask logits -> 'b n (lh/4 lw/4) dim' features."""
+    """'b n lh lw' mask logits -> 'b n (lh/4 lw/4) dim' features, less their bias 'dim'."""
 
     dim: int
     channels: int
@@ -142,5 +144,6 @@ class MaskDownscaling(nn.Module):
         x = rearrange(mask, "b n h w -> b n h w 1")
         x = gelu(layer_norm(1e-6, self.dtype, "norm1")(conv(x, self.channels // 4, 2, "conv1")))
         x = gelu(layer_norm(1e-6, self.dtype, "norm2")(conv(x, self.channels, 2, "conv2")))
-        x = conv(x, self.dim, 1, "conv3")
-        return rearrange(x, "b n h w c -> b n (h w) c")
+        kernel, bias = Projection(self.channels, self.dim, is_conv=True, name="conv3")()
+        x = rearrange(x, "b n h w c -> b n (h w) c")
+        return x @ kernel.astype(self.dtype), bias

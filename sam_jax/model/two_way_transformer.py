@@ -11,6 +11,8 @@ Differences, all exact up to rounding:
   layer's products over it are shared.
 - Only the tokens that are read afterwards query the image in the last attention.
 - Absent tokens are masked out as keys.
+
+On TPUs kernels do what is done to every pixel (`kernels/`), with the same absorbed projections.
 """
 
 import flax.linen as nn
@@ -18,7 +20,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sam_jax.model.layers import Mlp, Projection, layer_norm, linear
+from sam_jax.model.kernels import token_to_image
+from sam_jax.model.kernels.blocks import BYTES, over_objects, suit
+from sam_jax.model.kernels.image_to_token import NEVER, Tokens, growth, kept_by, update
+from sam_jax.model.layers import Mlp, NormWeights, Projection, layer_norm, linear
 
 CROSS_DOWNSAMPLE = 2  # channels over the inner channels of the attention between tokens and image
 
@@ -53,7 +58,7 @@ class TwoWayTransformer(nn.Module):
             )
             tokens, image = block(tokens, token_pe, present, image, image_pe, train)
         tokens, token_pe = tokens[:, :, :num_outputs], token_pe[:, :, :num_outputs]
-        attended = TokenToImage(self.num_heads, self.dtype, name="final_attention")(
+        attended, image = TokenToImage(self.num_heads, self.dtype, name="final_attention")(
             tokens + token_pe, image, image_pe
         )
         attended = nn.Dropout(self.dropout, deterministic=not train)(attended)
@@ -85,7 +90,7 @@ class TwoWayBlock(nn.Module):
             tokens = tokens + drop(attend(tokens + token_pe, tokens, present))
         tokens = norm("norm1")(tokens)
 
-        attended = TokenToImage(self.num_heads, self.dtype, name="token_to_image")(
+        attended, image = TokenToImage(self.num_heads, self.dtype, name="token_to_image")(
             tokens + token_pe, image, image_pe
         )
         tokens = norm("norm2")(tokens + drop(attended))
@@ -93,10 +98,28 @@ class TwoWayBlock(nn.Module):
         tokens = tokens + drop(Mlp((self.mlp_dim, c), nn.relu, self.dtype, name="mlp")(tokens))
         tokens = norm("norm3")(tokens)
 
-        attended = ImageToToken(self.num_heads, self.dtype, name="image_to_token")(
-            image + image_pe, tokens + token_pe, tokens, present
-        )
-        return tokens, norm("norm4")(image + drop(attended))
+        attend = ImageToToken(c, self.num_heads, self.dtype, name="image_to_token")
+        words = None
+        if train and self.dropout:
+            quarter = -(-image.shape[2] // BYTES)
+            words = jax.random.bits(self.make_rng("dropout"), (*tokens.shape[:2], quarter, c))
+        if suit(image) and absorbs(tokens.shape[2], c, self.num_heads):
+            norm = NormWeights(c, name="norm4")()
+            update_one = lambda image, words, *absorbed: update(
+                image,
+                image_pe,
+                Tokens(*absorbed, attend.bias, *norm),
+                words,
+                self.num_heads,
+                self.dropout,
+            )
+            absorbed = attend.absorb(tokens + token_pe, tokens, present)
+            return tokens, over_objects(update_one, image, words, *absorbed)
+        attended = attend(image + image_pe, tokens + token_pe, tokens, present)
+        if words is not None:
+            kept = kept_by(words, self.dropout)[:, :, : image.shape[2]]
+            attended = jnp.where(kept, attended * growth(self.dropout), 0)
+        return tokens, norm("norm4")(image + attended)
 
 
 class SelfAttention(nn.Module):
@@ -127,7 +150,12 @@ class TokenToImage(nn.Module):
 
     @nn.compact
     def __call__(self, queries, image, image_pe):
-        """Attends queries 'b n t c' to image 'b n p c' with positions 'p c' -> 'b n t c'."""
+        """Attends queries 'b n t c' to image 'b n p c' with positions 'p c'.
+
+        Returns:
+          'b n t c', and the image: what is done with it later should be done with this one, whose
+          gradients kernels add to their own.
+        """
         t, c = queries.shape[-2:]
         q = split_heads(linear(c, c // CROSS_DOWNSAMPLE, self.dtype, "q")(queries), self.num_heads)
         q = q * q.shape[-1] ** -0.5
@@ -135,8 +163,7 @@ class TokenToImage(nn.Module):
         v_kernel, v_bias = head_weights(c, "v", self.num_heads, self.dtype)
         if absorbs(t, c, self.num_heads):
             q = rearrange(jnp.einsum("bnthd,chd->bnhtc", q, k_kernel), "b n h t c -> b n (h t) c")
-            weights, total = exponentials(jnp.einsum("bnqc,bnpc->bnqp", q, image + image_pe))
-            context = ((weights.astype(self.dtype) @ image) / total).astype(self.dtype)
+            context, image = attend_to_image(q, image, image_pe)
             context = rearrange(context, "b n (h t) c -> b n h t c", h=self.num_heads)
             out = jnp.einsum("bnhtc,chd->bnthd", context, v_kernel)
         else:
@@ -145,43 +172,80 @@ class TokenToImage(nn.Module):
             weights, total = exponentials(jnp.einsum("bnthd,bnphd->bnhtp", q, k))
             out = jnp.einsum("bnhtp,bnphd->bnhtd", weights.astype(self.dtype), v) / total
             out = rearrange(out.astype(self.dtype), "b n h t d -> b n t h d")
-        return linear(c // CROSS_DOWNSAMPLE, c, self.dtype, "out")(merge_heads(out + v_bias))
+        out = merge_heads(out + v_bias)
+        return linear(c // CROSS_DOWNSAMPLE, c, self.dtype, "out")(out), image
+
+
+def attend_to_image(queries, image, image_pe):
+    """softmax(queries (image + image_pe)^T) image, of 'b n q c', 'b n p c' and 'p c'; and image."""
+    if suit(image):
+        attend = lambda queries, image: token_to_image.attend(queries, image, image_pe)
+        attended, images = over_objects(attend, queries, image)
+        return attended, images if images.shape == image.shape else image
+    logits = jnp.einsum("bnqc,bnpc->bnqp", queries, image + image_pe)
+    weights, total = exponentials(logits)
+    return ((weights.astype(image.dtype) @ image) / total).astype(image.dtype), image
 
 
 class ImageToToken(nn.Module):
     """Attention of the image to the tokens that are present."""
 
+    channels: int
     num_heads: int
     dtype: str
 
-    @nn.compact
+    def setup(self):
+        c, inner = self.channels, self.channels // CROSS_DOWNSAMPLE
+        self.q, self.out = Projection(c, inner), Projection(inner, c)
+        self.k, self.v = linear(c, inner, self.dtype), linear(c, inner, self.dtype)
+
+    @property
+    def bias(self):
+        """'c', of what is attended."""
+        return self.out()[1].astype(self.dtype)
+
+    def project(self, keys, values):
+        """Keys and values 'b n t c' by head, 'b n t h d', the keys scaled; and their kernels.
+
+        Returns:
+          keys, values; 'c h d' and 'h d', the weights of queries; 'h d c' those of the output.
+        """
+        k, v = (split_heads(x, self.num_heads) for x in (self.k(keys), self.v(values)))
+        of_queries = (split_heads(x.astype(self.dtype), self.num_heads) for x in self.q())
+        out_kernel = self.out()[0].astype(self.dtype)
+        out_kernel = rearrange(out_kernel, "(h d) c -> h d c", h=self.num_heads)
+        return k * k.shape[-1] ** -0.5, v, *of_queries, out_kernel
+
+    def absorb(self, keys, values, present):
+        """Keys and values 'b n t c' with the image's projections, k = (h t).
+
+        Returns:
+          'b n k c' keys, 'b n k' float32 to be added to their logits, 'b n k c' values.
+        """
+        k, v, q_kernel, q_bias, out_kernel = self.project(keys, values)
+        offsets = jnp.einsum("bnthd,hd->bnht", k, q_bias).astype(jnp.float32)
+        offsets = jnp.where(present[:, :, None], offsets, NEVER)
+        k = rearrange(jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c")
+        v = rearrange(jnp.einsum("bnthd,hdc->bnhtc", v, out_kernel), "b n h t c -> b n (h t) c")
+        return k, rearrange(offsets, "b n h t -> b n (h t)"), v
+
     def __call__(self, queries, keys, values, present):
         """Attends image queries 'b n p c' to keys and values 'b n t c' -> 'b n p c'."""
-        t, c = keys.shape[-2:]
-        inner = c // CROSS_DOWNSAMPLE
-        k = split_heads(linear(c, inner, self.dtype, "k")(keys), self.num_heads)
-        k = k * k.shape[-1] ** -0.5
-        v = split_heads(linear(c, inner, self.dtype, "v")(values), self.num_heads)
-        q_kernel, q_bias = head_weights(c, "q", self.num_heads, self.dtype)
-        out_kernel, out_bias = Projection(inner, c, name="out")()
-        out_kernel = rearrange(out_kernel.astype(self.dtype), "(h d) c -> h d c", h=self.num_heads)
-        present = present[:, :, None, :, None]
-        if absorbs(t, c, self.num_heads):
-            offset = rearrange(jnp.einsum("bnthd,hd->bnht", k, q_bias), "b n h t -> b n (h t) 1")
-            k = rearrange(jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c")
-            logits = jnp.einsum("bnkc,bnpc->bnkp", k, queries) + offset
+        if absorbs(keys.shape[2], self.channels, self.num_heads):
+            k, offsets, v = self.absorb(keys, values, present)
+            logits = jnp.einsum("bnkc,bnpc->bnkp", k, queries) + offsets[..., None]
             logits = rearrange(logits, "b n (h t) p -> b n h t p", h=self.num_heads)
-            weights = masked_softmax(logits, present, axis=-2)
+            weights = jax.nn.softmax(logits, axis=-2).astype(self.dtype)
             weights = rearrange(weights, "b n h t p -> b n (h t) p")
-            v = rearrange(jnp.einsum("bnthd,hdc->bnhtc", v, out_kernel), "b n h t c -> b n (h t) c")
             out = jnp.swapaxes(weights, -1, -2) @ v
         else:
+            k, v, q_kernel, q_bias, out_kernel = self.project(keys, values)
             q = jnp.einsum("bnpc,chd->bnhdp", queries, q_kernel) + q_bias[..., None]
             logits = jnp.einsum("bnthd,bnhdp->bnhtp", k, q)
-            weights, total = exponentials(logits, present, axis=-2)
+            weights, total = exponentials(logits, present[:, :, None, :, None], axis=-2)
             out = jnp.einsum("bnhtp,bnthd->bnhdp", weights.astype(self.dtype), v) / total
             out = jnp.einsum("bnhdp,hdc->bnpc", out.astype(self.dtype), out_kernel)
-        return out + out_bias.astype(self.dtype)
+        return out + self.bias
 
 
 def absorbs(t, c, num_heads):

@@ -9,7 +9,14 @@ import pytest
 import scipy.special
 from jax import lax
 
-from sam_jax.model.mask_decoder import Deconvolution, MaskDecoder, Masks, Upscaling, choose_masks
+from sam_jax.model.mask_decoder import (
+    Deconvolution,
+    MaskDecoder,
+    Masks,
+    Upscaling,
+    choose_masks,
+    deconvolve,
+)
 from sam_jax.model.prompt_encoder import PromptFeatures
 from sam_jax.model.two_way_transformer import TwoWayTransformer
 from sam_jax.weights.names import DECONV
@@ -66,10 +73,9 @@ def conv_transpose(image, official):
 
 
 def test_deconvolution_is_a_transposed_convolution_with_official_weights():
-    module = Deconvolution(3, "float32")
     image = normal(1, 4, 5, 6)
-    params = random_like(module, image.reshape(20, 6))
-    pixels = highest(module.apply, {"params": params}, image.reshape(20, 6))
+    params = random_like(Deconvolution(6, 3))
+    pixels = highest(deconvolve, image.reshape(20, 6), params["kernel"], params["bias"])
     official = DECONV.to_torch(params["kernel"])
     assert official.shape == (6, 3, 2, 2)
     expected = conv_transpose(image, official) + params["bias"]
@@ -113,12 +119,13 @@ def test_upscaling(scale):
     """Small values tell the norm's 1e-6 from other constants."""
     module = Upscaling("float32")
     image = scale * normal(2, 4, 5, 16)
-    params = random_like(module, image.reshape(1, 1, 20, 16))
+    channels = np.eye(2, dtype=np.float32)[None, None]  # as masks, a channel each
+    args = image.reshape(1, 1, 20, 16), channels
+    params = random_like(module, *args)
     params["conv1"]["bias"] *= scale
-    pixels = np.asarray(highest(module.apply, {"params": params}, image.reshape(1, 1, 20, 16)))
-    assert pixels.shape == (1, 1, 20, 2, 2, 2, 2, 2)
-    # 'gh gw i j k l c' -> '(gh i k) (gw j l) c'
-    rows = pixels.reshape(4, 5, 2, 2, 2, 2, 2).transpose(0, 2, 4, 1, 3, 5, 6).reshape(16, 20, 2)
+    pixels = np.asarray(highest(module.apply, {"params": params}, *args))
+    assert pixels.shape == (1, 1, 2, 16, 20)
+    rows = pixels.reshape(2, 4, 4, 4, 5).transpose(3, 1, 4, 2, 0).reshape(16, 20, 2)
     assert_close(rows, upscaled(params, image.astype(np.float64)))
 
 

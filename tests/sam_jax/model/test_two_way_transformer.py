@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam_jax.model import two_way_transformer
+from sam_jax.model.kernels import image_to_token
 from sam_jax.model.two_way_transformer import (
     ImageToToken,
     SelfAttention,
@@ -125,7 +127,8 @@ def test_attention_of_tokens_to_image(jit, inputs, n, heads):
     assert absorbs(*tokens.shape[-2:], heads) is (heads == 1)
     params = random_like(module, tokens, image, pe)
     image = image[:, :n]
-    actual = run(jit, module, params, tokens, image, pe)
+    actual, same = run(jit, module, params, tokens, image, pe)
+    np.testing.assert_array_equal(same, image)
     assert_close(actual, attention(precise(params), tokens, image + pe, image, heads=heads))
 
 
@@ -134,7 +137,7 @@ def test_attention_of_tokens_to_image(jit, inputs, n, heads):
 def test_attention_of_image_to_tokens(jit, inputs, n, heads):
     tokens, present, image, _ = inputs
     values = tokens[:, :, ::-1]
-    module = ImageToToken(heads, "float32")
+    module = ImageToToken(16, heads, "float32")
     assert absorbs(*tokens.shape[-2:], heads) is (heads == 1)
     params = random_like(module, image, tokens, values, present)
     image = image[:, :n]
@@ -217,9 +220,15 @@ def test_masked_softmax_by_hand():
     assert masked_softmax(logits.astype(jnp.bfloat16), present, axis=-1).dtype == jnp.bfloat16
 
 
-def test_dropout_follows_every_attention_and_mlp(inputs):
+def test_dropout_follows_every_attention_and_mlp(inputs, monkeypatch):
     module, _ = transformer_of(inputs, 2)
     dropped = []
+
+    def look_at_image(words, rate):
+        assert rate == 0.1
+        kept = image_to_token.kept_by(words, rate)
+        dropped.append(kept.shape)
+        return kept
 
     def look(call, args, kwargs, context):
         if isinstance(context.module, nn.Dropout):
@@ -227,6 +236,7 @@ def test_dropout_follows_every_attention_and_mlp(inputs):
             dropped.append(args[0].shape)
         return call(*args, **kwargs)
 
+    monkeypatch.setattr(two_way_transformer, "kept_by", look_at_image)
     with nn.intercept_methods(look):
         init = module.clone(dropout=0.1).init
         keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}

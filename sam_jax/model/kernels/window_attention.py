@@ -18,27 +18,28 @@ import numpy as np
 from einops import rearrange
 from jax.experimental import pallas as pl
 
+from sam_jax.model.kernels.blocks import product, whole
 
-def attend_in_windows(qkv, rel_h, rel_w, num_heads, interpret=False):
+
+def attend_in_windows(qkv, rel_h, rel_w, num_heads):
     """Attention within each window.
 
     Args:
       qkv: 'n side side (3 head d)', queries, keys and values.
       rel_h: 'side side d', the vertical position of a key's row relative to a query's; rel_w.
       num_heads: heads.
-      interpret: run the kernel on any device, slowly.
     Returns:
       'n side side (head d)'.
     """
     side = qkv.shape[1]
     rel = jnp.concatenate([rel_h, rel_w]).reshape(2 * side * side, -1).T
     tokens = rearrange(qkv, "n h w c -> n (h w) c")
-    out = attend(tokens, rel, num_heads, interpret)
+    out = attend(tokens, rel, num_heads)
     return rearrange(out, "n (h w) c -> n h w c", h=side)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def attend(qkv, rel, num_heads, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attend(qkv, rel, num_heads):
     """The same of 'n t (3 head d)' and 'd (2 t)' -> 'n t (head d)'."""
     n, t, c = qkv.shape
     return pl.pallas_call(
@@ -47,17 +48,16 @@ def attend(qkv, rel, num_heads, interpret):
         in_specs=[window_of(t, c), *(whole(x) for x in (rel, *constants(t, qkv.dtype)))],
         out_specs=window_of(t, c // 3),
         out_shape=jax.ShapeDtypeStruct((n, t, c // 3), qkv.dtype),
-        interpret=interpret,
         name="window_attention_forward",
     )(qkv, rel, *constants(t, qkv.dtype))
 
 
-def attend_forward(qkv, rel, num_heads, interpret):
+def attend_forward(qkv, rel, num_heads):
     """`attend`, and what its gradients need: its arguments."""
-    return attend(qkv, rel, num_heads, interpret), (qkv, rel)
+    return attend(qkv, rel, num_heads), (qkv, rel)
 
 
-def attend_backward(num_heads, interpret, saved, d_out):
+def attend_backward(num_heads, saved, d_out):
     """Gradients 'n t (3 head d)' and 'd (2 t)' from those of the result, 'n t (head d)'."""
     qkv, rel = saved
     n, t, c = qkv.shape
@@ -74,7 +74,6 @@ def attend_backward(num_heads, interpret, saved, d_out):
             jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
             jax.ShapeDtypeStruct(rel.shape, jnp.float32),
         ],
-        interpret=interpret,
         name="window_attention_backward",
     )(qkv, d_out, rel, *constants(t, qkv.dtype))
     return d_qkv, d_rel.astype(rel.dtype)
@@ -86,11 +85,6 @@ attend.defvjp(attend_forward, attend_backward)
 def window_of(t, c):
     """The block of a grid's window in an array 'n t c'."""
     return pl.BlockSpec((None, t, c), lambda i: (i, 0, 0))
-
-
-def whole(x):
-    """The block that is all of an array, for every window."""
-    return pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
 
 
 def constants(t, dtype):
@@ -108,12 +102,6 @@ def constants(t, dtype):
     gathers = np.kron(np.eye(2), second[:, None] == np.arange(side))
     places = np.concatenate([np.arange(side)[:, None] == row, np.arange(side)[:, None] == column])
     return tuple(jnp.asarray(x, dtype) for x in (own, gathers, places))
-
-
-def product(a, b, contract):
-    """The product of matrices over an axis of each, summed in float32."""
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def scores_of(q, k, rel, own, gathers, places):

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
-from sam_jax.model import window_attention
 from sam_jax.model.attention import attend_folded, relative_positions
+from sam_jax.model.kernels import window_attention
 
 SIDE, HEADS, D, WINDOWS = 5, 3, 8, 4
 
@@ -24,7 +25,8 @@ def test_the_kernel_has_the_values_and_gradients_of_folded_products():
 
         return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(qkv, tables)
 
-    found = run(lambda *x: window_attention.attend_in_windows(*x, HEADS, interpret=True))
+    with pltpu.force_tpu_interpret_mode():
+        found = run(lambda *x: window_attention.attend_in_windows(*x, HEADS))
     expected = run(lambda qkv, *rel: jax.vmap(lambda x: attend_folded(x, *rel, HEADS))(qkv))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

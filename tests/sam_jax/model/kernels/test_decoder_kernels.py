@@ -1,0 +1,171 @@
+"""The decoder's kernels, as TPUs would run them, against the plain products they stand for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from sam_jax.model.kernels import image_to_token, token_to_image, upscaling
+from sam_jax.model.kernels.blocks import over_objects, pixels_at_once
+from sam_jax.model.mask_decoder import MaskDecoder
+from sam_jax.model.platform import traced_for
+from sam_jax.model.prompt_encoder import PromptFeatures
+
+PIXELS, CHANNELS, HEADS, TOKENS = 1024, 16, 2, 5  # four steps; tokens do not fill a tile
+OBJECTS = 2
+RATE = 0.1
+
+
+@pytest.fixture
+def draw():
+    rng = np.random.default_rng(0)
+    return lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def values_and_gradients(f, args):
+    """Of f for objects 'b n ...': its results, and gradients of a sum with changing weights."""
+
+    def total(args):
+        results = over_objects(f, *args)
+        leaves = jax.tree.leaves(results)
+        return sum(
+            jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) for x in leaves
+        ), results
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(args)
+
+
+def assert_alike(kernel, plain, args):
+    with pltpu.force_tpu_interpret_mode():
+        found = values_and_gradients(kernel, args)
+    expected = values_and_gradients(plain, args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("images", [1, OBJECTS])
+def test_attention_to_the_image(draw, images):
+    def plain(queries, image, positions):
+        weights = jax.nn.softmax(queries @ (image + positions).T, axis=-1)
+        return weights @ image, (image if images > 1 else 0.0)
+
+    def kernel(*args):
+        attended, image = token_to_image.attend(*args)
+        return attended, (image if images > 1 else 0.0)
+
+    image = draw(1, images, PIXELS, CHANNELS)
+    args = draw(1, OBJECTS, HEADS * TOKENS, CHANNELS), image, draw(1, 1, PIXELS, CHANNELS)
+    assert_alike(kernel, plain, args)
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_update_of_the_image(draw, is_dropped):
+    words = jax.random.bits(jax.random.key(0), (OBJECTS, PIXELS // 4, CHANNELS))
+    rate = round(256 * RATE) / 256
+
+    def plain(image, positions, tokens, index):
+        logits = tokens.keys @ (image + positions).T + tokens.offsets[:, None]
+        weights = jax.nn.softmax(logits.reshape(HEADS, TOKENS, PIXELS), axis=1)
+        attended = weights.reshape(-1, PIXELS).T @ tokens.values + tokens.bias
+        if is_dropped:
+            kept = image_to_token.kept_by(words[index.astype(int)], RATE)
+            attended = jnp.where(kept, attended / (1 - rate), 0)
+        x = image + attended
+        x = x - jnp.mean(x, axis=1, keepdims=True)
+        x = x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True) + 1e-5)
+        return x * tokens.norm_scale + tokens.norm_bias
+
+    def kernel(image, positions, tokens, index):
+        mine = words[index.astype(int)] if is_dropped else None
+        return image_to_token.update(image, positions, tokens, mine, HEADS, RATE)
+
+    rows, vectors = (1, OBJECTS, HEADS * TOKENS, CHANNELS), (1, 1, CHANNELS)
+    tokens = image_to_token.Tokens(
+        draw(*rows), draw(*rows[:3]), draw(*rows), draw(*vectors), draw(*vectors), draw(*vectors)
+    )
+    image = draw(1, OBJECTS, PIXELS, CHANNELS)
+    index = jnp.arange(OBJECTS, dtype=jnp.float32)[None]
+    assert_alike(kernel, plain, (image, draw(1, 1, PIXELS, CHANNELS), tokens, index))
+
+
+def test_upscaling(draw):
+    o, e, masks = 8, 4, 3
+
+    def plain(image, kernel1, bias1, norm_scale, norm_bias, kernel2, bias2, hyper):
+        gelu = functools.partial(jax.nn.gelu, approximate=False)
+        x = jnp.einsum("pc,cijo->pijo", image, kernel1) + bias1
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+        x = gelu(x * norm_scale + norm_bias)
+        x = gelu(jnp.einsum("pijo,okle->pijkle", x, kernel2) + bias2)
+        return jnp.einsum("pijkle,me->mikjlp", x, hyper).reshape(masks, 16, PIXELS)
+
+    shapes = [(CHANNELS, 2, 2, o), (o,), (o,), (o,), (o, 2, 2, e), (e,)]
+    image, hyper = draw(1, OBJECTS, PIXELS, CHANNELS), draw(1, OBJECTS, masks, e)
+    weights = [draw(1, 1, *shape) for shape in shapes]
+    assert_alike(upscaling.paint, plain, (image, *weights, hyper))
+
+
+def test_fitted_error_function():
+    x = np.linspace(-12, 12, 10001, dtype=np.float32)
+    np.testing.assert_allclose(upscaling.erf(x), jax.lax.erf(x), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("images", [1, OBJECTS])
+def test_decoder_is_as_near_to_float32_with_kernels_as_without(draw, images):
+    """In bfloat16, in which TPUs take the kernels; with the same entries dropped."""
+    c, gh, gw = 64, 16, 32
+    decoder = MaskDecoder(
+        depth=1, num_heads=HEADS, mlp_dim=32, iou_hidden_dim=32, dropout=RATE, dtype="float32"
+    )
+    present = jnp.asarray(np.arange(4) < [[[4], [2]]])
+    embedding, pe = draw(1, gh, gw, c), draw(gh * gw, c)
+    sparse, dense = draw(1, OBJECTS, 4, c), draw(1, images, gh * gw, c)
+    inputs = embedding, PromptFeatures(sparse, present, dense), pe
+    variables = jax.jit(decoder.init)(jax.random.key(0), *inputs)
+
+    def run(dtype):
+        """Logits, and the gradients of embedding and dense features."""
+
+        def logits(embedding, dense):
+            features = PromptFeatures(sparse.astype(dtype), present, dense.astype(dtype))
+            return (
+                decoder.clone(dtype=dtype)
+                .apply(
+                    variables,
+                    *(embedding, features, pe.astype(dtype)),
+                    train=True,
+                    rngs={"dropout": jax.random.key(1)},
+                )
+                .logits
+            )
+
+        @jax.jit
+        def both(*args):
+            found, pull = jax.vjp(logits, *args)
+            return found, *pull(jnp.cos(jnp.arange(found.size)).reshape(found.shape))
+
+        return both(embedding, dense)
+
+    truth, plain = run("float32"), run("bfloat16")
+    with traced_for("tpu"), pltpu.force_tpu_interpret_mode():
+        kernels = run("bfloat16")
+    for exact, a, b in zip(truth, kernels, plain, strict=True):
+        assert 0 < jnp.linalg.norm(a - exact) < 1.25 * jnp.linalg.norm(b - exact)
+
+
+def test_dropout_is_a_byte_an_entry():
+    words = jax.random.bits(jax.random.key(0), (5, 64, 32))
+    kept = np.asarray(image_to_token.kept_by(words, RATE))
+    assert kept.shape == (5, 256, 32)
+    np.testing.assert_allclose(np.mean(kept), 1 - 26 / 256, atol=0.005)
+    assert image_to_token.growth(RATE) == 256 / 230
+    by_quarter = kept.reshape(5, 4, -1).astype(float)  # independent, though of the same words
+    assert np.abs(np.corrcoef(by_quarter[0]) - np.eye(4)).max() < 0.1
+
+
+def test_steps_divide_a_quarter_of_the_pixels():
+    assert [pixels_at_once(p) for p in (4096, 1024, 2560, 4900)] == [1024, 256, 128, None]
