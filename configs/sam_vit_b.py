@@ -14,7 +14,7 @@ from train.config import Optimizer
 
 config = dataclasses.replace(
     sam_vit_h,
-    model=sam_vit_b(drop_path=0.6, dropout=0.1, remat="blocks", scan_blocks=True, dtype="bfloat16"),
+    model=sam_vit_b(drop_path=0.6, dropout=0.1, remat="blocks", dtype="bfloat16"),
     optimizer=Optimizer(
         peak_lr=8e-4,
         warmup_steps=250,

@@ -10,7 +10,7 @@ from sam_jax.model.sam import sam_vit_h
 from train.config import Data, Interactive, Optimizer, TrainConfig
 
 config = TrainConfig(
-    model=sam_vit_h(drop_path=0.4, dropout=0.1, remat="blocks", scan_blocks=True, dtype="bfloat16"),
+    model=sam_vit_h(drop_path=0.4, dropout=0.1, remat="blocks", dtype="bfloat16"),
     objective=Interactive(),
     data=Data(source="sa1b:data/sa1b", held_out="0:1000", workers=8),
     optimizer=Optimizer(

@@ -14,7 +14,7 @@ from train.config import Optimizer
 
 config = dataclasses.replace(
     sam_vit_h,
-    model=sam_vit_l(drop_path=0.4, dropout=0.1, remat="blocks", scan_blocks=True, dtype="bfloat16"),
+    model=sam_vit_l(drop_path=0.4, dropout=0.1, remat="blocks", dtype="bfloat16"),
     optimizer=Optimizer(
         peak_lr=4e-4,
         warmup_steps=250,

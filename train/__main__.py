@@ -20,7 +20,9 @@ def main() -> int:
     """Runs a config -> the exit code: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m train", description="Train a SAM.")
     parser.add_argument("config", help="a Python file that assigns a TrainConfig to `config`")
-    parser.add_argument("--workdir", required=True, type=Path, help="where all results go")
+    parser.add_argument(
+        "--workdir", required=True, help="where all results go: a folder, or gs://..."
+    )
     parser.add_argument(
         "--set",
         nargs="+",

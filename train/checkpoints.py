@@ -5,10 +5,10 @@ died does not count. A damaged one is skipped in favour of the one before.
 """
 
 import logging
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 KEPT = 2  # checkpoints
 
@@ -16,11 +16,11 @@ log = logging.getLogger("train")
 
 
 class Checkpoints:
-    """The checkpoints in a folder."""
+    """The checkpoints in a folder, an absolute path or an address in an object store."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: epath.Path) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True)
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.manager = ocp.CheckpointManager(folder, options=options)
 
     def restore(self, state):
         """The newest state that can be read, shaped like the given one; None if there is none."""

@@ -76,6 +76,7 @@ class Metrics:
         bar = {"loss": values["loss"], "mIoU": values["miou"], "images/s": rate}
         if self.ideal:
             bar["MFU"] = speed["mfu"]
+        self.board.flush()
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in bar.items()})
 
     def log_evaluation(self, step: int, evaluation: dict) -> None:

@@ -19,6 +19,7 @@ from train.initial import initial_variables
 from train.interactive import make_interactive
 from train.metrics import Metrics, summarize
 from train.optimizer import make_optimizer
+from train.outbox import Outbox
 from train.report import write_report
 from train.sharding import born_on, gather, make_mesh, split_batch, wait_for_all
 from train.state import TrainState, init_state
@@ -26,11 +27,13 @@ from train.step import make_step
 from train.workdir import BadSamples, claim, write_json
 
 
-def run(config: TrainConfig, workdir: Path) -> None:
+def run(config: TrainConfig, workdir: str | Path) -> None:
     """Trains, or goes on with what was begun in the workdir; then evaluates and reports.
 
     The workdir then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, weights/ (for
     `sam_jax.load`), evaluation.json, report/, and bad_samples.jsonl and profile/ if there were any.
+
+    A workdir may be in an object store (gs://...), see `outbox.py`.
 
     Of several hosts, each reads its share of every batch and saves its pieces of the checkpoints.
     The variables are gathered on all of them for evaluations; these, and all other writing, are the
@@ -43,29 +46,32 @@ def run(config: TrainConfig, workdir: Path) -> None:
     mesh = make_mesh(config.batch_size, config.fsdp)
     variables = initial_variables(config)
     leads = jax.process_index() == 0
-    claim(workdir, config, bytes_on_disk(config, variables, seen), leads)
+    outbox = Outbox(workdir)
+    outbox.fetch()
+    folder = outbox.folder
+    claim(folder, config, bytes_on_disk(config, variables, seen, outbox.is_remote), leads)
 
     optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
     objective = make_interactive(config.model, config.objective)
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(outbox.checkpoints)
     state = born_on(mesh, lambda given: init_state(given, optimizer), variables)
     step = make_step(objective, optimizer, config.seed, mesh, state, config.model.dtype)
     state = checkpoints.restore(state) or state
     start = int(state.step)
 
     batches = make_loader(config, seen).batches(start, config.num_steps, config.data.workers)
-    complete = make_completion(config, variables, workdir, seen)
+    complete = make_completion(config, variables, folder, seen)
     del variables  # the state has its own, in pieces
-    bad = BadSamples(workdir / own("bad_samples.jsonl"), config.data.max_bad, len(seen))
+    bad = BadSamples(folder / own("bad_samples.jsonl"), config.data.max_bad, len(seen))
     metrics = None
     if leads:
         ideal = seconds_at_peak(config, mesh)
-        metrics = Metrics(workdir, start, config.num_steps, config.batch_size, ideal)
+        metrics = Metrics(folder, start, config.num_steps, config.batch_size, ideal)
         batches = metrics.timed(batches)
     for done, (batch, problems) in enumerate(batches, start=start + 1):
         bad.add(problems)
         if leads and done in config.profile[:1]:
-            jax.profiler.start_trace(workdir / "profile")
+            jax.profiler.start_trace(folder / "profile")
         state, values = step(state, split_batch(mesh, complete(batch)))
         is_last = done == config.num_steps
         if leads and done in config.profile[1:]:
@@ -76,6 +82,7 @@ def run(config: TrainConfig, workdir: Path) -> None:
             if is_last or done % config.log_every == 0:
                 metrics.log(done, summarize(jax.device_get(values)))
         if is_last or done % config.checkpoint_every == 0:
+            outbox.send()
             checkpoints.save(done, state)
         if not is_last and config.evaluate_every and done % config.evaluate_every == 0:
             variables = variables_of(mesh, state)
@@ -85,7 +92,11 @@ def run(config: TrainConfig, workdir: Path) -> None:
     variables = variables_of(mesh, state)
     if metrics:
         metrics.close()
-        conclude(config, workdir, variables, held_out)
+        conclude(config, folder, variables, held_out)
+    outbox.close()
+    if metrics:
+        print(f"report: {outbox.address / 'report' / 'index.html'}")
+        print(f"weights: {outbox.address / 'weights'}")
     wait_for_all("the run's end")
 
 
@@ -95,8 +106,8 @@ def conclude(config: TrainConfig, workdir: Path, variables: dict, held_out: Sele
     evaluation = evaluate(config, variables, held_out)
     write_json(workdir / "evaluation.json", evaluation)
     predictor = SamPredictor(config.model, variables)
-    report = write_report(workdir, predictor, held_out, evaluation)
-    print(table(evaluation), f"report: {report}", f"weights: {workdir / 'weights'}", sep="\n")
+    write_report(workdir, predictor, held_out, evaluation)
+    print(table(evaluation))
 
 
 def open_data(config: TrainConfig) -> tuple[Selection, Selection]:
@@ -147,10 +158,15 @@ def seconds_at_peak(config: TrainConfig, mesh: Mesh) -> float | None:
     return config.batch_size * step_flops(config.model, config.objective) / peak / len(devices)
 
 
-def bytes_on_disk(config: TrainConfig, variables: dict, selection: Selection) -> int:
-    """What the run will write: checkpoints of parameters and two moments, weights, embeddings."""
+def bytes_on_disk(
+    config: TrainConfig, variables: dict, selection: Selection, is_remote: bool
+) -> int:
+    """What the run will write: weights, embeddings; checkpoints of parameters and two moments.
+
+    Those of a workdir that is not on this machine are not written here.
+    """
     size = sum(x.nbytes for x in jax.tree.leaves(variables))
-    total = (3 * (KEPT + 1) + 1) * size
+    total = size if is_remote else (3 * (KEPT + 1) + 1) * size
     if not learns_encoder(config):
         gh, gw = (side // config.model.patch_size for side in config.model.image_size)
         total += 4 * len(selection.source) * gh * gw * config.model.prompt_dim

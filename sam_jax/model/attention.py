@@ -9,7 +9,8 @@ Differences, all exact up to rounding:
 - Over the whole grid the logits, 'heads t t' in the reference, are never in memory: accelerators
   have kernels for that (`flash_attention.py`); elsewhere the queries are taken a few rows at a
   time, so that the logits of one step stay in the cache.
-- Queries, keys and values of a window's padding are not computed: they are those of a zero token.
+- Queries, keys and values of a window's padding, those of a zero token, are computed once, except
+  on TPUs.
 - Tables are interpolated to any grid (the reference does so too, but never uses it).
 """
 
@@ -54,9 +55,13 @@ class Attention(nn.Module):
             "rel_pos_w", nn.initializers.zeros, (2 * self.table_size[1] - 1, c // self.num_heads)
         )
 
-        qkv = project(x)
-        if self.window:
-            qkv = split_windows(qkv, self.window, fill=project(jnp.zeros(c, x.dtype)))
+        if self.window and platform() == "tpu":  # where it takes longer to move than to compute
+            windows = rearrange(split_windows(x, self.window), "n h w c -> n (h w) c")
+            qkv = rearrange(project(windows), "n (h w) c -> n h w c", w=self.window)
+        elif self.window:
+            qkv = split_windows(project(x), self.window, fill=project(jnp.zeros(c, x.dtype)))
+        else:
+            qkv = project(x)
         rel_h = relative_positions(table_h, qkv.shape[1], self.dtype)
         rel_w = relative_positions(table_w, qkv.shape[2], self.dtype)
         attend = attend_in_windows if self.window else attend_globally
@@ -98,14 +103,15 @@ def relative_positions(table, n, dtype):
     return jnp.asarray(table, dtype)[offsets]
 
 
-def split_windows(x, window, fill):
-    """Cuts 'b gh gw c' into '(b nh nw) window window c', padded bottom right with `fill` 'c'."""
+def split_windows(x, window, fill=None):
+    """Cuts 'b gh gw c' into '(b nh nw) window window c', padded with `fill` 'c' or zeros."""
     gh, gw = x.shape[1:3]
     pad_h, pad_w = -gh % window, -gw % window
     if pad_h or pad_w:
         inside = (jnp.arange(gh + pad_h) < gh)[:, None] & (jnp.arange(gw + pad_w) < gw)
         x = jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)))
-        x = jnp.where(inside[..., None], x, fill)
+        if fill is not None:
+            x = jnp.where(inside[..., None], x, fill)
     return rearrange(x, "b (nh h) (nw w) c -> (b nh nw) h w c", h=window, w=window)
 
 

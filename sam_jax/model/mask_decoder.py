@@ -113,17 +113,16 @@ class Upscaling(nn.Module):
           'b n m s p' float32, the (4 4) pixels s of each token.
         """
         c = image.shape[-1]
-        conv1, conv2 = (
-            Deconvolution(c, c // 4, name="conv1"),
-            Deconvolution(c // 4, c // 8, name="conv2"),
-        )
+        kernel1, bias1 = Deconvolution(c, c // 4, name="conv1")()
+        kernel2, bias2 = Deconvolution(c // 4, c // 8, name="conv2")()
         if suit(image):
-            norm = NormWeights(c // 4, name="norm")()
-            paint = lambda image, hyper: upscaling.paint(image, *conv1(), *norm, *conv2(), hyper)
+            scale, shift = NormWeights(c // 4, name="norm")()
+            paint = lambda image, hyper: upscaling.paint(
+                image, kernel1, bias1, scale, shift, kernel2, bias2, hyper
+            )
             return over_objects(paint, image, hyper)
-        x = deconvolve(image, *conv1())
-        x = gelu(layer_norm(1e-6, self.dtype, "norm")(x))
-        x = gelu(deconvolve(x, *conv2()))
+        x = gelu(layer_norm(1e-6, self.dtype, "norm")(deconvolve(image, kernel1, bias1)))
+        x = gelu(deconvolve(x, kernel2, bias2))
         logits = jnp.einsum("bnpijklc,bnmc->bnpijklm", x, hyper, preferred_element_type=jnp.float32)
         return rearrange(logits, "b n p i j k l m -> b n m (i k j l) p")
 

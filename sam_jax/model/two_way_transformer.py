@@ -98,24 +98,21 @@ class TwoWayBlock(nn.Module):
         tokens = tokens + drop(Mlp((self.mlp_dim, c), nn.relu, self.dtype, name="mlp")(tokens))
         tokens = norm("norm3")(tokens)
 
-        attend = ImageToToken(c, self.num_heads, self.dtype, name="image_to_token")
+        answer = ImageToToken(c, self.num_heads, self.dtype, name="image_to_token")
         words = None
         if train and self.dropout:
             quarter = -(-image.shape[2] // BYTES)
             words = jax.random.bits(self.make_rng("dropout"), (*tokens.shape[:2], quarter, c))
         if suit(image) and absorbs(tokens.shape[2], c, self.num_heads):
-            norm = NormWeights(c, name="norm4")()
-            update_one = lambda image, words, *absorbed: update(
-                image,
-                image_pe,
-                Tokens(*absorbed, attend.bias, *norm),
-                words,
-                self.num_heads,
-                self.dropout,
-            )
-            absorbed = attend.absorb(tokens + token_pe, tokens, present)
+            scale, shift = NormWeights(c, name="norm4")()
+
+            def update_one(image, words, keys, offsets, values):
+                absorbed = Tokens(keys, offsets, values, answer.bias, scale, shift)
+                return update(image, image_pe, absorbed, words, self.num_heads, self.dropout)
+
+            absorbed = answer.absorb(tokens + token_pe, tokens, present)
             return tokens, over_objects(update_one, image, words, *absorbed)
-        attended = attend(image + image_pe, tokens + token_pe, tokens, present)
+        attended = answer(image + image_pe, tokens + token_pe, tokens, present)
         if words is not None:
             kept = kept_by(words, self.dropout)[:, :, : image.shape[2]]
             attended = jnp.where(kept, attended * growth(self.dropout), 0)

@@ -168,7 +168,7 @@ def forward_kernel(image, weights, logits):
 def backward_kernel(image, weights, d_logits, d_image, d_weights):
     """Writes the gradient of a step's pixels, and adds to those of the weights."""
     zero_at_first(*d_weights)
-    dtype, of_image = image.dtype, 0.0
+    dtype, of_halves = image.dtype, []
     summed = lambda x: jnp.sum(x, axis=1, keepdims=True)
     for rows, places in halves(weights):
         kernel1 = weights.kernel1[rows]
@@ -188,5 +188,5 @@ def backward_kernel(image, weights, d_logits, d_image, d_weights):
         d_weights.bias1[:] += summed(d_first)
         d_first = d_first.astype(dtype)
         d_weights.kernel1[rows] += product(d_first, image[:], (1, 1))
-        of_image = of_image + product(kernel1, d_first, (0, 0))
-    d_image[:] = of_image.astype(d_image.dtype)
+        of_halves.append(product(kernel1, d_first, (0, 0)))
+    d_image[:] = sum(of_halves[1:], of_halves[0]).astype(d_image.dtype)

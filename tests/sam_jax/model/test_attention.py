@@ -13,6 +13,7 @@ from sam_jax.model.attention import (
     split_windows,
     weigh,
 )
+from sam_jax.model.platform import traced_for
 
 TOLERANCE = 1e-5  # of the largest magnitude
 
@@ -98,9 +99,11 @@ def run(module, params, x):
     [((6, 9), 3), ((5, 7), 3), ((7, 5), 3), ((4, 7), 4), ((2, 2), 3), ((3, 8), 5)],
     ids=str,
 )
-def test_in_windows(jit, grid, window):
+@pytest.mark.parametrize("device", ["cpu", "tpu"])
+def test_in_windows(jit, grid, window, device):
     module, params, x = make(grid, window)
-    actual = jit(lambda p, x: run(module, p, x))(params, x)
+    with traced_for(device):
+        actual = jit(lambda p, x: run(module, p, x))(params, x)
     assert actual.shape == x.shape
     assert_close(actual, direct(precise(params), x.astype(float), 2, window))
 
@@ -130,13 +133,18 @@ def test_tables_of_another_grid_are_interpolated(jit, grid):
     )
 
 
-@pytest.mark.parametrize(("grid", "window"), [((5, 7), 3), ((4, 5), 0), ((20, 17), 0)], ids=str)
-def test_gradients_are_those_of_the_definition(jit, grid, window):
+@pytest.mark.parametrize(
+    ("grid", "window", "device"),
+    [((5, 7), 3, "cpu"), ((5, 7), 3, "tpu"), ((4, 5), 0, "cpu"), ((20, 17), 0, "cpu")],
+    ids=str,
+)
+def test_gradients_are_those_of_the_definition(jit, grid, window, device):
     module, params, x = make(grid, window, b=1)
     weight = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
     ours = lambda p, x: jnp.sum(weight * run(module, p, x))
     theirs = lambda p, x: jnp.sum(weight * direct(p, x, 2, window, jnp))
-    actual = jit(jax.grad(ours, argnums=(0, 1)))(params, x)
+    with traced_for(device):
+        actual = jit(jax.grad(ours, argnums=(0, 1)))(params, x)
     with jax.enable_x64(True):
         expected = jit(jax.grad(theirs, argnums=(0, 1)))(precise(params), x.astype(float))
     jax.tree.map(assert_close, actual, expected)
