@@ -30,7 +30,14 @@ LEAVES = (
     "train.flops",
 )
 PARTS = (*LEAVES, "train.state", "train.interactive", "train.pretrain", "train.optimizer")
-FILES = ("train.checkpoints", "train.embeddings", "train.metrics", "train.plots", "train.workdir")
+FILES = (
+    "train.checkpoints",
+    "train.embeddings",
+    "train.metrics",
+    "train.outbox",
+    "train.plots",
+    "train.workdir",
+)
 USERS = ("train.step", "train.initial", "train.replay", "train.examples", "train.report")
 STEPS = (*PARTS, *FILES, *USERS)
 BELOW = {
@@ -63,6 +70,7 @@ BELOW = {
     "train.checkpoints": LEAVES,
     "train.embeddings": LEAVES,
     "train.metrics": LEAVES,
+    "train.outbox": LEAVES,
     "train.workdir": LEAVES,
     "train.plots": LEAVES,
     "train.examples": (*PARTS, "train.plots"),
@@ -82,6 +90,8 @@ HOMES = {
     "PIL": ("sam_jax.predict", "sam_jax.data", "sam_jax.cli"),
     "faster_coco_eval": ("sam_jax.evaluate",),
     "absl": ("sam_jax.data.loader",),
+    "etils": ("train.checkpoints", "train.outbox"),
+    "fsspec": ("sam_jax.data.places",),
     "grain": ("sam_jax.data.loader",),
     "jax2onnx": ("sam_jax.export",),
     "matplotlib": ("train.plots", "train.examples"),

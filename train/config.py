@@ -39,7 +39,7 @@ class Interactive:
     iou_l1: bool = False  # absolute instead of squared errors of the IoU
     loss_scale: int = 1  # 1, 2, 4: the loss at this multiple of the decoder's resolution
     box_noise: Literal["gaussian", "uniform"] = "gaussian"  # law of the first box's noise
-    chunk: int = 8  # masks an image in one go; bounds the memory, does not change the result
+    chunk: int = 16  # masks an image in one go; bounds the memory, does not change the result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import ConfigError
@@ -22,6 +22,10 @@ IMAGES = PartitionSpec((DATA, FSDP))  # the images of a batch are split over all
 WHOLE = PartitionSpec()
 SPLIT_FROM = 2**20  # elements of the smallest array that is split
 SHARE = 8  # a piece's rows are a multiple of this, as tiles of memory have them
+GATHER_BESIDE = {  # other work: not all generations of TPUs do so unasked
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+}
 
 
 def make_mesh(batch_size: int, fsdp: int = 1, devices=None) -> Mesh:
@@ -48,7 +52,10 @@ def make_mesh(batch_size: int, fsdp: int = 1, devices=None) -> Mesh:
         )
     shape = (count // fsdp, fsdp)
     types = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh(shape, (DATA, FSDP), axis_types=types, devices=devices[:count])
+    placed = mesh_utils.create_device_mesh(
+        shape, devices[:count], allow_split_physical_axes=True
+    )  # the last axis, along which most is sent, over neighbours
+    return Mesh(placed, (DATA, FSDP), axis_types=types)
 
 
 def layout_of(mesh: Mesh, state: Any) -> Any:
@@ -100,8 +107,13 @@ def compile_step(mesh: Mesh, step: Callable, state: Any) -> Callable:
     """
     layout = layout_of(mesh, state)
     whole, images = NamedSharding(mesh, WHOLE), NamedSharding(mesh, IMAGES)
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
-        step, in_shardings=(layout, images), out_shardings=(layout, whole), donate_argnums=0
+        step,
+        in_shardings=(layout, images),
+        out_shardings=(layout, whole),
+        donate_argnums=0,
+        compiler_options=GATHER_BESIDE if on_tpu else None,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from sam_jax.data import places
 from sam_jax.data.example import RLE, BadSample
 from sam_jax.masks import rle
 from sam_jax.predict.images import FORMATS, MAX_PIXELS, read_image
@@ -39,12 +40,11 @@ def read_file(path: str, kind: Kind) -> bytes:
     Raises:
       BadSample: if it is missing, no regular file or too large.
     """
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise BadSample("missing file", f"there is no file {path}")
     try:
-        _check_bytes(path, os.path.getsize(path), kind)
-        with open(path, "rb") as file:
-            return file.read()
+        if not places.is_file(path):  # a pipe would be waited for
+            raise BadSample("missing file", f"there is no file {path}")
+        _check_bytes(path, places.version_of(path)[0], kind)
+        return places.read_part(path)
     except OSError as error:
         raise BadSample("missing file", f"{path} cannot be read: {error}") from error
 
@@ -57,9 +57,7 @@ def read_part(path: str, offset: int, size: int, kind: Kind) -> bytes:
     """
     _check_bytes(path, size, kind)
     try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        data = places.read_part(path, offset, size)
     except OSError as error:
         raise BadSample("missing file", f"{path} cannot be read: {error}") from error
     if len(data) < size:

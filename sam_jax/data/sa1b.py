@@ -2,13 +2,15 @@
 
 Tars are read where they are, by the offset of each file; nothing is extracted. The headers of a tar
 are read once, and where they lead to is kept in a small file beside it, `NAME.tar.index.npz`, if
-the folder can be written to.
+the folder can be written to. In an object store each header is a request of its own: tars should
+go there with the index beside them, as `sam-jax data check` leaves it on a disk.
 
 Source: Kirillov et al. 2023 and the README of facebookresearch/segment-anything, "Dataset".
 """
 
 import array
 import dataclasses
+import io
 import os
 import re
 import secrets
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import files, tar
+from sam_jax.data import files, places, tar
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
 
 FILE = re.compile(r"(?:.*/)?sa_([0-9]{1,15})\.(jpg|json)", re.DOTALL)
@@ -85,9 +87,9 @@ def open_sa1b(path: str, reduce_to: tuple[int, int] | None = None) -> Sa1b:
     Raises:
       SourceError: if there is none, or a tar is damaged.
     """
-    if os.path.isfile(path):
+    if places.is_file(path):
         found = {path: index_tar(path)}
-    elif os.path.isdir(path):
+    elif places.is_folder(path):
         found, tars = _walk(path)
         found |= {name: index_tar(name) for name in tars}
     else:
@@ -128,8 +130,7 @@ def index_tar(path: str) -> np.ndarray:
     Raises:
       SourceError: if it is no tar, or damaged.
     """
-    status = os.stat(path)
-    stamp = np.array([INDEX_VERSION, status.st_size, status.st_mtime_ns])
+    stamp = np.array([INDEX_VERSION, *places.version_of(path)])
     cache = f"{path}.index.npz"
     rows = _load_index(cache, stamp)
     if rows is None:
@@ -140,10 +141,13 @@ def index_tar(path: str) -> np.ndarray:
 
 def _load_index(cache: str, stamp: np.ndarray) -> np.ndarray | None:
     try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            rows, fits = saved["rows"], np.array_equal(saved["stamp"], stamp)
+        data = io.BytesIO(places.read_part(cache))
+        with np.load(data, allow_pickle=False) as saved:
+            rows, before = saved["rows"], saved["stamp"]
     except Exception:  # whatever is wrong with it, it is made anew
         return None
+    known = slice(None, None if stamp[-1] else -1)  # a store does not keep the time of a change
+    fits = before.shape == stamp.shape and np.array_equal(before[known], stamp[known])
     usable = fits and rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 4
     if not usable or (rows < 0).any() or (rows[:, 1] > 1).any():
         return None
@@ -151,10 +155,15 @@ def _load_index(cache: str, stamp: np.ndarray) -> np.ndarray | None:
 
 
 def _save_index(cache: str, stamp: np.ndarray, rows: np.ndarray) -> None:
+    data = io.BytesIO()
+    np.savez(data, stamp=stamp, rows=rows)
     part = f"{cache}.{secrets.token_hex(8)}.part"  # others may be writing the same index
     try:
+        if places.is_address(cache):
+            places.write_whole(cache, data.getvalue())
+            return
         with open(part, "xb") as file:
-            np.savez(file, stamp=stamp, rows=rows)
+            file.write(data.getvalue())
         os.replace(part, cache)
     except OSError:  # a folder that cannot be written to, or a full disk: it works without
         if os.path.exists(part):
@@ -164,8 +173,7 @@ def _save_index(cache: str, stamp: np.ndarray, rows: np.ndarray) -> None:
 def _walk(path: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """The rows of each folder, and the tars, both by path."""
     folders, tars = {}, []
-    for folder, below, names in os.walk(path, onerror=_raise):
-        below.sort()
+    for folder, names in places.walk(path):
         rows = _rows((name, WHOLE_FILE, 0) for name in names)
         if len(rows):
             folders[folder] = rows
@@ -199,7 +207,3 @@ def _pair(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     offset[image, rows[:, 1]] = rows[:, 2]
     size[image, rows[:, 1]] = rows[:, 3]
     return key, offset, size
-
-
-def _raise(error: OSError) -> None:
-    raise error

@@ -6,11 +6,14 @@ no path. Links, devices, folders and sparse files are passed over. Deliberate di
 a damaged header is an error, where `tarfile` takes it for the end.
 """
 
+import contextlib
+import functools
 import os
 import re
-from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+from sam_jax.data import places
 from sam_jax.data.example import SourceError
 
 BLOCK = 512
@@ -34,19 +37,16 @@ def members(path: str) -> Iterator[Member]:
     Raises:
       SourceError: if it is no tar, compressed, or damaged; a tar that is cut short is none of it.
     """
-    with open(path, "rb", buffering=0) as file:
-        end = os.fstat(file.fileno()).st_size
+    with open_parts(path) as (read, end):
         if end < BLOCK:
             raise SourceError(f"{path} is no tar: it has {end} bytes")
         at = 0
         extended: dict[str, Any] = {}  # what extended headers say of the next member
-        while at + BLOCK <= end and any(header := _read(file, at, BLOCK)):
+        while at + BLOCK <= end and any(header := read(at, BLOCK)):
             try:
                 kind, size = _check(header), _number(header[124:136])
                 if kind in (b"L", b"x"):
-                    extended |= _extended(
-                        kind, _read(file, at + BLOCK, min(size, MAX_EXTENDED)), size
-                    )
+                    extended |= _extended(kind, read(at + BLOCK, min(size, MAX_EXTENDED)), size)
                 elif kind == b"S":
                     raise ValueError("it is of a sparse file; pack the tar without --sparse")
             except ValueError as error:
@@ -59,9 +59,19 @@ def members(path: str) -> Iterator[Member]:
             at += BLOCK + -(-size // BLOCK) * BLOCK
 
 
-def _read(file: IO[bytes], at: int, size: int) -> bytes:
-    file.seek(at)
-    return file.read(size)
+@contextlib.contextmanager
+def open_parts(path: str) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
+    """A file's reader, f(offset, size) -> bytes, and its end."""
+    if places.is_address(path):
+        yield functools.partial(places.read_part, path), places.version_of(path)[0]
+        return
+    with open(path, "rb", buffering=0) as file:
+
+        def read(at, size):
+            file.seek(at)
+            return file.read(size)
+
+        yield read, os.fstat(file.fileno()).st_size
 
 
 def _check(header: bytes) -> bytes:

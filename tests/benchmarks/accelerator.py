@@ -37,6 +37,7 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--train", nargs="*", choices=SIZES, default=["b", "h"])
     parser.add_argument("--train-images", type=int, default=1)
+    parser.add_argument("--chunks", nargs="+", type=int, default=[Interactive().chunk])
     parser.add_argument("--torch", nargs="*", choices=["eager", "compiled"], default=["eager"])
     args = parser.parse_args()
 
@@ -50,7 +51,8 @@ def main():
             time_encoder(size, batch, args.torch, peak)
         time_decoder(size, peak)
     for size in args.train:
-        time_step(size, args.train_images, peak)
+        for chunk in args.chunks:
+            time_step(size, args.train_images, chunk, peak)
 
 
 def say(line):
@@ -160,10 +162,10 @@ def time_decoder(size, peak, n=64):
     )
 
 
-def time_step(size, images, peak):
+def time_step(size, images, chunk, peak):
     rates = {"drop_path": 0.4, "dropout": 0.1}
     model = SIZES[size](remat="none", scan_blocks=True, dtype="bfloat16", **rates)
-    config = Interactive()
+    config = Interactive(chunk=chunk)
     optimizer = make_optimizer(Optimizer(), model.depth)
     mesh = make_mesh(images, devices=jax.devices()[:1])
     make = lambda: init_state(initialize(model, 0), optimizer)
@@ -185,7 +187,7 @@ def time_step(size, images, peak):
     held = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     mfu = images * step_flops(model, config) / seconds / peak
     say(
-        f"training step {size}, {images} images of {config.masks_per_image} masks: "
+        f"training step {size}, {images} images of {config.masks_per_image} masks by {chunk}: "
         f"{1e3 * seconds:.0f} ms, {images / seconds:.2f} images/s, MFU {mfu:.1%}, "
         f"{held / 2**30:.1f} GiB, compiled in {compiling:.0f} s"
     )

@@ -1,16 +1,14 @@
-"""Workdirs in an object store, of which a stand-in can neither append, nor lock, nor rename."""
+"""Workdirs in an object store."""
 
 import json
 import sys
 
-import fsspec
-import jax
 import numpy as np
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 import sam_jax
+from tests import object_store
 from tests.train.running import CONFIG, losses
 from train import __main__ as command
 from train.checkpoints import Checkpoints
@@ -18,28 +16,6 @@ from train.config import ConfigError
 from train.outbox import Outbox
 
 RUN = "gs://bucket/runs/small"
-
-
-class ObjectStore(MemoryFileSystem):
-    """Whole objects are put and got; all else is refused."""
-
-    protocol = ("gs", "gcs")
-
-    def __init__(self, *args, finalize_on_close=True, **kwargs):
-        super().__init__(*args, **kwargs)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
-
-    def open(self, path, mode="rb", **kwargs):
-        assert mode in ("r", "rb", "w", "wb"), f"an object store cannot {mode}"
-        return super().open(path, mode, **kwargs)
-
-    def mv(self, *args, **kwargs):
-        raise AssertionError("an object store cannot rename")
-
-    mv_file = rename = move = touch = created = mv
 
 
 @pytest.fixture
@@ -51,13 +27,7 @@ def outbox(bucket):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    for name in ObjectStore.protocol:
-        fsspec.register_implementation(name, ObjectStore, clobber=True)
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    ObjectStore.clear_instance_cache()
-    monkeypatch.setattr(MemoryFileSystem, "store", {})
-    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
-    return epath.Path("gs://bucket")
+    return object_store.install(monkeypatch)
 
 
 def test_whole_files_are_sent_once_and_again_when_they_change(outbox):
@@ -112,37 +82,41 @@ def test_a_folder_is_its_own(tmp_path):
     assert str(outbox.checkpoints) == str(tmp_path / "run" / "checkpoints")
 
 
-def test_a_run_in_a_store_goes_on_and_leaves_what_one_on_a_disk_leaves(
+def test_a_run_in_a_store_goes_on_and_leaves_all_that_one_on_a_disk_leaves(
     bucket, monkeypatch, tmp_path
 ):
-    """Its checkpoints, which orbax writes, are on a disk here: it has no stand-in for a store."""
+    """Its steps change nothing but their number. Its checkpoints, which orbax writes, are on a
+    disk: for it there is no stand-in."""
     config = tmp_path / "small.py"
     config.write_text(CONFIG)
-    on_disk = tmp_path / "checkpoints"
 
-    def train(workdir, steps):
-        argv = ["train", str(config), "--workdir", str(workdir), "--set", f"num_steps={steps}"]
+    def train(steps):
+        argv = ["train", str(config), "--workdir", RUN, "--set", f"num_steps={steps}"]
         monkeypatch.setattr(sys, "argv", argv)
         assert command.main() == 0
 
     class StoredOnDisk(Checkpoints):
         def __init__(self, folder):
-            super().__init__(on_disk if str(folder).startswith("gs://") else folder)
+            assert str(folder) == f"{RUN}/checkpoints"
+            super().__init__(tmp_path / "checkpoints")
 
+    def next_step(state, batch):
+        values = dict.fromkeys(("loss", "focal", "dice", "iou", "miou"), np.zeros(5))
+        return state.replace(step=state.step + 1), values | {"total": 0.0, "gradient_norm": 0.0}
+
+    monkeypatch.setattr("train.run.make_step", lambda *_: next_step)
     monkeypatch.setattr("train.run.Checkpoints", StoredOnDisk)
-    train(RUN, 3)
-    train(RUN, 4)
-    train(tmp_path / "run", 4)
+    train(3)
+    train(4)
     copied = tmp_path / "copied"
-    ObjectStore().get(RUN, str(copied), recursive=True)
+    object_store.ObjectStore().get(RUN, str(copied), recursive=True)
     assert [step for step, _, _ in losses(copied)] == [1, 2, 3, 4]
-    assert losses(copied)[-1] == losses(tmp_path / "run")[-1]
     assert json.loads((copied / "config.json").read_text())["num_steps"] == 4
-    names = lambda folder: {
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file() and "checkpoints" not in path.parts and "events" not in path.name
+    assert sam_jax.load(copied / "weights")[0].image_size == (48, 64)
+    files = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
+    assert {path for path in files if not path.startswith("tensorboard/")} == {
+        *("config.json", "metrics.jsonl", "evaluation.json"),
+        *("weights/model.json", "weights/weights.safetensors"),
+        *(f"report/{name}" for name in ("index.html", "curves.png", "clicks.png", "examples.png")),
     }
-    assert names(copied) == names(tmp_path / "run")
-    stored, local = (sam_jax.load(folder / "weights")[1] for folder in (copied, tmp_path / "run"))
-    jax.tree.map(np.testing.assert_array_equal, stored, local)
+    assert any(path.startswith("tensorboard/") for path in files)

@@ -353,7 +353,7 @@ def test_a_folder_that_cannot_be_written_to_does_without_an_index(packed, monkey
     def refuse(*_, **__):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(np, "savez", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert len(open_sa1b(packed)) == len(IDS)
     assert os.listdir(os.path.dirname(packed)) == ["sa_000000.tar"]
 
