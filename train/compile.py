@@ -22,7 +22,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -232,21 +232,39 @@ def reading_rate(config: TrainConfig, seconds: float = 3.0) -> float | None:
 
 
 def sweep(config: TrainConfig, topology: str) -> Iterator[dict[str, Any]]:
-    """The largest batch that fits, by doubling, for a few meshes and ways to recompute."""
+    """The largest batch that fits, for a few meshes and ways to recompute."""
     count = len(devices_of(topology)[0])
     for fsdp in (n for n in FSDP if count % n == 0):
         for remat in get_args(get_type_hints(Sam)["remat"]):
-            images, largest = 1, None
-            while images <= MOST_IMAGES:
-                model = config.model.clone(remat=remat)
+            model = config.model.clone(remat=remat)
+
+            def compile_with(images, model=model, fsdp=fsdp):
                 tried = dataclasses.replace(
                     config, model=model, fsdp=fsdp, batch_size=images * count
                 )
-                report = analyse(tried, topology)
-                if not report["fits"]:
-                    break
-                images, largest = 2 * images, report
-            yield {"fsdp": fsdp, "remat": remat, "images": images // 2, "report": largest}
+                return analyse(tried, topology)
+
+            images, report = most_images(compile_with)
+            yield {"fsdp": fsdp, "remat": remat, "images": images, "report": report}
+
+
+def most_images(compile_with: Callable[[int], dict]) -> tuple[int, dict | None]:
+    """The most images a chip that fit, up to MOST_IMAGES, and their report; or 0 and None.
+
+    Memory grows by about as much with every image: one and two of them say where to look.
+    """
+    reports = {n: compile_with(n) for n in (1, 2)}
+    if not reports[1]["fits"]:
+        return 0, None
+    if reports[2]["fits"]:
+        one, two = (reports[n]["peak_hbm_bytes"] for n in (1, 2))
+        room = reports[1]["hbm_bytes"] - one
+        guess = 1 + int(room // max(1, two - one))
+        for images in range(min(guess, MOST_IMAGES), 2, -1):
+            if (report := compile_with(images))["fits"]:
+                return images, report
+    largest = max(n for n, report in reports.items() if report["fits"])
+    return largest, reports[largest]
 
 
 def describe(report: dict[str, Any]) -> str:

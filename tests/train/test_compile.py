@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from configs.sam_tiny import config as tiny
-from train.compile import describe, devices_of, reading_rate, schedule
+from train.compile import (
+    MOST_IMAGES,
+    describe,
+    devices_of,
+    most_images,
+    reading_rate,
+    schedule,
+)
 from train.config import ConfigError, override
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +80,27 @@ def test_people_are_told_what_counts():
     assert "other" not in text
     refused = describe(REPORT | {"fits": False, "reason": "Ran out of memory in HBM."})
     assert refused.endswith("does not fit: Ran out of memory in HBM.")
+
+
+@pytest.mark.parametrize(
+    "extra", [0, 1.2]
+)  # what three images and more take beyond the straight line
+@pytest.mark.parametrize("each", [0.4, 3, 6, 9, 20])
+def test_a_sweep_finds_the_most_images_in_few_steps(each, extra):
+    tried = []
+    room = 16.0
+
+    def compile_with(images):
+        tried.append(images)
+        peak = 1 + each * images + extra * (images > 2)
+        return {"fits": peak <= room, "peak_hbm_bytes": peak, "hbm_bytes": room}
+
+    images, report = most_images(compile_with)
+    fitting = [n for n in range(1, MOST_IMAGES + 1) if 1 + each * n + extra * (n > 2) <= room]
+    assert images == max(fitting, default=0)
+    assert (report is None) == (images == 0)
+    assert len(tried) <= 5
+    assert max(tried) <= MOST_IMAGES
 
 
 def test_the_rate_of_reading_is_measured_where_the_source_is_here():
