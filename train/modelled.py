@@ -51,14 +51,15 @@ class Chip:
     flops: float  # a second, bfloat16
     hbm: float  # bytes
     flops_per_cycle: int
-    attention: float  # of the peak, in the attention kernels
+    bandwidth: float  # bytes a second, of its memory
+    attention: float  # of the peak, in splash attention
 
 
 CHIPS = {
-    "v4": Chip(flops=PEAKS["TPU v4"], hbm=32 * GIB, flops_per_cycle=262144, attention=0.7),
-    "v5e": Chip(flops=PEAKS["TPU v5 lite"], hbm=16 * GIB, flops_per_cycle=131072, attention=0.7),
-    "v5p": Chip(flops=PEAKS["TPU v5"], hbm=95 * GIB, flops_per_cycle=262144, attention=0.7),
-    "v6e": Chip(flops=PEAKS["TPU v6 lite"], hbm=32 * GIB, flops_per_cycle=524288, attention=0.4),
+    "v4": Chip(PEAKS["TPU v4"], 32 * GIB, 262144, 1.23e12, attention=0.7),
+    "v5e": Chip(PEAKS["TPU v5 lite"], 16 * GIB, 131072, 0.82e12, attention=0.7),
+    "v5p": Chip(PEAKS["TPU v5"], 95 * GIB, 262144, 2.76e12, attention=0.7),
+    "v6e": Chip(PEAKS["TPU v6 lite"], 32 * GIB, 524288, 1.64e12, attention=0.4),
 }
 
 
@@ -200,8 +201,12 @@ def kernel_seconds(kernel: Instruction, chip: Chip) -> float | None:
     second = chip.flops / chip.flops_per_cycle  # cycles of one
     for name, cycles in PIXELS.items():
         if name in kernel.name:
-            *masks, _, pixels = max(sides, key=lambda shape: shape[-1])  # of the image, 'c p'
-            return cycles * math.prod(masks) * pixels / 1024 / second
+            *objects, c, pixels = max(sides, key=lambda shape: shape[-1])  # of the image
+            count = math.prod(objects)
+            moved = bytes_of(operands[1]) + bytes_of(kernel.shape)
+            if [c, pixels] in sides:  # positions, which are read for every object
+                moved += (count - 1) * bytes_of(f"bf16[{c},{pixels}]")
+            return max(cycles * count * pixels / 1024 / second, moved / chip.bandwidth)
     for name, cycles in WINDOWS.items():
         if kernel.name.startswith(name):
             windows, _, channels = sides[0]
