@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from sam_jax.model.kernels import upscaling
-from sam_jax.model.kernels.blocks import over_objects, suit
+from sam_jax.model.kernels.blocks import has_kernels, over_objects
 from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform, gelu, layer_norm
 from sam_jax.model.two_way_transformer import TwoWayTransformer
 
@@ -115,7 +115,7 @@ class Upscaling(nn.Module):
         c = image.shape[-1]
         kernel1, bias1 = Deconvolution(c, c // 4, name="conv1")()
         kernel2, bias2 = Deconvolution(c // 4, c // 8, name="conv2")()
-        if suit(image):
+        if has_kernels(image):
             scale, shift = NormWeights(c // 4, name="norm")()
             paint = lambda image, hyper: upscaling.paint(
                 image, kernel1, bias1, scale, shift, kernel2, bias2, hyper

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from sam_jax.model.kernels import token_to_image
-from sam_jax.model.kernels.blocks import BYTES, over_objects, suit
+from sam_jax.model.kernels.blocks import BYTES, has_kernels, over_objects
 from sam_jax.model.kernels.image_to_token import NEVER, Tokens, growth, kept_by, update
 from sam_jax.model.layers import Mlp, NormWeights, Projection, layer_norm, linear
 
@@ -68,7 +68,8 @@ class TwoWayTransformer(nn.Module):
 class TwoWayBlock(nn.Module):
     """Self-attention of tokens, tokens to image, MLP of tokens, image to tokens; norms after each.
 
-    The first block's self-attention replaces the tokens and adds no positions.
+    The first block's self-attention replaces the tokens and adds no positions. What is dropped of
+    the image is drawn by the byte: its rates are multiples of 1/256.
     """
 
     is_first: bool
@@ -103,7 +104,7 @@ class TwoWayBlock(nn.Module):
         if train and self.dropout:
             quarter = -(-image.shape[2] // BYTES)
             words = jax.random.bits(self.make_rng("dropout"), (*tokens.shape[:2], quarter, c))
-        if suit(image) and absorbs(tokens.shape[2], c, self.num_heads):
+        if has_kernels(image) and absorbs(tokens.shape[2], c, self.num_heads):
             scale, shift = NormWeights(c, name="norm4")()
 
             def update_one(image, words, keys, offsets, values):
@@ -175,7 +176,7 @@ class TokenToImage(nn.Module):
 
 def attend_to_image(queries, image, image_pe):
     """softmax(queries (image + image_pe)^T) image, of 'b n q c', 'b n p c' and 'p c'; and image."""
-    if suit(image):
+    if has_kernels(image):
         attend = lambda queries, image: token_to_image.attend(queries, image, image_pe)
         attended, images = over_objects(attend, queries, image)
         return attended, images if images.shape == image.shape else image

@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--train", nargs="*", choices=SIZES, default=["b", "h"])
     parser.add_argument("--train-images", type=int, default=1)
-    parser.add_argument("--chunks", nargs="+", type=int, default=[Interactive().chunk])
+    parser.add_argument("--chunks", nargs="+", type=int, default=[64])
     parser.add_argument("--torch", nargs="*", choices=["eager", "compiled"], default=["eager"])
     args = parser.parse_args()
 
@@ -164,7 +164,7 @@ def time_decoder(size, peak, n=64):
 
 def time_step(size, images, chunk, peak):
     rates = {"drop_path": 0.4, "dropout": 0.1}
-    model = SIZES[size](remat="none", scan_blocks=True, dtype="bfloat16", **rates)
+    model = SIZES[size](remat="none", dtype="bfloat16", **rates)
     config = Interactive(chunk=chunk)
     optimizer = make_optimizer(Optimizer(), model.depth)
     mesh = make_mesh(images, devices=jax.devices()[:1])

@@ -15,10 +15,10 @@ PIXELS = (1024, 512, 256, 128)  # that a step may take, the best first
 BYTES = 4  # of a random word: a quarter of the pixels is dropped by each
 
 
-def suit(image):
-    """Whether an image '... p c' is one for the kernels."""
-    is_fit = image.dtype == jnp.bfloat16 and pixels_at_once(image.shape[-2])
-    return platform() == "tpu" and bool(is_fit)
+def has_kernels(image):
+    """Whether there are kernels for an image '... p c': on TPUs, in bfloat16, p in whole steps."""
+    in_steps = pixels_at_once(image.shape[-2]) is not None
+    return platform() == "tpu" and image.dtype == jnp.bfloat16 and in_steps
 
 
 def over_objects(f, *args):

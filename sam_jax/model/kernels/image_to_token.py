@@ -19,7 +19,7 @@ from sam_jax.model.kernels.blocks import (
     step_of,
     whole,
     zero_at_first,
-)  # fmt: skip
+)
 
 EPSILON = 1e-5  # of the norm
 LEVELS = 256  # of rates of dropout, for which a byte is drawn an entry

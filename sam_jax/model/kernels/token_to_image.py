@@ -20,7 +20,7 @@ from sam_jax.model.kernels.blocks import (
     step_of,
     whole,
     zero_at_first,
-)  # fmt: skip
+)
 
 
 @jax.custom_vjp
