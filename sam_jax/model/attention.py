@@ -33,13 +33,14 @@ class Attention(nn.Module):
 
     Attributes:
       num_heads: heads; they divide the channels.
-      table_size: (height, width) that the relative-position tables are stored for.
+      table_size: (height, width) that the relative-position tables are stored for; None for no
+        relative positions.
       window: side of a window in tokens, or 0.
       dtype: compute type of the projections and products.
     """
 
     num_heads: int
-    table_size: tuple[int, int]
+    table_size: tuple[int, int] | None
     window: int = 0
     dtype: str = "float32"
 
@@ -48,6 +49,9 @@ class Attention(nn.Module):
         """Attends 'b gh gw c' -> 'b gh gw c'."""
         gh, gw, c = x.shape[-3:]
         project = nn.Dense(3 * c, dtype=self.dtype, kernel_init=xavier_uniform, name="qkv")
+        out = nn.Dense(c, dtype=self.dtype, kernel_init=xavier_uniform, name="proj")
+        if self.table_size is None:
+            return out(attend_without_positions(project(x), self.num_heads))
         table_h = self.param(
             "rel_pos_h", nn.initializers.zeros, (2 * self.table_size[0] - 1, c // self.num_heads)
         )
@@ -65,10 +69,18 @@ class Attention(nn.Module):
         rel_h = relative_positions(table_h, qkv.shape[1], self.dtype)
         rel_w = relative_positions(table_w, qkv.shape[2], self.dtype)
         attend = attend_in_windows if self.window else attend_globally
-        out = attend(qkv, rel_h, rel_w, self.num_heads)
+        attended = attend(qkv, rel_h, rel_w, self.num_heads)
         if self.window:
-            out = join_windows(out, gh, gw)
-        return nn.Dense(c, dtype=self.dtype, kernel_init=xavier_uniform, name="proj")(out)
+            attended = join_windows(attended, gh, gw)
+        return out(attended)
+
+
+def attend_without_positions(qkv, num_heads):
+    """Attention within grids of few tokens: 'b h w (3 head d)' -> 'b h w (head d)'."""
+    width = qkv.shape[2]
+    q, k, v = rearrange(qkv, "b h w (qkv head d) -> qkv b head (h w) d", qkv=3, head=num_heads)
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+    return rearrange(weigh(logits, v), "b head (h w) d -> b h w (head d)", w=width)
 
 
 def attend_in_windows(qkv, rel_h, rel_w, num_heads):

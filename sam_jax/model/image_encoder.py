@@ -140,13 +140,13 @@ def resize_positions(table, grid):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the norm of its input and added to it."""
+    """Attention and MLP, each on the norm of its input and added to it; fields as `Attention`'s."""
 
     num_heads: int
-    table_size: tuple[int, int]
-    window: int
+    table_size: tuple[int, int] | None
     mlp_dim: int
-    dtype: str
+    window: int = 0
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, keep=None):

@@ -1,0 +1,160 @@
+"""Our masked autoencoder against Hugging Face's, on weights that exercise every tensor."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.data.loader import Batch
+from sam_jax.model.mae import encode_positions, mae_tiny
+from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize
+from train.pretrain import make_pretrain
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.reference
+
+TOLERANCE = 1e-4  # of the largest magnitude
+MODEL = mae_tiny(decoder_dim=48, decoder_depth=2, decoder_heads=3)
+B = 3
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    config = transformers.ViTMAEConfig(
+        image_size=64,
+        patch_size=8,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+        decoder_hidden_size=48,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=3,
+        decoder_intermediate_size=192,
+        layer_norm_eps=1e-6,  # theirs is 1e-12, the original's this
+        norm_pix_loss=True,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.ViTMAEForPreTraining(config).eval()
+    embeddings, decoder = model.vit.embeddings, model.decoder
+    for x in (embeddings.patch_embeddings.projection, *model.parameters()):
+        x._is_hf_initialized = False  # or the fixed positions would be left as they are
+    embeddings.initialize_weights()
+    decoder.initialize_weights(64)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if x.requires_grad:  # positions are fixed
+                x.copy_(torch.randn_like(x) * (0.5 if x.ndim == 1 else 2 * x.shape[-1] ** -0.5))
+                x.add_(1.0 if "layernorm" in name.lower() and name.endswith("weight") else 0.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def params(theirs):
+    """Theirs by our names."""
+    state = {name: x.numpy() for name, x in theirs.state_dict().items()}
+    dense = lambda name: {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
+    norm = lambda name: {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+
+    def block(name):
+        q, k, v = (dense(f"{name}.attention.{x}_proj") for x in "qkv")
+        return {
+            "attention": {
+                "qkv": jax.tree.map(lambda *x: np.concatenate(x, axis=-1), q, k, v),
+                "proj": dense(f"{name}.attention.o_proj"),
+            },
+            "norm1": norm(f"{name}.layernorm_before"),
+            "norm2": norm(f"{name}.layernorm_after"),
+            "lin1": dense(f"{name}.mlp.fc1"),
+            "lin2": dense(f"{name}.mlp.fc2"),
+        }
+
+    patches = "vit.embeddings.patch_embeddings.projection"
+    kernel = state[f"{patches}.weight"].transpose(2, 3, 1, 0)
+    return {
+        "patch_embed": {"kernel": kernel, "bias": state[f"{patches}.bias"]},
+        "class_token": state["vit.embeddings.cls_token"].ravel(),
+        "mask_token": state["decoder.mask_token"].ravel(),
+        "norm": norm("vit.layernorm"),
+        "decoder_embed": dense("decoder.decoder_embed"),
+        "decoder_norm": norm("decoder.decoder_norm"),
+        "decoder_pred": dense("decoder.decoder_pred"),
+        **{f"blocks_{i}": block(f"vit.layers.{i}") for i in range(2)},
+        **{f"decoder_blocks_{i}": block(f"decoder.decoder_layers.{i}") for i in range(2)},
+    }
+
+
+@pytest.fixture(scope="module")
+def batch():
+    images = np.random.default_rng(0).integers(0, 256, (B, 64, 64, 3), np.uint8)
+    size = np.full((B, 2), 64, np.int32)
+    return Batch(images, size, np.arange(5, 5 + B, dtype=np.int32), None, None, None)
+
+
+def keys_of(batch, key):
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.image_id)
+
+
+def noise_of(keys):
+    """The noise whose order is that in which we take patches."""
+    order = np.asarray(jax.vmap(MODEL.draw_order)(keys))
+    return torch.tensor(np.argsort(order, axis=1).astype(np.float32))
+
+
+def normalized(batch):
+    image = np.array(normalize(batch.image, batch.size))
+    return image, torch.tensor(image.transpose(0, 3, 1, 2))
+
+
+def assert_close(actual, expected):
+    assert np.shape(actual) == np.shape(expected)
+    scale = float(np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * scale)
+
+
+def test_positions_are_theirs(theirs):
+    for table, c in (
+        (theirs.vit.embeddings.position_embeddings, 64),
+        (theirs.decoder.decoder_pos_embed, 48),
+    ):
+        np.testing.assert_allclose(table[0, 1:].numpy(), encode_positions(8, 8, c), atol=1e-5)
+        assert not table[0, 0].any()
+
+
+def test_encodings_and_paintings_are_theirs(theirs, params, batch):
+    keys = keys_of(batch, jax.random.key(7))
+    image, tensor = normalized(batch)
+    with torch.no_grad():
+        outputs = theirs(tensor, noise=noise_of(keys))
+        encoded = theirs.vit(tensor, noise=noise_of(keys)).last_hidden_state
+    order = jax.vmap(MODEL.draw_order)(keys)
+    ours = MODEL.apply({"params": params}, image, order[:, : MODEL.num_visible], method="encode")
+    assert_close(ours, encoded.numpy())
+    painted = jax.jit(MODEL.apply)({"params": params}, image, keys)
+    assert_close(painted.patches, outputs.logits.numpy())
+    np.testing.assert_array_equal(painted.is_hidden, outputs.mask.numpy() > 0)
+
+
+def test_the_loss_and_its_gradients_are_theirs(theirs, params, batch):
+    key = jax.random.key(7)
+    objective = make_pretrain(MODEL)
+    both = jax.jit(jax.value_and_grad(lambda p: objective(p, {}, batch, key), has_aux=True))
+    (loss, values), gradients = both(jax.tree.map(jnp.asarray, params))
+    assert loss == values["loss"]
+    theirs.zero_grad()
+    expected = theirs(normalized(batch)[1], noise=noise_of(keys_of(batch, key))).loss
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=TOLERANCE)
+    layer = theirs.vit.layers[0]
+    assert_close(gradients["blocks_0"]["lin1"]["kernel"], layer.mlp.fc1.weight.grad.T.numpy())
+    assert_close(gradients["class_token"], theirs.vit.embeddings.cls_token.grad.ravel().numpy())
+    assert_close(gradients["mask_token"], theirs.decoder.mask_token.grad.ravel().numpy())
+    kernel = theirs.vit.embeddings.patch_embeddings.projection.weight.grad
+    assert_close(gradients["patch_embed"]["kernel"], kernel.permute(2, 3, 1, 0).numpy())
+
+
+def test_pixel_statistics_are_those_of_imagenet():
+    np.testing.assert_allclose(np.array(PIXEL_MEAN) / 255, [0.485, 0.456, 0.406], atol=1e-6)
+    np.testing.assert_allclose(np.array(PIXEL_STD) / 255, [0.229, 0.224, 0.225], atol=1e-6)

@@ -1,0 +1,116 @@
+"""Properties of the masked autoencoder; `tests/reference/test_mae.py` has its values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.model.mae import (
+    encode_positions,
+    mae_tiny,
+    mae_vit_b,
+    mae_vit_h,
+    mae_vit_l,
+    normalize_patches,
+    patches_of,
+)
+
+MODEL = mae_tiny(image_size=(32, 48), depth=1)
+GRID = (4, 6)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    keys = jax.random.split(jax.random.key(0), 2)
+    return jax.jit(MODEL.init)(jax.random.key(1), jnp.zeros((2, 32, 48, 3)), keys)
+
+
+@pytest.fixture(scope="module")
+def paint(variables):
+    return jax.jit(lambda image, keys: MODEL.apply(variables, image, keys))
+
+
+def draw(b=3):
+    image = np.random.default_rng(0).standard_normal((b, 32, 48, 3)).astype(np.float32)
+    return image, jax.random.split(jax.random.key(2), b)
+
+
+def test_a_share_of_each_image_is_hidden_by_its_own_key(paint):
+    image, keys = draw()
+    hidden = np.asarray(paint(image, keys).is_hidden)
+    np.testing.assert_array_equal(hidden.sum(axis=1), 24 - 6)
+    assert len({row.tobytes() for row in hidden}) == 3
+    turned = paint(image[::-1], keys[::-1])
+    np.testing.assert_array_equal(turned.is_hidden, hidden[::-1])
+    np.testing.assert_allclose(turned.patches, paint(image, keys).patches[::-1], atol=1e-5)
+
+
+def test_every_patch_is_hidden_as_often_as_any_other(variables):
+    order = jax.vmap(MODEL.draw_order)(jax.random.split(jax.random.key(3), 4000))
+    assert (np.sort(order, axis=1) == np.arange(24)).all()
+    visible = np.bincount(np.asarray(order)[:, :6].ravel(), minlength=24) / 4000
+    np.testing.assert_allclose(visible, 0.25, atol=0.03)
+
+
+def test_hidden_patches_are_not_seen_and_visible_ones_are(paint):
+    image, keys = draw(1)
+    before = paint(image, keys)
+    patches = image.reshape(1, 4, 8, 6, 8, 3)
+    for place in range(24):
+        changed = patches.copy()
+        changed[:, place // 6, :, place % 6] += 1
+        after = paint(changed.reshape(image.shape), keys)
+        same = np.array_equal(after.patches, before.patches)
+        assert same == bool(before.is_hidden[0, place])
+
+
+def test_patches_are_painted_in_their_places(variables):
+    """The order in which visible patches come changes nothing, nor that of hidden ones."""
+    image, keys = draw(1)
+    order = np.asarray(MODEL.draw_order(keys[0]))[None]
+    other = np.concatenate([order[:, 5::-1], order[:, :5:-1]], axis=1)
+    apply = lambda order: MODEL.apply(
+        variables, image, order, method=lambda m, x, o: m.decode(m.encode(x, o[:, :6]), o)
+    )
+    np.testing.assert_allclose(apply(order), apply(other), atol=1e-5)
+    swapped = order.copy()
+    swapped[:, [0, -1]] = order[:, [-1, 0]]  # another patch is visible
+    assert np.abs(apply(order) - apply(swapped)).max() > 1e-3
+
+
+def test_positions_by_hand():
+    positions = encode_positions(3, 5, 8).reshape(3, 5, 8)
+    for y, x in ((0, 0), (2, 1), (1, 4)):
+        of = lambda n: [np.sin(n), np.sin(n / 100), np.cos(n), np.cos(n / 100)]
+        np.testing.assert_allclose(positions[y, x], [*of(x), *of(y)], atol=1e-6)
+
+
+def test_patches_and_their_scale():
+    image = np.random.default_rng(0).standard_normal((2, 16, 24, 3)).astype(np.float32)
+    patches = np.asarray(patches_of(image, 8))
+    np.testing.assert_array_equal(patches[1, 4].reshape(8, 8, 3), image[1, 8:, 8:16])
+    scaled = np.asarray(normalize_patches(5 * patches + 3))
+    np.testing.assert_allclose(scaled.mean(axis=-1), 0, atol=1e-5)
+    np.testing.assert_allclose(scaled.var(axis=-1, ddof=1), 1, atol=1e-4)
+    assert np.isfinite(normalize_patches(jnp.ones((1, 192)))).all()
+
+
+def test_images_of_another_size_are_refused(variables):
+    with pytest.raises(ValueError, match=r"image must have shape \(b, \(32, 48, 3\)\); got"):
+        MODEL.apply(variables, jnp.zeros((1, 48, 32, 3)), jax.random.split(jax.random.key(0), 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "millions"), [(mae_vit_b, 111.7), (mae_vit_l, 329.2), (mae_vit_h, 656.7)]
+)
+def test_sizes(make, millions):
+    model = make()
+    shapes = jax.eval_shape(
+        lambda: model.init(
+            jax.random.key(0),
+            jnp.zeros((1, 224, 224, 3)),
+            jax.random.split(jax.random.key(0), 1),
+        )
+    )
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes))
+    assert count == pytest.approx(millions * 1e6, rel=1e-3)
