@@ -251,20 +251,26 @@ def sweep(config: TrainConfig, topology: str) -> Iterator[dict[str, Any]]:
 def most_images(compile_with: Callable[[int], dict]) -> tuple[int, dict | None]:
     """The most images a chip that fit, up to MOST_IMAGES, and their report; or 0 and None.
 
-    Memory grows by about as much with every image: one and two of them say where to look.
+    Memory grows by about as much with every image: after a fit the next try follows the line
+    through the last two, after a failure it halves what is left.
     """
-    reports = {n: compile_with(n) for n in (1, 2)}
-    if not reports[1]["fits"]:
-        return 0, None
-    if reports[2]["fits"]:
-        one, two = (reports[n]["peak_hbm_bytes"] for n in (1, 2))
-        room = reports[1]["hbm_bytes"] - one
-        guess = 1 + int(room // max(1, two - one))
-        for images in range(min(guess, MOST_IMAGES), 2, -1):
-            if (report := compile_with(images))["fits"]:
-                return images, report
-    largest = max(n for n, report in reports.items() if report["fits"])
-    return largest, reports[largest]
+    fitting: dict[int, dict] = {}
+    low, high, images = 0, MOST_IMAGES + 1, 1
+    while high - low > 1:
+        report = compile_with(images)
+        if not report["fits"]:
+            high = images
+            images = (low + high) // 2
+            continue
+        fitting[images], low = report, images
+        images = 2
+        if len(fitting) > 1:
+            before, last = sorted(fitting)[-2:]
+            peaks = [fitting[n]["peak_hbm_bytes"] for n in (before, last)]
+            each = max(1, (peaks[1] - peaks[0]) // (last - before))
+            images = last + int((report["hbm_bytes"] - peaks[1]) // each)
+        images = min(max(images, low + 1), high - 1)
+    return low, fitting.get(low)
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -305,7 +311,9 @@ def describe(report: dict[str, Any]) -> str:
             + (f"{rate:.1f}" if rate else "none: data.source is not here")
         )
     if report["of_which_bounded"]:
-        lines.append("* attention kernels, which the compiler does not model: by their schedules")
+        lines.append(
+            "* kernels, which the compiler does not model: by their schedules, products or traffic"
+        )
     return "\n".join(lines)
 
 

@@ -104,6 +104,8 @@ def check(config: TrainConfig) -> None:
         ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 1, "at least 1"),
         ("evaluate_every", config.evaluate_every, config.evaluate_every >= 0, "at least 0"),
         ("model.patch_size", model.patch_size, model.patch_size >= 1, "at least 1"),
+        ("model.dropout", model.dropout,
+         model.dropout == 0 or 1 / 256 <= model.dropout <= 255 / 256, "0, or 1/256 to 255/256"),
         ("objective.points", objective.points, 0 <= objective.points <= 16, "0 to 16"),
         ("objective.extra_rounds", objective.extra_rounds, objective.extra_rounds in (0, 1, 2),
          "0, 1 or 2"),

@@ -2,8 +2,8 @@
 
 The compiler annotates what it emits with its own model of the time, "estimated_cycles". It is no
 measurement; it ranks programs, and a change in it is worth an explanation. Loops count as often as
-they run. Attention kernels have no such figure; their time is bounded: by the schedules of their
-inner loops that the compiler writes, or by their matrix products at the rate that those show.
+they run. Kernels have no such figure; their time is bounded: by the schedules of their inner loops
+that the compiler writes, by their matrix products at the rate that those show, or by their traffic.
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ class Modelled:
 
     Attributes:
       seconds: by phase, in which no kernel is.
-      kernel_seconds: by phase, of attention kernels, bounded by their products.
+      kernel_seconds: by phase, of the kernels that `kernel_seconds` knows.
       unbounded: names of other kernels, whose time is missing.
       collectives: by kind, {"count", "bytes", "asynchronous", "phases"}: how many, of how many
         bytes in all, how many of them run beside other work, and in which phases they are. Those
@@ -188,7 +188,7 @@ def model_program(text: str, chip: Chip, phases: dict[str, str]) -> Modelled:
 
 
 def kernel_seconds(kernel: Instruction, chip: Chip) -> float | None:
-    """The time of an attention kernel; None for any other kernel."""
+    """The time of JAX's splash attention or of a kernel of ours; None for any other kernel."""
     operands = re.search(r"operand_layout_constraints=\{(.*?)\}\}", kernel.text)
     shapes = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", operands[1] if operands else "")
     sides = [[int(side) for side in shape.split(",")] for shape in shapes]

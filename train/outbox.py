@@ -2,41 +2,55 @@
 
 Object stores (gs://...) can neither append to a file, nor lock or rename one. A run whose workdir
 is in one writes into a folder of its machine as any other does, and sends whole files before each
-checkpoint and at its end: what comes after the last checkpoint would be dropped by a run that goes
-on from there anyway. Checkpoints are written to the store itself.
+checkpoint and at its end: what comes after the last checkpoint is dropped by a run that goes on
+from there anyway. Checkpoints are written to the store itself.
 """
 
+import fnmatch
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 
 from etils import epath
 
+from sam_jax.data import places
+from sam_jax.data.example import SourceError
 from train.config import ConfigError
 
-NEEDED = ("config.json", "metrics.jsonl", "evaluations.jsonl")  # by a run that goes on
-CACHES = ("embeddings*.npy",)  # which stay on their machine
+# What a run that goes on needs, or replaces.
+FETCHED = ("config.json", "metrics.jsonl", "evaluations.jsonl", "bad_samples*.jsonl")
+CACHES = "embeddings*.npy"  # which stay on their machine
+
+log = logging.getLogger("train")
 
 
 class Outbox:
-    """A run's files, and where they are sent to, if they are.
+    """A run's files, and where they are sent to, if they are. A context, which ends with the run.
 
     Attributes:
       address: of the workdir, as given.
-      folder: on this machine: the workdir itself, or one that `close` removes.
+      folder: on this machine: the workdir itself, or one that is removed when all has been sent.
       checkpoints: the folder of the checkpoints.
     """
 
     def __init__(self, workdir: str | Path) -> None:
-        self.address = epath.Path(workdir)
-        self.is_remote = "://" in str(workdir)
+        """Chooses the folder.
+
+        Raises:
+          ConfigError: if the workdir is in a store of an unknown kind.
+        """
+        self.address = str(workdir).rstrip("/")
+        self.is_remote = places.is_address(self.address)
+        if self.is_remote and not self.address.startswith("gs://"):
+            raise ConfigError(f"--workdir must be a folder or gs://BUCKET/PATH; got {workdir}")
         if self.is_remote:
             self.folder = Path(tempfile.mkdtemp(prefix="sam_jax_"))
-            self.checkpoints = self.address / "checkpoints"
+            self.checkpoints = epath.Path(self.address) / "checkpoints"
         else:
             self.folder = Path(workdir)
             self.checkpoints = epath.Path(self.folder.absolute() / "checkpoints")
-        self._sent: dict[Path, tuple[int, int]] = {}
+        self._sent: dict[str, tuple[int, int]] = {}
 
     def fetch(self) -> None:
         """Gets what a run goes on from.
@@ -47,42 +61,55 @@ class Outbox:
         if not self.is_remote:
             return
         try:
-            if not self.address.exists():
-                return
-            names = [path.name for path in self.address.iterdir()]
+            names = places.names_in(self.address) if places.is_folder(self.address) else []
             if names and "config.json" not in names:
                 raise ConfigError(
                     f"{self.address} is neither empty nor a run's: choose another --workdir"
                 )
-            for name in set(NEEDED) & set(names):
-                path = self.folder / name
-                path.write_bytes((self.address / name).read_bytes())
-                self._sent[path] = state_of(path)
-        except ImportError as error:
-            raise ConfigError(
-                f"--workdir {self.address} needs the extra: pip install 'sam_jax[gcs]'"
-            ) from error
+            for name in names:
+                if any(fnmatch.fnmatch(name, pattern) for pattern in FETCHED):
+                    path = self.folder / name
+                    path.write_bytes(places.read_part(f"{self.address}/{name}"))
+                    self._sent[name] = state_of(path)
+        except (OSError, SourceError) as error:
+            raise ConfigError(f"--workdir {self.address} cannot be read: {error}") from error
 
     def send(self) -> None:
-        """Copies files that are new or have changed to the store, each as a whole."""
+        """Copies files that are new or have changed to the store, and removes those that are gone.
+
+        Raises:
+          OSError: if the store cannot be written to.
+        """
         if not self.is_remote:
             return
+        there = set()
         for path in sorted(self.folder.rglob("*")):
-            is_cache = any(path.match(name) for name in CACHES)
-            if not path.is_file() or path.name.startswith(".") or is_cache:
+            if not path.is_file() or path.name.startswith(".") or path.match(CACHES):
                 continue
+            name = path.relative_to(self.folder).as_posix()
+            there.add(name)
             state = state_of(path)
-            if self._sent.get(path) != state:
-                target = self.address / path.relative_to(self.folder).as_posix()
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("rb") as file, target.open("wb") as copy:
-                    shutil.copyfileobj(file, copy)
-                self._sent[path] = state
+            if self._sent.get(name) != state:
+                places.send_file(str(path), f"{self.address}/{name}")
+                self._sent[name] = state
+        for name in set(self._sent) - there:
+            places.remove(f"{self.address}/{name}")
+            del self._sent[name]
 
-    def close(self) -> None:
-        """Sends what is left, and removes what has been sent."""
-        self.send()
-        if self.is_remote:
+    def __enter__(self) -> "Outbox":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Sends what is left, and removes what has been sent; if that fails, all stays here."""
+        if not self.is_remote:
+            return
+        try:
+            self.send()
+        except OSError as failure:
+            log.warning("%s could not be sent to %s: %s", self.folder, self.address, failure)
+            if error is None:
+                raise
+        else:
             shutil.rmtree(self.folder)
 
 

@@ -45,12 +45,31 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     seen, held_out = open_data(config)
     mesh = make_mesh(config.batch_size, config.fsdp)
     variables = initial_variables(config)
-    leads = jax.process_index() == 0
-    outbox = Outbox(workdir)
-    outbox.fetch()
-    folder = outbox.folder
-    claim(folder, config, bytes_on_disk(config, variables, seen, outbox.is_remote), leads)
+    with Outbox(workdir) as outbox:
+        outbox.fetch()
+        needed = bytes_on_disk(config, variables, seen, outbox.is_remote)
+        claim(outbox.folder, config, needed, is_first_host(), outbox.address)
+        outbox.send()
+        learn(config, outbox, mesh, variables, seen, held_out)
+    if is_first_host():
+        print(
+            f"report: {outbox.address}/report/index.html",
+            f"weights: {outbox.address}/weights",
+            sep="\n",
+        )
+    wait_for_all("the run's end")
 
+
+def learn(
+    config: TrainConfig,
+    outbox: Outbox,
+    mesh: Mesh,
+    variables: dict,
+    seen: Selection,
+    held_out: Selection,
+) -> None:
+    """Trains on the images that are `seen`, from the newest checkpoint or the variables."""
+    folder = outbox.folder
     optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
     objective = make_interactive(config.model, config.objective)
     checkpoints = Checkpoints(outbox.checkpoints)
@@ -64,40 +83,40 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     del variables  # the state has its own, in pieces
     bad = BadSamples(folder / own("bad_samples.jsonl"), config.data.max_bad, len(seen))
     metrics = None
-    if leads:
+    if is_first_host():
         ideal = seconds_at_peak(config, mesh)
         metrics = Metrics(folder, start, config.num_steps, config.batch_size, ideal)
         batches = metrics.timed(batches)
     for done, (batch, problems) in enumerate(batches, start=start + 1):
         bad.add(problems)
-        if leads and done in config.profile[:1]:
+        if metrics and done in config.profile[:1]:
             jax.profiler.start_trace(folder / "profile")
         state, values = step(state, split_batch(mesh, complete(batch)))
         is_last = done == config.num_steps
-        if leads and done in config.profile[1:]:
+        if metrics and done in config.profile[1:]:
             jax.block_until_ready(values)
             jax.profiler.stop_trace()
         if metrics:
             metrics.advance()
             if is_last or done % config.log_every == 0:
                 metrics.log(done, summarize(jax.device_get(values)))
-        if is_last or done % config.checkpoint_every == 0:
-            outbox.send()
-            checkpoints.save(done, state)
         if not is_last and config.evaluate_every and done % config.evaluate_every == 0:
             variables = variables_of(mesh, state)
             if metrics:
                 metrics.log_evaluation(done, evaluate(config, variables, held_out))
+        if is_last or done % config.checkpoint_every == 0:
+            outbox.send()
+            checkpoints.save(done, state)
     checkpoints.close()
     variables = variables_of(mesh, state)
     if metrics:
         metrics.close()
         conclude(config, folder, variables, held_out)
-    outbox.close()
-    if metrics:
-        print(f"report: {outbox.address / 'report' / 'index.html'}")
-        print(f"weights: {outbox.address / 'weights'}")
-    wait_for_all("the run's end")
+
+
+def is_first_host() -> bool:
+    """Whether this is the host that writes."""
+    return jax.process_index() == 0
 
 
 def conclude(config: TrainConfig, workdir: Path, variables: dict, held_out: Selection) -> None:

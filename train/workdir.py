@@ -22,30 +22,34 @@ FREE = (
 )
 
 
-def claim(workdir: Path, config: TrainConfig, needed: int, writes: bool = True) -> None:
+def claim(
+    workdir: Path, config: TrainConfig, needed: int, writes: bool = True, name: str | None = None
+) -> None:
     """Makes the folder this run's own, and writes its config.json.
 
     Args:
       workdir: a new or empty folder, or that of a run with the same config.
       needed: bytes that the run will write.
       writes: whether to write, or to check alone.
+      name: by which people know the folder, if not by its path.
     Raises:
       ConfigError: if it is another's, or has too little room.
     """
+    name = name or str(workdir)
     path = workdir / "config.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if found := differences(before, to_dict(config), ignore=FREE):
             raise ConfigError(
-                f"{workdir} holds a run with another config: {'; '.join(found)}. Choose another "
+                f"{name} holds a run with another config: {'; '.join(found)}. Choose another "
                 "--workdir, or the same values"
             )
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise ConfigError(f"{workdir} is neither empty nor a run's: choose another --workdir")
+        raise ConfigError(f"{name} is neither empty nor a run's: choose another --workdir")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(
-            f"{workdir} needs room for {needed / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free"
+            f"{name} needs room for {needed / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free"
         )
     if writes:
         workdir.mkdir(parents=True, exist_ok=True)

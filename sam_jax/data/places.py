@@ -1,8 +1,10 @@
 """Files on a disk, or in an object store, by an address such as gs://bucket/folder.
 
-Stores are read through fsspec, which needs the package of the store (gcsfs for gs://).
+Stores are reached through fsspec, which needs the package of the store (gcsfs for gs://). An object
+is written as a whole or not at all; it can neither be appended to, nor locked, nor renamed.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,19 +13,21 @@ from sam_jax.data.example import SourceError
 
 
 def is_file(path: str) -> bool:
-    """Whether it is a file that can be read from its beginning to its end."""
-    if not is_address(path):
-        return os.path.isfile(path)
-    store, name = _store_of(path)
-    return store.isfile(name)
+    """Whether it is a file that can be read from its beginning to its end.
+
+    Raises:
+      OSError: if a store does not say.
+    """
+    return _kind_of(path) == "file" if is_address(path) else os.path.isfile(path)
 
 
 def is_folder(path: str) -> bool:
-    """Whether it is a folder; in a store, whether anything is below it."""
-    if not is_address(path):
-        return os.path.isdir(path)
-    store, name = _store_of(path)
-    return store.isdir(name)
+    """Whether it is a folder; in a store, whether anything is below it.
+
+    Raises:
+      OSError: if a store does not say.
+    """
+    return _kind_of(path) == "directory" if is_address(path) else os.path.isdir(path)
 
 
 def names_in(folder: str) -> list[str]:
@@ -34,8 +38,10 @@ def names_in(folder: str) -> list[str]:
     """
     if not is_address(folder):
         return os.listdir(folder)
-    store, name = _store_of(folder)
-    return [path.rstrip("/").rsplit("/", 1)[-1] for path in store.ls(name, detail=False)]
+    with _store_of(folder) as (store, name):
+        paths = [path.rstrip("/") for path in store.ls(name, detail=False)]
+    here = name.rstrip("/")
+    return [path.rsplit("/", 1)[-1] for path in paths if path != here]  # an object that marks it
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -45,9 +51,10 @@ def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
       OSError: if one cannot be read.
     """
     if is_address(folder):
-        store, name = _store_of(folder)
-        for below, _, files in sorted(store.walk(name, on_error="raise")):
-            yield store.unstrip_protocol(below), list(files)
+        with _store_of(folder) as (store, name):
+            found = [(below, list(files)) for below, _, files in store.walk(name, on_error="raise")]
+            for below, files in sorted(found, key=lambda found: found[0].split("/")):
+                yield store.unstrip_protocol(below), files
         return
     for below, folders, files in os.walk(folder, onerror=_raise):
         folders.sort()
@@ -55,12 +62,16 @@ def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def version_of(path: str) -> tuple[int, int]:
-    """The bytes of a file, and when it was changed, in nanoseconds; 0 in a store."""
+    """The bytes of a file, and when it was changed, in nanoseconds; 0 in a store.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
     if not is_address(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
-    store, name = _store_of(path)
-    return store.size(name), 0
+    with _store_of(path) as (store, name):
+        return store.info(name)["size"], 0
 
 
 def read_part(path: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -73,28 +84,38 @@ def read_part(path: str, offset: int = 0, size: int | None = None) -> bytes:
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
-    store, name = _store_of(path)
-    try:
+    with _store_of(path) as (store, name):
         return store.cat_file(name, start=offset, end=None if size is None else offset + size)
-    except OSError:
-        raise
-    except Exception as error:  # of the store's own kinds
-        raise OSError(str(error)) from error
 
 
-def write_whole(path: str, data: bytes) -> None:
-    """Puts a file into a store, whole or not at all.
+def write_whole(address: str, data: bytes) -> None:
+    """Puts bytes into a store.
 
     Raises:
       OSError: if it cannot be written.
     """
-    store, name = _store_of(path)
-    try:
+    with _store_of(address) as (store, name):
         store.pipe_file(name, data)
-    except OSError:
-        raise
-    except Exception as error:  # of the store's own kinds
-        raise OSError(str(error)) from error
+
+
+def send_file(path: str, address: str) -> None:
+    """Puts a file of a disk into a store.
+
+    Raises:
+      OSError: if it cannot be read or written.
+    """
+    with _store_of(address) as (store, name):
+        store.put_file(path, name)
+
+
+def remove(address: str) -> None:
+    """Removes a file from a store.
+
+    Raises:
+      OSError: if it cannot be removed.
+    """
+    with _store_of(address) as (store, name):
+        store.rm_file(name)
 
 
 def is_address(path: str) -> bool:
@@ -102,17 +123,32 @@ def is_address(path: str) -> bool:
     return "://" in path
 
 
-def _store_of(path: str) -> tuple[Any, str]:
-    """The file system of an address, and its name there."""
+def _kind_of(address: str) -> str | None:
+    with _store_of(address) as (store, name):
+        try:
+            return store.info(name)["type"]
+        except FileNotFoundError:
+            return None
+
+
+@contextlib.contextmanager
+def _store_of(path: str) -> Iterator[tuple[Any, str]]:
+    """The file system of an address, and its name there; what goes wrong there is an OSError."""
     try:
         import fsspec.core
 
-        return fsspec.core.url_to_fs(path)
+        store, name = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise SourceError(
             f"{path} cannot be reached: {error}. For gs:// it takes the extra: pip install "
             "'sam_jax[gcs]'"
         ) from error
+    try:
+        yield store, name
+    except OSError:
+        raise
+    except Exception as error:  # of the store's own kinds
+        raise OSError(f"{path} cannot be reached: {error}") from error
 
 
 def _raise(error: OSError) -> None:

@@ -3,7 +3,8 @@
 Tars are read where they are, by the offset of each file; nothing is extracted. The headers of a tar
 are read once, and where they lead to is kept in a small file beside it, `NAME.tar.index.npz`, if
 the folder can be written to. In an object store each header is a request of its own: tars should
-go there with the index beside them, as `sam-jax data check` leaves it on a disk.
+go there with the index beside them, as `sam-jax data check` leaves it on a disk. Only the size of a
+tar is compared there: whoever replaces one should remove its index.
 
 Source: Kirillov et al. 2023 and the README of facebookresearch/segment-anything, "Dataset".
 """
@@ -146,7 +147,9 @@ def _load_index(cache: str, stamp: np.ndarray) -> np.ndarray | None:
             rows, before = saved["rows"], saved["stamp"]
     except Exception:  # whatever is wrong with it, it is made anew
         return None
-    known = slice(None, None if stamp[-1] else -1)  # a store does not keep the time of a change
+    known = slice(
+        None, None if stamp[-1] else -1
+    )  # an index that is sent to a store is valid there
     fits = before.shape == stamp.shape and np.array_equal(before[known], stamp[known])
     usable = fits and rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 4
     if not usable or (rows < 0).any() or (rows[:, 1] > 1).any():

@@ -14,6 +14,7 @@ import re
 
 import numpy as np
 
+from sam_jax.data import places
 from sam_jax.data.example import Example, Source, SourceError, check_index
 
 KINDS = {
@@ -49,7 +50,15 @@ def open_source(name: str, *, reduce_to: tuple[int, int] | None = None) -> Sourc
         from sam_jax.data.tfds import open_tfds
 
         return open_tfds(place, reduce_to)
-    place = os.path.expanduser(place)
+    try:
+        return _open_files(kind, os.path.expanduser(place), reduce_to)
+    except OSError as error:
+        if not places.is_address(place):
+            raise
+        raise SourceError(f"source {name!r} cannot be read: {error}") from error
+
+
+def _open_files(kind, place, reduce_to):
     if kind == "sa1b":
         from sam_jax.data.sa1b import open_sa1b
 

@@ -93,11 +93,15 @@ class MaskedAutoencoder(nn.Module):
           image: 'b h w 3' float, normalised.
           keys: 'b', of which each image's own hidden patches are drawn.
         Raises:
-          ValueError: if the images are of another size.
+          ValueError: if the images are of another size, or all patches are hidden, or none.
         """
-        if image.shape[1:] != (*self.image_size, 3):
+        expected = (*self.image_size, 3)
+        if image.shape[1:] != expected:
+            raise ValueError(f"image must have shape {('b', *expected)}; got {image.shape}")
+        if not 0 < self.num_visible < self.grid[0] * self.grid[1]:
             raise ValueError(
-                f"image must have shape (b, {(*self.image_size, 3)}); got {image.shape}"
+                "mask_ratio must leave some patches visible and hide some; got "
+                f"{self.mask_ratio} of {self.grid[0] * self.grid[1]} patches"
             )
         order = jax.vmap(self.draw_order)(keys)
         visible = order[:, : self.num_visible]

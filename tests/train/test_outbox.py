@@ -1,8 +1,12 @@
 """Workdirs in an object store."""
 
 import json
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
+import fsspec.core
 import numpy as np
 import pytest
 from etils import epath
@@ -20,9 +24,8 @@ RUN = "gs://bucket/runs/small"
 
 @pytest.fixture
 def outbox(bucket):
-    outbox = Outbox(RUN)
-    yield outbox
-    outbox.close()
+    with Outbox(RUN) as outbox:
+        yield outbox
 
 
 @pytest.fixture
@@ -64,19 +67,76 @@ def test_what_is_no_run_is_refused(bucket, outbox):
         outbox.fetch()
 
 
-def test_without_the_extra_it_is_named(outbox, monkeypatch):
-    def missing(*args):
-        raise ImportError("Please install gcsfs")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("Install gcsfs"), r"sam_jax\[gcs\]"),
+        (RuntimeError("403"), "403"),
+    ],
+)
+def test_a_store_that_cannot_be_read_is_said(outbox, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
 
-    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", missing)
-    with pytest.raises(ConfigError, match=r"sam_jax\[gcs\]"):
+    if isinstance(error, ImportError):
+        monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    else:
+        monkeypatch.setattr(object_store.ObjectStore, "info", fail)
+    with pytest.raises(ConfigError, match=f"--workdir {RUN} cannot be read.*{said}"):
         outbox.fetch()
+    monkeypatch.undo()
+
+
+def test_other_stores_are_refused():
+    with pytest.raises(ConfigError, match="must be a folder or gs://BUCKET/PATH; got s3://b/run"):
+        Outbox("s3://b/run")
+
+
+def test_a_folder_made_for_the_run_is_empty(bucket, outbox):
+    """Consoles mark a folder with an object of its name, which stores list in it."""
+    (bucket / "runs" / "small" / "x").write_text("")
+    listed = object_store.ObjectStore.ls
+    with pytest.MonkeyPatch.context() as patch:
+        marker = lambda self, path, **kwargs: [path]
+        patch.setattr(object_store.ObjectStore, "ls", marker)
+        outbox.fetch()
+    assert object_store.ObjectStore.ls is listed
+
+
+def test_what_a_run_removes_is_removed_there(bucket, outbox):
+    for name in ("config.json", "bad_samples.jsonl", "bad_samples_1.jsonl"):
+        (bucket / "runs" / "small" / name).write_text("{}")
+    outbox.fetch()
+    (outbox.folder / "bad_samples.jsonl").unlink()
+    outbox.send()
+    names = {path.name for path in epath.Path(RUN).iterdir()}
+    assert names == {"config.json", "bad_samples_1.jsonl"}
+
+
+def test_what_cannot_be_sent_stays_here(bucket, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("503")
+
+    def try_to_send(error):
+        with Outbox(RUN) as outbox:
+            (outbox.folder / "weights").write_text("dear")
+            monkeypatch.setattr(object_store.ObjectStore, "put_file", fail)
+            if error:
+                raise error
+        return outbox
+
+    for error, expected in ((None, OSError), (KeyError("of the run"), KeyError)):
+        caplog.clear()
+        with pytest.raises(expected):
+            try_to_send(error)
+        folder = Path(caplog.messages[-1].split(" could not be sent")[0])
+        assert (folder / "weights").read_text() == "dear"
+        shutil.rmtree(folder)
 
 
 def test_a_folder_is_its_own(tmp_path):
-    outbox = Outbox(tmp_path / "run")
-    outbox.fetch()
-    outbox.send()
+    with Outbox(tmp_path / "run") as outbox:
+        outbox.fetch()
     assert outbox.folder == tmp_path / "run"
     assert not outbox.folder.exists()
     assert str(outbox.checkpoints) == str(tmp_path / "run" / "checkpoints")
@@ -104,9 +164,15 @@ def test_a_run_in_a_store_goes_on_and_leaves_all_that_one_on_a_disk_leaves(
         values = dict.fromkeys(("loss", "focal", "dice", "iou", "miou"), np.zeros(5))
         return state.replace(step=state.step + 1), values | {"total": 0.0, "gradient_norm": 0.0}
 
-    monkeypatch.setattr("train.run.make_step", lambda *_: next_step)
+    def claimed(*_):
+        assert (epath.Path(RUN) / "config.json").exists()  # before there is a checkpoint
+        return next_step
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("train.run.make_step", claimed)
     monkeypatch.setattr("train.run.Checkpoints", StoredOnDisk)
     train(3)
+    assert not list(Path(tempfile.gettempdir()).glob("sam_jax_*"))
     train(4)
     copied = tmp_path / "copied"
     object_store.ObjectStore().get(RUN, str(copied), recursive=True)

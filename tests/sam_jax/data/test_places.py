@@ -122,14 +122,35 @@ def test_what_is_missing_is_said(bucket, tmp_path, monkeypatch):
         open_source("sa1b:gs://bucket/coco")
 
 
-def test_errors_of_a_store_make_a_sample_bad(bucket, tmp_path, monkeypatch):
-    write_sa1b(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        *(("sa1b", call) for call in ("info", "walk", "cat_file")),
+        *(("labels", call) for call in ("info", "ls", "cat_file")),
+        *(("coco", call) for call in ("info", "cat_file")),
+    ],
+)
+def test_errors_of_a_store_are_said(bucket, tmp_path, monkeypatch, kind, call):
+    {"sa1b": write_sa1b, "labels": write_labels, "coco": write_coco}[kind](tmp_path)
     upload(tmp_path, bucket / "data")
-    source = open_source("sa1b:gs://bucket/data")
 
     def fail(*_, **__):
         raise RuntimeError("503")
 
-    monkeypatch.setattr(object_store.ObjectStore, "cat_file", fail)
-    with pytest.raises(BadSample, match="503"):
-        source[0]
+    monkeypatch.setattr(object_store.ObjectStore, call, fail)
+    with pytest.raises((SourceError, BadSample), match="503"):
+        open_source(f"{kind}:gs://bucket/data")[0]
+
+
+def test_of_duplicates_the_first_path_counts_there_too(bucket, tmp_path):
+    for number, name in enumerate(("a-b", "a/c")):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        draw_image(number).save(folder / "sa_1.jpg", quality=100)
+        image = {"height": SIZE[0], "width": SIZE[1]}
+        masks = [{"segmentation": rle.encode(draw_mask(number))}]
+        (folder / "sa_1.json").write_text(json.dumps({"image": image, "annotations": masks}))
+    upload(tmp_path, bucket / "data")
+    here, there = (open_source(f"sa1b:{place}") for place in (tmp_path, "gs://bucket/data"))
+    assert there.name(0).endswith("/a/c/sa_1.jpg") == here.name(0).endswith("/a/c/sa_1.jpg")
+    assert there[0].masks == here[0].masks

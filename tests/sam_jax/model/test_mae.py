@@ -96,8 +96,15 @@ def test_patches_and_their_scale():
 
 
 def test_images_of_another_size_are_refused(variables):
-    with pytest.raises(ValueError, match=r"image must have shape \(b, \(32, 48, 3\)\); got"):
+    with pytest.raises(ValueError, match=r"image must have shape \('b', 32, 48, 3\); got"):
         MODEL.apply(variables, jnp.zeros((1, 48, 32, 3)), jax.random.split(jax.random.key(0), 1))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.99, 1.0, 1.5])
+def test_ratios_that_hide_all_or_nothing_are_refused(variables, ratio):
+    keys = jax.random.split(jax.random.key(0), 1)
+    with pytest.raises(ValueError, match="mask_ratio must leave some"):
+        MODEL.clone(mask_ratio=ratio).apply(variables, jnp.zeros((1, 32, 48, 3)), keys)
 
 
 @pytest.mark.parametrize(
