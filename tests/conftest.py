@@ -22,6 +22,12 @@ QUICK = {
     "xla_cpu_use_fusion_emitters": False,
 }
 
+
+def pytest_collection_modifyitems(items):
+    """Tests that wait for processes of their own go first, so that others fill the gaps."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/train/"))
+
+
 # Nothing is round or alike: the frame is not square, windows of 4 pad 6 rows to 8 and 9 columns to
 # 12, and every width differs from the others.
 TINY = Sam(

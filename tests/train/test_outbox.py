@@ -142,18 +142,12 @@ def test_a_folder_is_its_own(tmp_path):
     assert str(outbox.checkpoints) == str(tmp_path / "run" / "checkpoints")
 
 
-def test_a_run_in_a_store_goes_on_and_leaves_all_that_one_on_a_disk_leaves(
-    bucket, monkeypatch, tmp_path
-):
-    """Its steps change nothing but their number. Its checkpoints, which orbax writes, are on a
-    disk: for it there is no stand-in."""
+def test_a_run_in_a_store_goes_on_and_leaves_everything_there(bucket, monkeypatch, tmp_path):
+    """Its steps change nothing but their number, and the fourth fails once. Its checkpoints, which
+    orbax writes, are on a disk: for it there is no stand-in."""
+    failures = [RuntimeError("a broken chip")]
     config = tmp_path / "small.py"
     config.write_text(CONFIG)
-
-    def train(steps):
-        argv = ["train", str(config), "--workdir", RUN, "--set", f"num_steps={steps}"]
-        monkeypatch.setattr(sys, "argv", argv)
-        assert command.main() == 0
 
     class StoredOnDisk(Checkpoints):
         def __init__(self, folder):
@@ -161,6 +155,8 @@ def test_a_run_in_a_store_goes_on_and_leaves_all_that_one_on_a_disk_leaves(
             super().__init__(tmp_path / "checkpoints")
 
     def next_step(state, batch):
+        if state.step == 3 and failures:
+            raise failures.pop()
         values = dict.fromkeys(("loss", "focal", "dice", "iou", "miou"), np.zeros(5))
         return state.replace(step=state.step + 1), values | {"total": 0.0, "gradient_norm": 0.0}
 
@@ -168,21 +164,29 @@ def test_a_run_in_a_store_goes_on_and_leaves_all_that_one_on_a_disk_leaves(
         assert (epath.Path(RUN) / "config.json").exists()  # before there is a checkpoint
         return next_step
 
+    def conclude(config, folder, variables, held_out):
+        sam_jax.save(folder / "weights", config.model, variables)
+        (folder / "report").mkdir()
+        (folder / "report" / "index.html").write_text("well")
+
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("train.run.conclude", conclude)
     monkeypatch.setattr("train.run.make_step", claimed)
     monkeypatch.setattr("train.run.Checkpoints", StoredOnDisk)
-    train(3)
-    assert not list(Path(tempfile.gettempdir()).glob("sam_jax_*"))
-    train(4)
+    argv = ["train", str(config), "--workdir", RUN, "--set", "num_steps=5"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(RuntimeError, match="a broken chip"):
+        command.main()
+    assert command.main() == 0
+    assert not list(tmp_path.glob("sam_jax_*"))
     copied = tmp_path / "copied"
     object_store.ObjectStore().get(RUN, str(copied), recursive=True)
-    assert [step for step, _, _ in losses(copied)] == [1, 2, 3, 4]
-    assert json.loads((copied / "config.json").read_text())["num_steps"] == 4
+    assert [step for step, _, _ in losses(copied)] == [1, 2, 3, 4, 5]
+    assert json.loads((copied / "config.json").read_text())["num_steps"] == 5
     assert sam_jax.load(copied / "weights")[0].image_size == (48, 64)
     files = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
     assert {path for path in files if not path.startswith("tensorboard/")} == {
-        *("config.json", "metrics.jsonl", "evaluation.json"),
+        *("config.json", "metrics.jsonl", "report/index.html"),
         *("weights/model.json", "weights/weights.safetensors"),
-        *(f"report/{name}" for name in ("index.html", "curves.png", "clicks.png", "examples.png")),
     }
     assert any(path.startswith("tensorboard/") for path in files)

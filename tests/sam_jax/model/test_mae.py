@@ -20,14 +20,14 @@ GRID = (4, 6)
 
 
 @pytest.fixture(scope="module")
-def variables():
+def variables(jit):
     keys = jax.random.split(jax.random.key(0), 2)
-    return jax.jit(MODEL.init)(jax.random.key(1), jnp.zeros((2, 32, 48, 3)), keys)
+    return jit(MODEL.init)(jax.random.key(1), jnp.zeros((2, 32, 48, 3)), keys)
 
 
 @pytest.fixture(scope="module")
-def paint(variables):
-    return jax.jit(lambda image, keys: MODEL.apply(variables, image, keys))
+def paint(jit, variables):
+    return jit(lambda image, keys: MODEL.apply(variables, image, keys))
 
 
 def draw(b=3):

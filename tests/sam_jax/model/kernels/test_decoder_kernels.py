@@ -25,7 +25,7 @@ def draw():
     return lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
 
-def values_and_gradients(f, args):
+def values_and_gradients(jit, f, args):
     """Of f for objects 'b n ...': its results, and gradients of a sum with changing weights."""
 
     def total(args):
@@ -35,19 +35,19 @@ def values_and_gradients(f, args):
             jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) for x in leaves
         ), results
 
-    return jax.jit(jax.value_and_grad(total, has_aux=True))(args)
+    return jit(jax.value_and_grad(total, has_aux=True))(args)
 
 
-def assert_alike(kernel, plain, args):
+def assert_alike(jit, kernel, plain, args):
     with pltpu.force_tpu_interpret_mode():
-        found = values_and_gradients(kernel, args)
-    expected = values_and_gradients(plain, args)
+        found = values_and_gradients(jit, kernel, args)
+    expected = values_and_gradients(jit, plain, args)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("images", [1, OBJECTS])
-def test_attention_to_the_image(draw, images):
+def test_attention_to_the_image(jit, draw, images):
     def plain(queries, image, positions):
         weights = jax.nn.softmax(queries @ (image + positions).T, axis=-1)
         return weights @ image, (image if images > 1 else 0.0)
@@ -58,11 +58,11 @@ def test_attention_to_the_image(draw, images):
 
     image = draw(1, images, PIXELS, CHANNELS)
     args = draw(1, OBJECTS, HEADS * TOKENS, CHANNELS), image, draw(1, 1, PIXELS, CHANNELS)
-    assert_alike(kernel, plain, args)
+    assert_alike(jit, kernel, plain, args)
 
 
 @pytest.mark.parametrize("is_dropped", [False, True])
-def test_update_of_the_image(draw, is_dropped):
+def test_update_of_the_image(jit, draw, is_dropped):
     words = jax.random.bits(jax.random.key(0), (OBJECTS, PIXELS // 4, CHANNELS))
     rate = round(256 * RATE) / 256
 
@@ -88,10 +88,10 @@ def test_update_of_the_image(draw, is_dropped):
     )
     image = draw(1, OBJECTS, PIXELS, CHANNELS)
     index = jnp.arange(OBJECTS, dtype=jnp.float32)[None]
-    assert_alike(kernel, plain, (image, draw(1, 1, PIXELS, CHANNELS), tokens, index))
+    assert_alike(jit, kernel, plain, (image, draw(1, 1, PIXELS, CHANNELS), tokens, index))
 
 
-def test_upscaling(draw):
+def test_upscaling(jit, draw):
     o, e, masks = 8, 4, 3
 
     def plain(image, kernel1, bias1, norm_scale, norm_bias, kernel2, bias2, hyper):
@@ -106,7 +106,7 @@ def test_upscaling(draw):
     shapes = [(CHANNELS, 2, 2, o), (o,), (o,), (o,), (o, 2, 2, e), (e,)]
     image, hyper = draw(1, OBJECTS, PIXELS, CHANNELS), draw(1, OBJECTS, masks, e)
     weights = [draw(1, 1, *shape) for shape in shapes]
-    assert_alike(upscaling.paint, plain, (image, *weights, hyper))
+    assert_alike(jit, upscaling.paint, plain, (image, *weights, hyper))
 
 
 def test_fitted_error_function():
@@ -114,7 +114,7 @@ def test_fitted_error_function():
     np.testing.assert_allclose(upscaling.erf(x), jax.lax.erf(x), rtol=0, atol=5e-6)
 
 
-def test_decoder_is_as_near_to_float32_with_kernels_as_without(draw):
+def test_decoder_is_as_near_to_float32_with_kernels_as_without(jit, draw):
     """In bfloat16, in which TPUs take the kernels; with the same entries dropped.
 
     The image is one for all objects until the first block has changed it.
@@ -127,7 +127,7 @@ def test_decoder_is_as_near_to_float32_with_kernels_as_without(draw):
     embedding, pe = draw(1, gh, gw, c), draw(gh * gw, c)
     sparse, dense = draw(1, OBJECTS, 4, c), draw(1, 1, gh * gw, c)
     inputs = embedding, PromptFeatures(sparse, present, dense), pe
-    variables = jax.jit(decoder.init)(jax.random.key(0), *inputs)
+    variables = jit(decoder.init)(jax.random.key(0), *inputs)
 
     def run(dtype):
         """Logits, and the gradients of embedding and dense features."""
@@ -145,7 +145,7 @@ def test_decoder_is_as_near_to_float32_with_kernels_as_without(draw):
                 .logits
             )
 
-        @jax.jit
+        @jit
         def both(*args):
             found, pull = jax.vjp(logits, *args)
             return found, *pull(jnp.cos(jnp.arange(found.size)).reshape(found.shape))
