@@ -151,11 +151,13 @@ def test_split_parameters_are_gathered_beside_other_work_and_nothing_else_is(top
         "model.global_blocks=(1,3)", "objective.points=0", "objective.extra_rounds=0",
         "objective.masks_per_image=8",
     )  # fmt: skip
-    gathers = report["collectives"]["all-gather"]
-    assert gathers["asynchronous"] == gathers["count"] > 0
-    assert gathers["phases"] == ["gather"]
-    assert report["collectives"]["reduce-scatter"]["phases"] == ["gather"]
-    assert not {"encoder", "rounds"} & set(report["collectives"]["all-reduce"]["phases"])
+    collectives = report["collectives"]
+    none = {"count": 0, "asynchronous": 0, "phases": []}
+    gathers = collectives.get("all-gather", none)  # but those that are fused with other work
+    assert gathers["asynchronous"] == gathers["count"]
+    assert set(gathers["phases"]) <= {"gather"}
+    assert collectives["reduce-scatter"]["phases"] == ["gather"]  # of what had been gathered
+    assert not {"encoder", "rounds"} & set(collectives["all-reduce"]["phases"])
 
 
 @pytest.mark.tpu
