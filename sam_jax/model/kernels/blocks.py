@@ -42,6 +42,19 @@ def add(x, y):
     return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
 
 
+def normalize(x, epsilon):
+    """Normalises 'c p' float32 over channels -> 'c p', and '1 p', 1 over the deviation."""
+    centred = x - jnp.mean(x, axis=0, keepdims=True)
+    inverse_deviation = jax.lax.rsqrt(jnp.mean(centred**2, axis=0, keepdims=True) + epsilon)
+    return centred * inverse_deviation, inverse_deviation
+
+
+def norm_gradient(d_normed, normed, inverse_deviation):
+    """The gradient of what was normalised over channels 'c p', from that of the result."""
+    mean = lambda x: jnp.mean(x, axis=0, keepdims=True)
+    return inverse_deviation * (d_normed - mean(d_normed) - normed * mean(d_normed * normed))
+
+
 def pixels_at_once(p):
     """How many of p pixels a step takes, of a quarter; None if that cannot be cut into steps."""
     return next((n for n in PIXELS if p % (BYTES * n) == 0), None)

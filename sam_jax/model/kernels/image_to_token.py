@@ -14,6 +14,8 @@ from sam_jax.model.kernels.blocks import (
     BYTES,
     add,
     like,
+    norm_gradient,
+    normalize,
     pixels_at_once,
     product,
     step_of,
@@ -166,9 +168,7 @@ def compute(image, positions, tokens, factor, num_heads):
     weights = weights.reshape(-1, weights.shape[-1])
     attended = product(tokens.values, weights.astype(image.dtype), (0, 0)) + tokens.bias
     updated = image.astype(jnp.float32) + attended * factor
-    centred = updated - jnp.mean(updated, axis=0, keepdims=True)
-    inverse_deviation = jax.lax.rsqrt(jnp.mean(centred**2, axis=0, keepdims=True) + EPSILON)
-    return Updated(queries, weights, centred * inverse_deviation, inverse_deviation)
+    return Updated(queries, weights, *normalize(updated, EPSILON))
 
 
 def finish(updated, tokens):
@@ -208,9 +208,3 @@ def backward_kernel(image, positions, tokens, words, d_out, d_image, d_tokens, *
     d_tokens.keys[:] += product(d_logits, queries, (1, 1))
     of_queries = product(tokens.keys, d_logits, (0, 0))
     d_image[:] = (d_updated + of_queries).astype(d_image.dtype)
-
-
-def norm_gradient(d_normed, normed, inverse_deviation):
-    """The gradient of what was normalised over channels 'c p', from that of the result."""
-    mean = lambda x: jnp.mean(x, axis=0, keepdims=True)
-    return inverse_deviation * (d_normed - mean(d_normed) - normed * mean(d_normed * normed))

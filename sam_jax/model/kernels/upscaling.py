@@ -13,13 +13,14 @@ from jax.experimental import pallas as pl
 
 from sam_jax.model.kernels.blocks import (
     like,
+    norm_gradient,
+    normalize,
     pixels_at_once,
     product,
     step_of,
     whole,
     zero_at_first,
 )
-from sam_jax.model.kernels.image_to_token import norm_gradient
 
 EPSILON = 1e-6  # of the norm
 # erf(x) = tanh(x P(x^2)), P's coefficients fitted to it: wrong by 3e-6 at most. Devices have an
@@ -137,9 +138,7 @@ class Half(NamedTuple):
 def compute(image, kernel1, weights):
     """Upscales to one of the first 2 x 2 pixels, with its '(o) c' of the kernel -> `Half`."""
     x = product(kernel1, image, (1, 0)) + weights.bias1[:]
-    centred = x - jnp.mean(x, axis=0, keepdims=True)
-    inverse_deviation = jax.lax.rsqrt(jnp.mean(centred**2, axis=0, keepdims=True) + EPSILON)
-    normed = centred * inverse_deviation
+    normed, inverse_deviation = normalize(x, EPSILON)
     first, first_slope = gelu(normed * weights.norm_scale[:] + weights.norm_bias[:])
     first = first.astype(image.dtype)
     x = product(weights.kernel2[:], first, (1, 0)) + weights.bias2[:]
