@@ -25,7 +25,7 @@ train: .venv/test
 	$(BIN)/python -m train configs/sam_tiny.py --workdir runs/sam_tiny
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not reference and not colab and not tpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not reference and not colab and not tpu'
 
 test-colabs: .venv/test
 	$(BIN)/python -m pytest -m colab

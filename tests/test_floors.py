@@ -28,6 +28,7 @@ LEAVES = (
     "train.losses",
     "train.sharding",
     "train.flops",
+    "train.settings",
 )
 PARTS = (*LEAVES, "train.state", "train.interactive", "train.pretrain", "train.optimizer")
 FILES = (
@@ -35,11 +36,13 @@ FILES = (
     "train.embeddings",
     "train.metrics",
     "train.outbox",
+    "train.page",
     "train.plots",
     "train.workdir",
 )
 USERS = ("train.step", "train.initial", "train.replay", "train.examples", "train.report")
-STEPS = (*PARTS, *FILES, *USERS)
+TASKS = ("train.paintings", "train.sam_task", "train.mae_task", "train.task")
+STEPS = (*PARTS, *FILES, *USERS, *TASKS)
 BELOW = {
     "sam_jax.model": (),
     "sam_jax.masks": (),
@@ -57,6 +60,7 @@ BELOW = {
     "sam_jax.__main__": ("sam_jax.cli",),
     "train": (),
     "train.config": LIBRARY,
+    "train.settings": (*LIBRARY, "train.config"),
     "train.prompts": (*LIBRARY, "train.config"),
     "train.losses": (*LIBRARY, "train.config"),
     "train.sharding": (*LIBRARY, "train.config"),
@@ -74,11 +78,17 @@ BELOW = {
     "train.workdir": LEAVES,
     "train.plots": LEAVES,
     "train.examples": (*PARTS, "train.plots"),
-    "train.report": (*PARTS, "train.metrics", "train.plots", "train.examples"),
+    "train.page": ("train.plots",),
+    "train.report": (*PARTS, "train.metrics", "train.page", "train.plots", "train.examples"),
+    "train.paintings": (*PARTS, "train.metrics", "train.page", "train.plots"),
+    "train.sam_task": (*PARTS, "train.embeddings", "train.report"),
+    "train.mae_task": (*PARTS, "train.paintings"),
+    "train.task": (*LIBRARY, "train.config", "train.sam_task", "train.mae_task"),
     "train.run": ("sam_jax", *STEPS),
     "train.flops": (*LIBRARY, "train.config"),
     "train.modelled": ("train.flops",),
-    "train.compile": (*STEPS, "train.modelled"),
+    "train.lowering": (*STEPS, "train.modelled"),
+    "train.compile": (*STEPS, "train.modelled", "train.lowering"),
     "train.__main__": (*STEPS, "train.run"),
     "configs": ("train.config", "sam_jax.model"),
 }
@@ -94,7 +104,7 @@ HOMES = {
     "fsspec": ("sam_jax.data.places",),
     "grain": ("sam_jax.data.loader",),
     "jax2onnx": ("sam_jax.export",),
-    "matplotlib": ("train.plots", "train.examples"),
+    "matplotlib": ("train.plots", "train.examples", "train.page", "train.paintings"),
     "ml_dtypes": ("sam_jax.weights.torch_file",),
     "onnxruntime": ("sam_jax.export",),
     "optax": ("train.optimizer", "train.losses", "train.step", "train.state"),

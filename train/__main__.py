@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 
 from sam_jax.data.example import SourceError
-from train.config import ConfigError, load_config, override, to_json
+from train.config import ConfigError
 from train.run import run
+from train.settings import load_config, override, to_json
 
 # Programs for accelerators take minutes to compile; the next run finds them here.
 COMPILED = Path.home() / ".cache" / "sam_jax" / "compiled"

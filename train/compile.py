@@ -17,194 +17,26 @@ if __name__ == "__main__":  # before JAX is imported
 
 import argparse
 import dataclasses
-import functools
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_type_hints
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
 from sam_jax.data.example import SourceError
-from sam_jax.data.loader import Batch, Loader
+from sam_jax.data.loader import Loader
 from sam_jax.data.source import open_source
-from sam_jax.model.image_encoder import Block
-from sam_jax.model.platform import traced_for
-from sam_jax.model.prompt_encoder import Prompts
-from sam_jax.model.sam import Sam
-from sam_jax.weights.convert import initialize
-from train.config import ConfigError, TrainConfig, load_config, override
-from train.flops import block_flops, decoder_flops, encoder_flops, step_flops
-from train.interactive import make_interactive
-from train.modelled import CHIPS, GIB, Chip, model_program
-from train.optimizer import make_optimizer
-from train.sharding import make_mesh
-from train.state import init_state
-from train.step import make_step
+from train.config import ConfigError, TrainConfig, is_painting
+from train.lowering import LOWER, analyse, devices_of
+from train.modelled import CHIPS, GIB
+from train.settings import load_config, override
+from train.task import task_of
 
-PHASES = {  # patterns of scopes
-    "gather": r"\bgather\b",
-    "encoder": r"\bencoder\b|\bBlock\b",
-    "rounds": r"\brounds\b",
-    "add_gradients": r"\badd_gradients\b",
-    "optimizer": r"\boptimizer\b",
-}
 FSDP = (1, 8, 16)  # that a sweep tries
 MOST_IMAGES = 16  # a chip, likewise
 NEGLIGIBLE = 1e-3  # of the time; phases of less are not printed
-PROMPT_TOKENS = 7  # of a prompt that is decoded: two of the first, five clicks
-
-
-def devices_of(topology: str) -> tuple[list, Chip]:
-    """The devices of a named topology, and what one of its chips can do.
-
-    Raises:
-      ConfigError: if the compiler is missing, or does not know the name.
-    """
-    kind = topology.split(":")[0]
-    if kind not in CHIPS or ":" not in topology:
-        raise ConfigError(
-            f"--topology must be CHIP:SHAPE, e.g. v5e:16x16, of {', '.join(CHIPS)}; got {topology}"
-        )
-    megacore = {"chip_config_name": "megacore"} if kind == "v4" else {}
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore)
-    except Exception as error:  # of many kinds, by what is missing
-        raise ConfigError(
-            f"no TPU compiler for --topology {topology}: {str(error).splitlines()[0]}. It comes "
-            "with the extra: pip install 'sam_jax[tpu,train]'"
-        ) from error
-    return list(found.devices), CHIPS[kind]
-
-
-def batch_like(config: TrainConfig) -> Batch:
-    """The shapes of a batch."""
-    b, n = config.batch_size, config.objective.masks_per_image
-    h, w = config.model.image_size
-    like = jax.ShapeDtypeStruct
-    return Batch(
-        image=like((b, h, w, 3), jnp.uint8),
-        size=like((b, 2), jnp.int32),
-        image_id=like((b,), jnp.int32),
-        masks=like((b, n, h, -(-w // 8)), jnp.uint8),
-        mask_id=like((b, n), jnp.int32),
-        valid=like((b, n), bool),
-    )
-
-
-def lower_step(config: TrainConfig, devices: list):
-    """The training step, before it is compiled; and what of it one device does, in FLOPs."""
-    mesh = make_mesh(config.batch_size, config.fsdp, devices)
-    optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
-    variables = jax.eval_shape(functools.partial(initialize, config.model, 0))
-    state = jax.eval_shape(lambda v: init_state(v, optimizer), variables)
-    objective = make_interactive(config.model, config.objective)
-    step = make_step(objective, optimizer, config.seed, mesh, state, config.model.dtype)
-    images = config.batch_size / mesh.devices.size
-    return step.lower(state, batch_like(config)), images * step_flops(
-        config.model, config.objective
-    )
-
-
-def lower_encode(config: TrainConfig, devices: list):
-    """The encoding of a device's share of a batch."""
-    images = max(1, config.batch_size // len(devices))
-    variables = jax.eval_shape(functools.partial(initialize, config.model, 0))
-    image = jax.ShapeDtypeStruct((images, *config.model.image_size, 3), jnp.float32)
-    encode = functools.partial(config.model.apply, method="encode")
-    return on_one(devices, encode, variables, image), images * encoder_flops(config.model)
-
-
-def lower_decode(config: TrainConfig, devices: list):
-    """The decoding of an image's masks from clicks and an earlier prediction."""
-    model, n = config.model, config.objective.masks_per_image
-    gh, gw = (side // model.patch_size for side in model.image_size)
-    like = jax.ShapeDtypeStruct
-    prompts = Prompts(
-        points=like((1, n, PROMPT_TOKENS, 2), jnp.float32),
-        labels=like((1, n, PROMPT_TOKENS), jnp.int32),
-        mask=like((1, n, 4 * gh, 4 * gw), jnp.float32),
-        has_mask=like((1, n), bool),
-    )
-    variables = jax.eval_shape(functools.partial(initialize, model, 0))
-    embedding = like((1, gh, gw, model.prompt_dim), jnp.float32)
-    decode = functools.partial(model.apply, method="decode")
-    flops = n * decoder_flops(model, PROMPT_TOKENS)
-    return on_one(devices, decode, variables, embedding, prompts), flops
-
-
-def lower_block(config: TrainConfig, devices: list):
-    """The first block of the image encoder, which attends in windows, of an image."""
-    model = config.model
-    gh, gw = (side // model.patch_size for side in model.image_size)
-    block = Block(
-        num_heads=model.num_heads,
-        table_size=(model.window_size,) * 2,
-        window=model.window_size,
-        mlp_dim=model.mlp_ratio * model.embed_dim,
-        dtype=model.dtype,
-    )
-    x = jax.ShapeDtypeStruct((1, gh, gw, model.embed_dim), jnp.dtype(model.dtype))
-    variables = jax.eval_shape(block.init, jax.random.key(0), x)
-    return on_one(devices, block.apply, variables, x), block_flops(model, in_windows=True)
-
-
-def on_one(devices: list, f, *args):
-    """f lowered for the first device alone."""
-    sharding = jax.sharding.SingleDeviceSharding(devices[0])
-    return jax.jit(f, in_shardings=sharding, out_shardings=sharding).lower(*args)
-
-
-LOWER = {"step": lower_step, "encode": lower_encode, "decode": lower_decode, "block": lower_block}
-
-
-def analyse(config: TrainConfig, topology: str, what: str = "step") -> dict[str, Any]:
-    """Compiles, and reads what the compiler says, of one device: see the README."""
-    devices, chip = devices_of(topology)
-    with traced_for("tpu"):
-        lowered, flops = LOWER[what](config, devices)
-    began = time.perf_counter()
-    report = {
-        "topology": topology,
-        "what": what,
-        "chips": len(devices),
-        "hosts": len({d.process_index for d in devices}),
-        "hbm_bytes": int(chip.hbm),
-        "reference_flops": flops,
-    }
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).split("RESOURCE_EXHAUSTED: ")[-1].splitlines()[0]
-        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-        peak = int(float(used[1]) * GIB) if used else None
-        return report | {"fits": False, "reason": reason, "peak_hbm_bytes": peak}
-    seconds = time.perf_counter() - began
-    text = compiled.as_text()
-    modelled = model_program(text, chip, PHASES)
-    kernels = sum(modelled.kernel_seconds.values())
-    total = sum(modelled.seconds.values()) + kernels
-    return report | {
-        "fits": True,
-        "peak_hbm_bytes": compiled.memory_analysis().peak_memory_in_bytes,
-        "modelled_seconds": total,
-        "of_which_bounded": kernels,
-        "phases": {
-            name: modelled.seconds.get(name, 0.0) + modelled.kernel_seconds.get(name, 0.0)
-            for name in (*PHASES, "other")
-        },
-        "unbounded": modelled.unbounded,
-        "modelled_mfu": flops / total / chip.flops,
-        "collectives": modelled.collectives,
-        "compile_seconds": seconds,
-    }
 
 
 def schedule(config: TrainConfig, report: dict[str, Any]) -> dict[str, float]:
@@ -217,12 +49,10 @@ def schedule(config: TrainConfig, report: dict[str, Any]) -> dict[str, float]:
 def reading_rate(config: TrainConfig, seconds: float = 3.0) -> float | None:
     """Images/s that one core reads here, of the config's source; None if it is not here."""
     try:
-        source = open_source(config.data.source)
+        source = open_source(config.data.source, masks=not is_painting(config))
     except (SourceError, FileNotFoundError):
         return None
-    masks = config.objective.masks_per_image
-    indices, frame = np.arange(len(source)), config.model.image_size
-    loader = Loader(source, indices, frame, 1, masks, config.seed)
+    loader = Loader(source, np.arange(len(source)), task_of(config).prepare, 1, config.seed)
     loader.batch(0)
     began, done = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
@@ -235,7 +65,7 @@ def sweep(config: TrainConfig, topology: str) -> Iterator[dict[str, Any]]:
     """The largest batch that fits, for a few meshes and ways to recompute."""
     count = len(devices_of(topology)[0])
     for fsdp in (n for n in FSDP if count % n == 0):
-        for remat in get_args(get_type_hints(Sam)["remat"]):
+        for remat in get_args(get_type_hints(type(config.model))["remat"]):
             model = config.model.clone(remat=remat)
 
             def compile_with(images, model=model, fsdp=fsdp):

@@ -5,6 +5,7 @@ the work; a program's model FLOPs utilisation (MFU) is these over its time and t
 product and a sum are two. Norms, softmax and activations are left out, as is usual.
 """
 
+from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.mask_decoder import NUM_MASKS
 from sam_jax.model.sam import Sam
 from train.config import Interactive
@@ -74,6 +75,22 @@ def decoder_flops(model: Sam, prompt_tokens: float) -> float:
 def step_flops(model: Sam, config: Interactive) -> float:
     """Of a training step: the encoder, and every round of every mask, forward and backward."""
     return 3 * (encoder_flops(model) + config.masks_per_image * rounds_flops(model, config))
+
+
+def painting_flops(model: MaskedAutoencoder) -> float:
+    """Of a training step of a masked autoencoder: one image, forward and backward."""
+    patches, p = model.grid[0] * model.grid[1], model.patch_size
+    c, d = model.embed_dim, model.decoder_dim
+    visible = 1 + model.num_visible
+    encoder = 6 * patches * c * p**2 + model.depth * transformer_flops(visible, c, model.mlp_ratio)
+    decoder = model.decoder_depth * transformer_flops(1 + patches, d, model.mlp_ratio)
+    ends = 2 * visible * c * d + 6 * (1 + patches) * d * p**2
+    return 3 * (encoder + decoder + ends)
+
+
+def transformer_flops(tokens: int, c: int, mlp_ratio: int) -> float:
+    """Of a block in which all tokens attend to all."""
+    return (8 + 4 * mlp_ratio) * tokens * c * c + 4 * tokens**2 * c
 
 
 def rounds_flops(model: Sam, config: Interactive) -> float:

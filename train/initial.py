@@ -1,12 +1,21 @@
 """The variables that a run begins with: given ones, or drawn."""
 
+import logging
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import sam_jax
-from sam_jax.weights.convert import initialize
-from train.config import ConfigError, TrainConfig, differences, to_dict
+from sam_jax.model.mae import MaskedAutoencoder
+from sam_jax.model.sam import Sam
+from sam_jax.weights import mae
+from sam_jax.weights.formats import read_autoencoder
+from sam_jax.weights.tensors import WeightsError
+from train.config import ConfigError, TrainConfig, is_painting
 from train.optimizer import check_train_only
+from train.settings import differences, to_dict
 
 # Fields of the model that no parameter of given weights depends on.
 NOT_IN_WEIGHTS = (
@@ -16,30 +25,84 @@ NOT_IN_WEIGHTS = (
     "scan_blocks",
     "dtype",
     "position_scale",
+    "mask_ratio",
 )
 # The mask decoder's attention between the image and the tokens.
 CROSS_ATTENTION = ("token_to_image", "image_to_token", "final_attention")
 
+log = logging.getLogger("train")
 
-def initial_variables(config: TrainConfig) -> dict:
-    """The variables of `init_from`, or else drawn from the seed.
+
+def initial_variables(config: TrainConfig, initialize: Callable[[], dict]) -> dict:
+    """The variables of `init_from`, or else those that `initialize` draws.
 
     Raises:
       ConfigError: if those of `init_from` are of another model, or `train_only` names nothing.
     """
-    if config.init_from:
-        model, variables = sam_jax.load(config.init_from)
-        if found := differences(to_dict(model), to_dict(config.model), ignore=NOT_IN_WEIGHTS):
-            raise ConfigError(
-                f"init_from={config.init_from!r} holds another model: {'; '.join(found)}"
-            )
+    if is_painting(config):
+        variables = variables_of_autoencoder(config, initialize)
     else:
-        variables = jax.jit(initialize, static_argnums=(0, 1))(config.model, config.seed)
-        if config.match_attention:
-            params = match_attention(variables["params"], config.match_attention)
-            variables = variables | {"params": params}
+        variables = variables_of_sam(config, initialize)
     check_train_only(variables["params"], config.train_only)
     return variables
+
+
+def variables_of_sam(config: TrainConfig, initialize: Callable[[], dict]) -> dict:
+    """Given ones, or drawn; with the encoder of an autoencoder, if `init_from` is one's."""
+    autoencoder = read_autoencoder(config.init_from) if config.init_from else None
+    if config.init_from and not autoencoder:
+        model, variables = sam_jax.load(config.init_from)
+        check_same(config, model)
+        return variables
+    variables = jax.jit(initialize)()
+    if config.match_attention:
+        params = match_attention(variables["params"], config.match_attention)
+        variables = variables | {"params": params}
+    return with_encoder(config, variables, *autoencoder) if autoencoder else variables
+
+
+def with_encoder(
+    config: TrainConfig, variables: dict, autoencoder: MaskedAutoencoder | None, tensors: dict
+) -> dict:
+    """The variables with the image encoder of an autoencoder.
+
+    Args:
+      autoencoder, tensors: as `read_autoencoder` returns them.
+    """
+    model, notes = config.model, []
+    if autoencoder and autoencoder.num_heads != model.num_heads:
+        raise ConfigError(
+            f"init_from={config.init_from!r} holds an encoder of {autoencoder.num_heads} heads; "
+            f"model.num_heads is {model.num_heads}"
+        )
+    try:
+        encoder = mae.encoder_for(model, tensors, notes, autoencoder and autoencoder.grid)
+    except WeightsError as error:
+        raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
+    for note in notes:
+        log.warning("%s: %s", config.init_from, note)
+    flat = flatten_dict(variables, sep="/")
+    return unflatten_dict(flat | {k: jnp.asarray(v) for k, v in encoder.items()}, sep="/")
+
+
+def variables_of_autoencoder(config: TrainConfig, initialize: Callable[[], dict]) -> dict:
+    """Given ones, or drawn."""
+    if not config.init_from:
+        return jax.jit(initialize)()
+    autoencoder, tensors = read_autoencoder(config.init_from) or (None, {})
+    if autoencoder is None:
+        raise ConfigError(
+            f"init_from={config.init_from!r} must be the weights directory of a masked "
+            "autoencoder, with its decoder"
+        )
+    check_same(config, autoencoder)
+    return jax.tree.map(jnp.asarray, mae.from_torch(autoencoder, tensors)) | {"constants": {}}
+
+
+def check_same(config: TrainConfig, model: Sam | MaskedAutoencoder) -> None:
+    """Raises ConfigError if the weights of `init_from` are those of another model."""
+    if found := differences(to_dict(model), to_dict(config.model), ignore=NOT_IN_WEIGHTS):
+        raise ConfigError(f"init_from={config.init_from!r} holds another model: {'; '.join(found)}")
 
 
 def match_attention(params: dict, scale: float) -> dict:

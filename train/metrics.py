@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 
@@ -73,18 +74,19 @@ class Metrics:
         for name, value in (values | speed).items():
             if isinstance(value, float):
                 self.board.add_scalar(name, value, step)
-        bar = {"loss": values["loss"], "mIoU": values["miou"], "images/s": rate}
+        bar = {"loss": values["loss"], "mIoU": values.get("miou"), "images/s": rate}
         if self.ideal:
             bar["MFU"] = speed["mfu"]
         self.board.flush()
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in bar.items()})
+        known = {name: f"{value:.3g}" for name, value in bar.items() if value is not None}
+        self.bar.set_postfix(known)
 
     def log_evaluation(self, step: int, evaluation: dict) -> None:
-        """Writes an evaluation on the way, as `evaluate_clicks` returns it."""
+        """Writes an evaluation on the way: numbers by name, nested or not, beside other things."""
         append(self.evaluations, {"step": step} | evaluation)
-        for clicks, iou in evaluation["clicks"].items():
-            self.board.add_scalar(f"evaluation/{clicks}_clicks", iou["chosen"], step)
-        self.board.add_scalar("evaluation/box", evaluation["box"]["chosen"], step)
+        for name, value in flatten_dict(evaluation, sep="/").items():
+            if isinstance(value, float):
+                self.board.add_scalar(f"evaluation/{name}", value, step)
 
     def close(self) -> None:
         self.board.close()
@@ -117,12 +119,13 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def summarize(values: dict) -> dict:
-    """Means over rounds of 'round' arrays, and the first and last round's mIoU.
+    """Means over rounds of 'round' arrays, and every round's mIoU where there is one.
 
     Args:
-      values: numpy arrays: of the objective, 'round' each, and of the step, ''.
+      values: numpy arrays: of the objective, 'round' each or '', and of the step, ''.
     """
     row = {name: float(np.mean(value)) for name, value in values.items() if name != "total"}
     row["loss"] = float(values["total"])
-    row["miou_of_rounds"] = [round(float(x), 4) for x in values["miou"]]
+    if "miou" in values:
+        row["miou_of_rounds"] = [round(float(x), 4) for x in values["miou"]]
     return row

@@ -54,12 +54,16 @@ def make_optimizer(config: Optimizer, depth: int, train_only: tuple[str, ...] = 
 
 
 def make_schedule(config):
-    """Learning rate by step: linear from `peak / warmup` to the peak, then the drops."""
+    """Learning rate by step: linear from `peak / warmup` to the peak, then drops and cosine."""
 
     def schedule(count):
         warmup = jax.numpy.minimum(1.0, (count + 1) / max(1, config.warmup_steps))
         drops = sum(count >= step for step in config.drop_at)
-        return config.peak_lr * warmup * config.drop_by**drops
+        rate = config.peak_lr * warmup * config.drop_by**drops
+        if not config.cosine_steps:
+            return rate
+        done = (count - config.warmup_steps) / (config.cosine_steps - config.warmup_steps)
+        return rate * (1 + jax.numpy.cos(jax.numpy.pi * jax.numpy.clip(done, 0, 1))) / 2
 
     return schedule
 

@@ -62,6 +62,35 @@ def draw_curves(rows: list[dict], evaluations: list[dict]) -> Figure:
     return figure
 
 
+def draw_loss(rows: list[dict], evaluations: list[dict]) -> Figure:
+    """The loss against steps; rows, evaluations: {"step", "loss"} each."""
+    figure = new_figure(8, 4)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    steps = [row["step"] for row in rows]
+    draw_curve(axes, steps, [row["loss"] for row in rows], BLUE, "training")
+    axes.plot(
+        [row["step"] for row in evaluations],
+        [row["loss"] for row in evaluations],
+        color=ORANGE,
+        marker="s",
+        markersize=8,
+        markeredgecolor="black",
+        linestyle="none",
+        clip_on=False,
+        zorder=3,
+        label="held out",
+    )
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_xlim(0, 1.02 * max([*steps, *(row["step"] for row in evaluations)]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    tidy(axes)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
+    return figure
+
+
 def draw_curve(axes: Axes, steps: list, values: list, color: str, label: str | None) -> None:
     """A curve of single batches, and over it their moving mean where they are many."""
     window = max(1, len(values) // 15)

@@ -1,19 +1,46 @@
-"""The masked autoencoder's loss: to paint what is hidden, each patch by its own scale.
+"""The masked autoencoder's objective: to paint what is hidden, each patch by its own scale.
 
-Source: He et al. 2022.
+Source: He et al. 2022, facebookresearch/mae `models_mae.py`.
+
+Differences: which patches are hidden depends on the step and the image alone.
 """
 
+import jax
 import jax.numpy as jnp
 
 from sam_jax.model.mae import normalize_patches, patches_of
+from sam_jax.model.sam import normalize_colors
 
 
-def painting_loss(painted, image, patch_size):
+def make_painting(model, config):
+    """Builds the objective of a model.
+
+    Args:
+      model: `MaskedAutoencoder`; config: `Painting`.
+    Returns:
+      f(params, constants, batch, key) -> (loss, {}), where batch is `Crops` and key that of the
+      step.
+    """
+
+    def objective(params, constants, batch, key):
+        del constants  # it has none
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.image_id)
+        image = normalize_colors(batch.image)
+        painted = model.apply({"params": params}, image, keys)
+        return painting_loss(painted, image, model.patch_size, config.normalized), {}
+
+    return objective
+
+
+def painting_loss(painted, image, patch_size, normalized=True):
     """The mean squared error of hidden patches.
 
     Args:
-      painted: `Painted`; image: 'b h w 3' float32, normalised, of images that fill the frame.
+      painted: `Painted`; image: 'b h w 3' float32, normalised.
+      normalized: whether patches are painted by their own means and deviations.
     """
-    target = normalize_patches(patches_of(image, patch_size))
+    target = patches_of(image, patch_size)
+    if normalized:
+        target = normalize_patches(target)
     error = jnp.mean((painted.patches - target) ** 2, axis=-1)
     return jnp.sum(error * painted.is_hidden) / jnp.sum(painted.is_hidden)

@@ -4,26 +4,21 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 import sam_jax
 from sam_jax.data.loader import Loader
 from sam_jax.data.source import Selection, leave_out, open_source, select
-from sam_jax.evaluate.clicks import evaluate_clicks, table
-from sam_jax.predict.predictor import SamPredictor
 from train.checkpoints import KEPT, Checkpoints
-from train.config import TrainConfig, learns_encoder
-from train.embeddings import Embeddings
-from train.flops import peak_flops, step_flops
+from train.config import TrainConfig
+from train.flops import peak_flops
 from train.initial import initial_variables
-from train.interactive import make_interactive
 from train.metrics import Metrics, summarize
 from train.optimizer import make_optimizer
 from train.outbox import Outbox
-from train.report import write_report
 from train.sharding import born_on, gather, make_mesh, split_batch, wait_for_all
 from train.state import TrainState, init_state
 from train.step import make_step
+from train.task import Task, task_of
 from train.workdir import BadSamples, claim, write_json
 
 
@@ -42,15 +37,16 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     Raises:
       ConfigError, SourceError: before anything is written, if the run cannot be.
     """
-    seen, held_out = open_data(config)
+    task = task_of(config)
+    seen, held_out = open_data(config, task)
     mesh = make_mesh(config.batch_size, config.fsdp)
-    variables = initial_variables(config)
+    variables = initial_variables(config, task.initialize)
     with Outbox(workdir) as outbox:
         outbox.fetch()
-        needed = bytes_on_disk(config, variables, seen, outbox.is_remote)
+        needed = task.bytes_on_disk(seen) + bytes_on_disk(variables, outbox.is_remote)
         claim(outbox.folder, config, needed, is_first_host(), outbox.address)
         outbox.send()
-        learn(config, outbox, mesh, variables, seen, held_out)
+        learn(config, task, outbox, mesh, variables, seen, held_out)
     if is_first_host():
         print(
             f"report: {outbox.address}/report/index.html",
@@ -62,6 +58,7 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
 
 def learn(
     config: TrainConfig,
+    task: Task,
     outbox: Outbox,
     mesh: Mesh,
     variables: dict,
@@ -71,20 +68,19 @@ def learn(
     """Trains on the images that are `seen`, from the newest checkpoint or the variables."""
     folder = outbox.folder
     optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
-    objective = make_interactive(config.model, config.objective)
     checkpoints = Checkpoints(outbox.checkpoints)
     state = born_on(mesh, lambda given: init_state(given, optimizer), variables)
-    step = make_step(objective, optimizer, config.seed, mesh, state, config.model.dtype)
+    step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
     state = checkpoints.restore(state) or state
     start = int(state.step)
 
-    batches = make_loader(config, seen).batches(start, config.num_steps, config.data.workers)
-    complete = make_completion(config, variables, folder, seen)
+    batches = make_loader(config, task, seen).batches(start, config.num_steps, config.data.workers)
+    complete = task.completion(variables, folder / own("embeddings.npy"), seen)
     del variables  # the state has its own, in pieces
     bad = BadSamples(folder / own("bad_samples.jsonl"), config.data.max_bad, len(seen))
     metrics = None
     if is_first_host():
-        ideal = seconds_at_peak(config, mesh)
+        ideal = seconds_at_peak(config, task, mesh)
         metrics = Metrics(folder, start, config.num_steps, config.batch_size, ideal)
         batches = metrics.timed(batches)
     for done, (batch, problems) in enumerate(batches, start=start + 1):
@@ -103,7 +99,7 @@ def learn(
         if not is_last and config.evaluate_every and done % config.evaluate_every == 0:
             variables = variables_of(mesh, state)
             if metrics:
-                metrics.log_evaluation(done, evaluate(config, variables, held_out))
+                metrics.log_evaluation(done, task.evaluate(variables, held_out))
         if is_last or done % config.checkpoint_every == 0:
             outbox.send()
             checkpoints.save(done, state)
@@ -111,7 +107,7 @@ def learn(
     variables = variables_of(mesh, state)
     if metrics:
         metrics.close()
-        conclude(config, folder, variables, held_out)
+        conclude(config, task, folder, variables, held_out)
 
 
 def is_first_host() -> bool:
@@ -119,85 +115,58 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
-def conclude(config: TrainConfig, workdir: Path, variables: dict, held_out: Selection) -> None:
+def conclude(
+    config: TrainConfig, task: Task, workdir: Path, variables: dict, held_out: Selection
+) -> None:
     """Saves the weights, evaluates them, and reports."""
     sam_jax.save(workdir / "weights", config.model, variables)
-    evaluation = evaluate(config, variables, held_out)
+    where = {"source": config.data.source, "index": config.data.held_out or ":"}
+    evaluation = where | task.evaluate(variables, held_out)
     write_json(workdir / "evaluation.json", evaluation)
-    predictor = SamPredictor(config.model, variables)
-    write_report(workdir, predictor, held_out, evaluation)
-    print(table(evaluation))
+    task.report(workdir, variables, held_out, evaluation)
 
 
-def open_data(config: TrainConfig) -> tuple[Selection, Selection]:
+def open_data(config: TrainConfig, task: Task) -> tuple[Selection, Selection]:
     """The images to learn from, and those to evaluate on: the same ones where none are held out.
 
     Those to evaluate on are always decoded in full.
     """
-    frame = config.model.image_size if config.data.half_size_jpeg else None
-    source, whole = (
-        open_source(config.data.source, reduce_to=frame),
-        open_source(config.data.source),
-    )
+    source = open_source(config.data.source, reduce_to=task.reduce_to, masks=task.needs_masks)
+    whole = open_source(config.data.source, masks=task.needs_masks)
     if not config.data.held_out:
         return select(source, ":"), select(whole, ":")
     return leave_out(source, config.data.held_out), select(whole, config.data.held_out)
 
 
-def make_loader(config: TrainConfig, selection: Selection) -> Loader:
+def make_loader(config: TrainConfig, task: Task, selection: Selection) -> Loader:
     """The loader of the images to learn from."""
     return Loader(
         source=selection.source,
         indices=selection.indices,
-        frame=config.model.image_size,
+        prepare=task.prepare,
         batch_size=config.batch_size,
-        masks_per_image=config.objective.masks_per_image,
         seed=config.seed,
-        flips=config.data.flips,
-        turns=config.data.turns,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
 
 
-def make_completion(config: TrainConfig, variables: dict, workdir: Path, selection: Selection):
-    """What a batch goes through before a step: a frozen encoder's embeddings are added."""
-    if learns_encoder(config):
-        return lambda batch: batch
-    path = workdir / own("embeddings.npy")
-    return Embeddings(config.model, variables, path, len(selection.source))
-
-
-def seconds_at_peak(config: TrainConfig, mesh: Mesh) -> float | None:
+def seconds_at_peak(config: TrainConfig, task: Task, mesh: Mesh) -> float | None:
     """Of a step, if the devices did nothing but the reference's operations; None if unknown."""
     devices = mesh.devices.flatten()
     peak = peak_flops(devices[0].device_kind)
-    if peak is None or not learns_encoder(config):
+    if peak is None or task.flops is None:
         return None
-    return config.batch_size * step_flops(config.model, config.objective) / peak / len(devices)
+    return config.batch_size * task.flops / peak / len(devices)
 
 
-def bytes_on_disk(
-    config: TrainConfig, variables: dict, selection: Selection, is_remote: bool
-) -> int:
-    """What the run will write: weights, embeddings; checkpoints of parameters and two moments.
+def bytes_on_disk(variables: dict, is_remote: bool) -> int:
+    """What any run will write: weights; and checkpoints of parameters and two moments.
 
     Those of a workdir that is not on this machine are not written here.
     """
     size = sum(x.nbytes for x in jax.tree.leaves(variables))
-    total = size if is_remote else (3 * (KEPT + 1) + 1) * size
-    if not learns_encoder(config):
-        gh, gw = (side // config.model.patch_size for side in config.model.image_size)
-        total += 4 * len(selection.source) * gh * gw * config.model.prompt_dim
-    return total
-
-
-def evaluate(config: TrainConfig, variables: dict, held_out: Selection) -> dict:
-    """What evaluation.json holds: see `evaluate_clicks`."""
-    predictor = SamPredictor(config.model, variables)
-    indices = tqdm(range(len(held_out)), "evaluation", unit="image", leave=False)
-    where = {"source": config.data.source, "index": config.data.held_out or ":"}
-    return where | evaluate_clicks(predictor, held_out, indices)
+    return size if is_remote else (3 * (KEPT + 1) + 1) * size
 
 
 def variables_of(mesh: Mesh, state: TrainState) -> dict:

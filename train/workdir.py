@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import Problem
-from train.config import ConfigError, TrainConfig, differences, to_dict
+from train.config import ConfigError, TrainConfig
+from train.settings import differences, to_dict
 
 # Fields that may differ when a run goes on: they change nothing that has been computed already.
 FREE = (

@@ -10,6 +10,8 @@ import json
 import os
 from typing import Any
 
+import numpy as np
+
 from sam_jax.data import files, places
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
 from sam_jax.data.polygons import PolygonError, paint
@@ -44,6 +46,11 @@ class Coco:
         data = files.read_file(_image_path(self.folder, name), files.IMAGE)
         image = files.decode_image(data, size, self.reduce_to)
         return Example(image=image, masks=files.check_masks(masks, size))
+
+    def image(self, index: int) -> np.ndarray:
+        check_index(index, len(self))
+        data = files.read_file(self.name(index), files.IMAGE)
+        return files.decode_image(data, None, self.reduce_to)
 
     def name(self, index: int) -> str:
         try:

@@ -12,6 +12,7 @@ RLE = dict[str, Any]  # {"size": [h, w], "counts": ...}, see `sam_jax.masks.rle`
 REASONS = (
     "missing file",  # or one that cannot be opened
     "broken image",  # truncated, of another format, or too large
+    "small image",  # smaller than what learns from it can use
     "broken json",
     "broken record",  # of an archive of records
     "broken mask",  # run lengths or polygons that are no mask
@@ -28,7 +29,7 @@ class Example:
     Attributes:
       image: 'h w 3' uint8 RGB.
       masks: run lengths of the image's size, in the order of the annotations; painted only when
-        they are needed.
+        they are needed. Sources of images alone have none.
     """
 
     image: np.ndarray
@@ -42,6 +43,14 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example:
         """Reads an example.
+
+        Raises:
+          BadSample: if it is unusable.
+        """
+        ...
+
+    def image(self, index: int) -> np.ndarray:
+        """Reads the image of an example, 'h w 3', and none of its masks.
 
         Raises:
           BadSample: if it is unusable.

@@ -94,13 +94,13 @@ def parse_json(data: bytes) -> Any:
 
 
 def decode_image(
-    data: bytes, size: tuple[int, int], reduce_to: tuple[int, int] | None = None
+    data: bytes, size: tuple[int, int] | None, reduce_to: tuple[int, int] | None = None
 ) -> np.ndarray:
     """Decodes an image.
 
     Args:
       data: a JPEG, PNG or WebP file.
-      size: (height, width) that it must have, upright.
+      size: (height, width) that it must have, upright; any if None.
       reduce_to: see `read_image`; a JPEG may then be decoded smaller than `size`.
     Returns:
       'h w 3' uint8 RGB.
@@ -110,13 +110,13 @@ def decode_image(
     try:
         image = read_image(data, reduce_to)
         found = image.shape[:2]
-        if reduce_to is not None and found != size:
+        if size is not None and reduce_to is not None and found != size:
             found = _size_in_header(data)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they stumble over
         raise BadSample("broken image", _message(error)) from error
-    if found != size:
+    if size is not None and found != size:
         raise BadSample("size mismatch", f"the image is {_by(found)}, its masks are {_by(size)}")
     return image
 

@@ -40,6 +40,10 @@ class LabelImages:
         labels = files.decode_labels(files.read_file(label, files.MASK))
         return _example(image, _masks_of(labels), labels.shape, self.reduce_to)
 
+    def image(self, index: int) -> np.ndarray:
+        check_index(index, len(self))
+        return _image(self._named(index, "image"), None, self.reduce_to)
+
     def name(self, index: int) -> str:
         try:
             return self._named(index, "image")
@@ -74,6 +78,10 @@ class MaskFolders:
             raise BadSample("no masks", f"there are no PNGs in masks of {self.ids[index]}")
         masks = [rle.encode(files.decode_mask(files.read_file(p, files.MASK))) for p in paths]
         return _example(self.name(index), masks, tuple(masks[0]["size"]), self.reduce_to)
+
+    def image(self, index: int) -> np.ndarray:
+        check_index(index, len(self))
+        return _image(self.name(index), None, self.reduce_to)
 
     def name(self, index: int) -> str:
         name = self.ids[index]
@@ -127,8 +135,12 @@ def _masks_of(labels: np.ndarray) -> list[RLE]:
 
 
 def _example(path, masks, size, reduce_to):
-    image = files.decode_image(files.read_file(path, files.IMAGE), size, reduce_to)
+    image = _image(path, size, reduce_to)
     return Example(image=image, masks=files.check_masks(masks, size))
+
+
+def _image(path, size, reduce_to):
+    return files.decode_image(files.read_file(path, files.IMAGE), size, reduce_to)
 
 
 def _pngs(folder: str) -> list[str]:

@@ -58,6 +58,10 @@ class Sa1b:
         image = files.decode_image(self._read(index, 0), size, self.reduce_to)
         return Example(image=image, masks=masks)
 
+    def image(self, index: int) -> np.ndarray:
+        check_index(index, len(self))
+        return files.decode_image(self._read(index, 0), None, self.reduce_to)
+
     def name(self, index: int) -> str:
         return self._path(index, 0)
 

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from sam_jax.data.example import Example
+from sam_jax.data.example import Example, check_index
 from sam_jax.masks import rle
 
 MIN_AREA = 0.015  # of the image, of a mask that is kept
@@ -34,10 +34,13 @@ class Scenes:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self.count:
-            raise IndexError(f"index must be 0 to {self.count - 1}; got {index}")
+        check_index(index, self.count)
         image, masks = draw_scene(np.random.default_rng(index), self.size)
         return Example(image=image, masks=[rle.encode(mask) for mask in masks])
+
+    def image(self, index: int) -> np.ndarray:
+        check_index(index, self.count)
+        return draw_scene(np.random.default_rng(index), self.size)[0]
 
     def name(self, index: int) -> str:
         return f"scene {index}"

@@ -4,6 +4,7 @@ open_source("sa1b:/data/sa1b")
 open_source("tfds:lvis/validation@/data/tfds")
 open_source("coco:/data/coco")
 open_source("labels:/data/dsb2018")
+open_source("images:/data/photos")
 open_source("scenes:96x128")
 """
 
@@ -19,24 +20,52 @@ from sam_jax.data.example import Example, Source, SourceError, check_index
 
 KINDS = {
     "sa1b": "sa1b:PATH",  # a folder of sa_*.jpg with sa_*.json or of tars of them, or one tar
-    "tfds": "tfds:DATASET[:VERSION][/SPLIT][@FOLDER]",  # segment_anything or lvis
+    "tfds": "tfds:DATASET[:VERSION][/SPLIT][@FOLDER]",  # segment_anything, lvis or imagenet2012
     "coco": "coco:FOLDER",  # with instances.json and the images
     "labels": "labels:FOLDER",  # of images with PNGs of labels, or of masks
+    "images": "images:FOLDER",  # of images without masks
     "scenes": "scenes[:HEIGHTxWIDTH]",  # drawn by the program
 }
 MIN_SCENE, MAX_SCENE = 16, 4096  # pixels of a side
 
 
-def open_source(name: str, *, reduce_to: tuple[int, int] | None = None) -> Source:
+def open_source(
+    name: str, *, reduce_to: tuple[int, int] | None = None, masks: bool = True
+) -> Source:
     """Opens a source of examples by its name.
 
     Args:
       name: `KIND:PLACE`, see KINDS.
       reduce_to: (height, width) of the frame that images are for. They may then be decoded smaller
         than they are, see `read_image`; masks keep the size of the original.
+      masks: whether examples have their masks; images alone are read sooner.
     Raises:
       SourceError: if the kind is unknown, the place missing, or nothing in it.
     """
+    source = _open(name, reduce_to)
+    return source if masks else Unmasked(source)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unmasked:
+    """The images of a source."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(image=self.image(index), masks=[])
+
+    def image(self, index: int) -> np.ndarray:
+        return self.source.image(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
+def _open(name: str, reduce_to: tuple[int, int] | None) -> Source:
     kind, _, place = name.partition(":")
     if kind not in KINDS:
         raise SourceError(_unknown(name, kind))
@@ -67,6 +96,10 @@ def _open_files(kind, place, reduce_to):
         from sam_jax.data.coco import open_coco
 
         return open_coco(place, reduce_to)
+    if kind == "images":
+        from sam_jax.data.images import open_images
+
+        return open_images(place, reduce_to)
     from sam_jax.data.labels import open_labels
 
     return open_labels(place, reduce_to)
@@ -91,6 +124,10 @@ class Selection:
     def __getitem__(self, index: int) -> Example:
         check_index(index, len(self))
         return self.source[int(self.indices[index])]
+
+    def image(self, index: int) -> np.ndarray:
+        check_index(index, len(self))
+        return self.source.image(int(self.indices[index]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))

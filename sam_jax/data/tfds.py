@@ -1,4 +1,4 @@
-"""TensorFlow Datasets that have masks, `segment_anything` and `lvis`, without TensorFlow.
+"""TensorFlow Datasets `segment_anything` and `lvis`, and `imagenet2012`, without TensorFlow.
 
 The records of a dataset built in ArrayRecord are read by `tfds.data_source` as they are, and their
 `tf.train.Example` is taken apart here: tensorflow_datasets 4.9 cannot leave images in a sequence
@@ -6,7 +6,8 @@ undecoded, nor decode them smaller, without TensorFlow. To build a dataset takes
 lot of time: `tfds build segment_anything --file_format=array_record`.
 
 Source: `datasets/segment_anything` and `datasets/lvis` in tensorflow/datasets, whose features these
-are. Deliberate difference: LVIS has images without annotations; they are samples without masks.
+are, and `datasets/imagenet2012`, whose images come without masks and whose labels are not read.
+Deliberate difference: LVIS has images without annotations; they cannot be used.
 """
 
 import dataclasses
@@ -14,11 +15,13 @@ import os
 import re
 from typing import Any
 
+import numpy as np
+
 from sam_jax.data import files
 from sam_jax.data.example import BadSample, Example, SourceError, check_index
 from sam_jax.masks import rle
 
-NAMES = ("lvis", "segment_anything")
+NAMES = ("imagenet2012", "lvis", "segment_anything")
 _NAME = re.compile(r"(?P<name>\w+)(?P<version>:[0-9.]+)?(?:/(?P<split>\w+))?(?:@(?P<folder>.+))?")
 
 
@@ -42,10 +45,18 @@ class Tfds:
 
     def __getitem__(self, index: int) -> Example:
         check_index(index, len(self))
+        if self.dataset == "imagenet2012":
+            return Example(image=self.image(index), masks=[])
         features = _features(self.records, index)
         if self.dataset == "lvis":
             return _lvis(features, self.reduce_to)
         return _segment_anything(features, self.reduce_to)
+
+    def image(self, index: int) -> np.ndarray:
+        check_index(index, len(self))
+        name = "image/content" if self.dataset == "segment_anything" else "image"
+        data = _one(_features(self.records, index), name, bytes)
+        return files.decode_image(data, None, self.reduce_to)
 
     def name(self, index: int) -> str:
         return f"{self.dataset}/{self.split} record {index}"

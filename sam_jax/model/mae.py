@@ -7,6 +7,7 @@ without relative positions.
 Differences: only visible patches are ever embedded; the masks are drawn by the image.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from einops import rearrange
 
 from sam_jax.model.image_encoder import Block, rematted
 from sam_jax.model.layers import PatchConv, xavier_uniform
+from sam_jax.model.sam import Sam, sam_tiny, sam_vit_b, sam_vit_h, sam_vit_l
 
 EPSILON = 1e-6  # of norms, and of a patch's variance
 
@@ -44,7 +46,7 @@ class MaskedAutoencoder(nn.Module):
       decoder_dim, decoder_depth, decoder_heads: of the decoder.
       mask_ratio: of an image's patches that are hidden.
       remat: as in `Sam`.
-      dtype: "float32" or "bfloat16", the compute type; parameters and results are float32.
+      dtype: as in `Sam`; parameters and results are float32.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -64,13 +66,14 @@ class MaskedAutoencoder(nn.Module):
         normal = nn.initializers.normal(0.02)
         self.patch_embed = PatchConv(self.embed_dim, self.patch_size, self.dtype, xavier_uniform)
         self.class_token = self.param("class_token", normal, (self.embed_dim,))
-        self.blocks = [self.block(self.num_heads, self.embed_dim) for _ in range(self.depth)]
+        for i in range(self.depth):
+            setattr(self, f"block_{i:02d}", self.block(self.num_heads, self.embed_dim))
         self.norm = self.layer_norm()
         self.decoder_embed = self.dense(self.decoder_dim)
         self.mask_token = self.param("mask_token", normal, (self.decoder_dim,))
-        self.decoder_blocks = [
-            self.block(self.decoder_heads, self.decoder_dim) for _ in range(self.decoder_depth)
-        ]
+        for i in range(self.decoder_depth):
+            block = self.block(self.decoder_heads, self.decoder_dim)
+            setattr(self, f"decoder_block_{i:02d}", block)
         self.decoder_norm = self.layer_norm()
         self.decoder_pred = self.dense(3 * self.patch_size**2)
 
@@ -98,6 +101,11 @@ class MaskedAutoencoder(nn.Module):
         expected = (*self.image_size, 3)
         if image.shape[1:] != expected:
             raise ValueError(f"image must have shape {('b', *expected)}; got {image.shape}")
+        if any(side % self.patch_size for side in self.image_size):
+            raise ValueError(
+                f"image_size must be divisible by the patch of {self.patch_size} pixels; got "
+                f"{self.image_size}"
+            )
         if not 0 < self.num_visible < self.grid[0] * self.grid[1]:
             raise ValueError(
                 "mask_ratio must leave some patches visible and hide some; got "
@@ -105,7 +113,8 @@ class MaskedAutoencoder(nn.Module):
             )
         order = jax.vmap(self.draw_order)(keys)
         visible = order[:, : self.num_visible]
-        painted = self.decode(self.encode(image, visible), order)
+        with self.precision():
+            painted = self.decode(self.encode(image, visible), order)
         rank = jnp.argsort(order, axis=1)
         return Painted(painted.astype(jnp.float32), rank >= self.num_visible)
 
@@ -119,19 +128,24 @@ class MaskedAutoencoder(nn.Module):
         """Patches of an image that the encoder sees."""
         return int(self.grid[0] * self.grid[1] * (1 - self.mask_ratio))
 
+    def precision(self) -> AbstractContextManager[Any]:
+        """As `Sam.precision`."""
+        return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
+
     def draw_order(self, key: jax.Array) -> jax.Array:
         """A random order of an image's patches, 'l': the first `num_visible` are visible."""
         return jnp.argsort(jax.random.uniform(key, (self.grid[0] * self.grid[1],)))
 
     def encode(self, image: jax.Array, visible: jax.Array) -> jax.Array:
-        """Encodes the patches 'b v' of images -> 'b (1 v) c', the class token first."""
+        """Encodes the patches 'b v' of images 'b h w 3' -> 'b (1 v) c', the class token first."""
         p = self.patch_size
         patches = jnp.take_along_axis(patches_of(image, p), visible[..., None], axis=1)
         column = rearrange(patches, "b v (i j c) -> b (v i) j c", i=p, j=p)
         x = rearrange(self.patch_embed(column), "b v 1 c -> b v c")
         positions = encode_positions(*self.grid, self.embed_dim)
         x = x + jnp.asarray(positions, self.dtype)[visible]
-        return self.norm(apply_to_rows(self.blocks, prepend(self.class_token, x)))
+        blocks = [getattr(self, f"block_{i:02d}") for i in range(self.depth)]
+        return self.norm(apply_to_rows(blocks, prepend(self.class_token, x)))
 
     def decode(self, x: jax.Array, order: jax.Array) -> jax.Array:
         """Paints all patches of images.
@@ -148,7 +162,8 @@ class MaskedAutoencoder(nn.Module):
         patches = jnp.take_along_axis(patches, jnp.argsort(order, axis=1)[..., None], axis=1)
         positions = encode_positions(*self.grid, self.decoder_dim)
         patches = patches + jnp.asarray(positions, self.dtype)
-        x = apply_to_rows(self.decoder_blocks, jnp.concatenate([x[:, :1], patches], axis=1))
+        blocks = [getattr(self, f"decoder_block_{i:02d}") for i in range(self.decoder_depth)]
+        x = apply_to_rows(blocks, jnp.concatenate([x[:, :1], patches], axis=1))
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
 
@@ -181,37 +196,40 @@ def encode_positions(gh: int, gw: int, c: int) -> np.ndarray:
 
 
 def normalize_patches(patches: jax.Array) -> jax.Array:
-    """'... d' patches, less their mean, over their deviation of d - 1 degrees of freedom."""
+    """'... d' patches, less their mean, over their deviation."""
+    mean, deviation = mean_and_deviation(patches)
+    return (patches - mean) / deviation
+
+
+def mean_and_deviation(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """'... 1' each, of '... d' patches; the deviation of d - 1 degrees of freedom, and not 0."""
     mean = jnp.mean(patches, axis=-1, keepdims=True)
     variance = jnp.var(patches, axis=-1, ddof=1, keepdims=True)
-    return (patches - mean) * jax.lax.rsqrt(variance + EPSILON)
+    return mean, jnp.sqrt(variance + EPSILON)
+
+
+def mae_for(sam: Sam, **overrides: Any) -> MaskedAutoencoder:
+    """An autoencoder whose encoder can become that of a SAM."""
+    names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    return MaskedAutoencoder(**({name: getattr(sam, name) for name in names} | overrides))
 
 
 def mae_vit_b(**overrides: Any) -> MaskedAutoencoder:
-    """The encoder of ViT-B."""
-    return MaskedAutoencoder(**overrides)
+    """For ViT-B."""
+    return mae_for(sam_vit_b(), **overrides)
 
 
 def mae_vit_l(**overrides: Any) -> MaskedAutoencoder:
-    """The encoder of ViT-L."""
-    return MaskedAutoencoder(**(dict[str, Any](embed_dim=1024, depth=24, num_heads=16) | overrides))
+    """For ViT-L."""
+    return mae_for(sam_vit_l(), **overrides)
 
 
 def mae_vit_h(**overrides: Any) -> MaskedAutoencoder:
-    """The encoder of ViT-H, of patches of 16 pixels instead of 14."""
-    return MaskedAutoencoder(**(dict[str, Any](embed_dim=1280, depth=32, num_heads=16) | overrides))
+    """For ViT-H: patches of 16 pixels, where the published autoencoder has 14."""
+    return mae_for(sam_vit_h(), **overrides)
 
 
 def mae_tiny(**overrides: Any) -> MaskedAutoencoder:
-    """The encoder of `sam_tiny`, and a decoder as small."""
-    sizes: dict[str, Any] = dict(
-        image_size=(64, 64),
-        patch_size=8,
-        embed_dim=64,
-        depth=2,
-        num_heads=2,
-        decoder_dim=64,
-        decoder_depth=1,
-        decoder_heads=2,
-    )
-    return MaskedAutoencoder(**(sizes | overrides))
+    """For `sam_tiny`, with a decoder as small."""
+    sizes = dict(image_size=(64, 64), decoder_dim=64, decoder_depth=1, decoder_heads=2)
+    return mae_for(sam_tiny(), **(sizes | overrides))

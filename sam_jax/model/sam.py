@@ -178,8 +178,12 @@ def normalize(image: jax.Array, size: jax.Array) -> jax.Array:
     inside_h = jnp.arange(image.shape[1]) < size[:, :1]
     inside_w = jnp.arange(image.shape[2]) < size[:, 1:]
     inside = (inside_h[:, :, None] & inside_w[:, None, :])[..., None]
-    normalized = (image.astype(jnp.float32) - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-    return jnp.where(inside, normalized, 0.0)
+    return jnp.where(inside, normalize_colors(image), 0.0)
+
+
+def normalize_colors(image: jax.Array) -> jax.Array:
+    """Normalises colours '... 3' of 0 to 255 by those of ImageNet -> float32."""
+    return (image.astype(jnp.float32) - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
 def sam_vit_b(**overrides: Any) -> Sam:

@@ -15,6 +15,8 @@ def read_image(
 ) -> np.ndarray:
     """Reads a JPEG, PNG or WebP file, upright.
 
+    Of sixteen bits the upper eight are taken, and transparency is left out.
+
     Args:
       source: a path, or the bytes of a file.
       reduce_to: (height, width) of a frame. A JPEG that is at least twice as large as it needs to
@@ -36,4 +38,7 @@ def read_image(
         if reduce_to is not None:
             scale = min(reduce_to[0] / image.height, reduce_to[1] / image.width)
             image.draft("RGB", (int(image.width * scale + 0.5), int(image.height * scale + 0.5)))
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # which Pillow would clip
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return np.asarray(upright.convert("RGB"))

@@ -7,8 +7,6 @@ Sources: see `names.py`; positions of another size are resized as in ViTDet and 
 """
 
 import functools
-import math
-import re
 
 import flax.traverse_util
 import jax
@@ -18,11 +16,8 @@ import numpy as np
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
 from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
-from sam_jax.weights import names
-
-
-class WeightsError(ValueError):
-    """Weights that are not those of a Segment Anything model, or not whole."""
+from sam_jax.weights import mae, names
+from sam_jax.weights.tensors import WeightsError, check_names, count_blocks, listed, shape_of
 
 
 def from_torch(state, notes):
@@ -37,17 +32,16 @@ def from_torch(state, notes):
     Raises:
       WeightsError: with the names of unknown, missing or misshapen tensors.
     """
-    tensors = _take_tensors(_unwrap(state, notes))
-    state.clear()
+    tensors = take_tensors(state, notes)
     if "vision_encoder.pos_embed" in tensors:
         tensors = _official_from_huggingface(tensors)
-    elif "cls_token" in tensors and "blocks.0.attn.qkv.weight" in tensors:
+    elif mae.is_mae(tensors):
         return _from_mae(tensors, notes)
     if "image_encoder.pos_embed" not in tensors:
         raise WeightsError(
             "these are not weights of Segment Anything: neither image_encoder.pos_embed (official "
             "names), vision_encoder.pos_embed (Hugging Face) nor cls_token and blocks.0.* (MAE) is "
-            f"there; got {_listed(tensors)}"
+            f"there; got {listed(tensors)}"
         )
     model = _model_of(tensors)
     return model, _fill(model, tensors, notes)
@@ -83,11 +77,11 @@ def to_huggingface(model, variables):
 def check_shapes(model, flat, what):
     """Raises WeightsError unless {path: array} has a model's paths and shapes."""
     expected = _shapes(model)
-    _check_names(what, flat, expected)
+    check_names(what, flat, expected)
     if odd := [
         f"{k} {v.shape} instead of {expected[k]}" for k, v in flat.items() if v.shape != expected[k]
     ]:
-        raise WeightsError(f"{what} holds arrays of wrong shapes: {_listed(odd)}")
+        raise WeightsError(f"{what} holds arrays of wrong shapes: {listed(odd)}")
 
 
 @functools.cache
@@ -109,6 +103,17 @@ def initialize(model, seed):
     return model.init(jax.random.key(seed), jnp.zeros((1, *model.image_size, 3)), prompts)
 
 
+def take_tensors(state, notes):
+    """Takes the tensors out of a state dict or a training checkpoint, which is emptied.
+
+    Raises:
+      WeightsError: if there is anything else among them.
+    """
+    tensors = _without_statistics(_unwrap(state, notes))
+    state.clear()
+    return tensors
+
+
 def _unwrap(state, notes):
     """Takes the model out of a training checkpoint, and common prefixes off the names."""
     for key in ("model", "state_dict", "model_state_dict"):
@@ -127,12 +132,12 @@ def _unwrap(state, notes):
     return state
 
 
-def _take_tensors(state):
+def _without_statistics(state):
     """Checks that all values are floating-point arrays, and takes the pixel statistics away."""
     odd = [k for k, v in state.items() if not isinstance(k, str) or not _is_floating(v)]
     if odd:
         raise WeightsError(
-            f"weights must be floating-point tensors by name; got others: {_listed(odd)}"
+            f"weights must be floating-point tensors by name; got others: {listed(odd)}"
         )
     for key, expected in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
         if key in state and not _is_close(np.ravel(state[key]), expected):
@@ -156,8 +161,8 @@ def _official_from_huggingface(tensors):
     twin = tensors.pop(names.HF_GAUSSIAN_TWIN, None)
     if twin is not None and not np.array_equal(tensors.setdefault(names.HF_GAUSSIAN, twin), twin):
         raise WeightsError(f"{names.HF_GAUSSIAN} and {names.HF_GAUSSIAN_TWIN} must be equal")
-    depth = _count(tensors, r"vision_encoder\.layers\.([0-9]{1,99})\.")
-    decoder_depth = _count(tensors, r"mask_decoder\.transformer\.layers\.([0-9]{1,99})\.")
+    depth = count_blocks(tensors, r"vision_encoder\.layers\.([0-9]{1,99})\.")
+    decoder_depth = count_blocks(tensors, r"mask_decoder\.transformer\.layers\.([0-9]{1,99})\.")
     table = names.official_names(depth, decoder_depth).values()
     official = {names.huggingface_name(name): name for name, _ in table}
     renamed = {}
@@ -170,20 +175,20 @@ def _official_from_huggingface(tensors):
 
 def _model_of(tensors):
     """The `Sam` whose variables have these shapes."""
-    position_shape = _shape(tensors, "image_encoder.pos_embed", 4)
-    patch_shape = _shape(tensors, "image_encoder.patch_embed.proj.weight", 4)
+    position_shape = shape_of(tensors, "image_encoder.pos_embed", 4)
+    patch_shape = shape_of(tensors, "image_encoder.patch_embed.proj.weight", 4)
     _, gh, gw, embed_dim = position_shape
     patch = patch_shape[-1]
-    depth = _count(tensors, r"image_encoder\.blocks\.([0-9]{1,99})\.")
+    depth = count_blocks(tensors, r"image_encoder\.blocks\.([0-9]{1,99})\.")
     tables = [
-        tuple(_shape(tensors, f"image_encoder.blocks.{i}.attn.rel_pos_{a}", 2)[0] for a in "hw")
+        tuple(shape_of(tensors, f"image_encoder.blocks.{i}.attn.rel_pos_{a}", 2)[0] for a in "hw")
         for i in range(depth)
     ]
     window, global_blocks = _windows(tables, (2 * gh - 1, 2 * gw - 1))
-    head_width = _shape(tensors, "image_encoder.blocks.0.attn.rel_pos_h", 2)[1]
-    mlp_dim = _shape(tensors, "image_encoder.blocks.0.mlp.lin1.weight", 2)[0]
-    prompt_dim = _shape(tensors, "prompt_encoder.no_mask_embed.weight", 2)[1]
-    mask_channels = _shape(tensors, "prompt_encoder.mask_downscaling.3.weight", 4)[0]
+    head_width = shape_of(tensors, "image_encoder.blocks.0.attn.rel_pos_h", 2)[1]
+    mlp_dim = shape_of(tensors, "image_encoder.blocks.0.mlp.lin1.weight", 2)[0]
+    prompt_dim = shape_of(tensors, "prompt_encoder.no_mask_embed.weight", 2)[1]
+    mask_channels = shape_of(tensors, "prompt_encoder.mask_downscaling.3.weight", 4)[0]
     for what, size, divisor in (
         ("the encoder's width", embed_dim, head_width),
         ("the MLPs' hidden width", mlp_dim, embed_dim),
@@ -203,9 +208,11 @@ def _model_of(tensors):
         mlp_ratio=mlp_dim // embed_dim,
         prompt_dim=prompt_dim,
         mask_channels=mask_channels,
-        decoder_depth=_count(tensors, r"mask_decoder\.transformer\.layers\.([0-9]{1,99})\."),
-        decoder_mlp_dim=_shape(tensors, "mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
-        iou_hidden_dim=_shape(tensors, "mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
+        decoder_depth=count_blocks(tensors, r"mask_decoder\.transformer\.layers\.([0-9]{1,99})\."),
+        decoder_mlp_dim=shape_of(tensors, "mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[
+            0
+        ],
+        iou_hidden_dim=shape_of(tensors, "mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
     )
 
 
@@ -234,7 +241,7 @@ def _fill(model, tensors, notes):
     Relative positions of a file whose absolute positions are for another frame are interpolated.
     """
     table = names.official_names(model.depth, model.decoder_depth)
-    _check_names("the file", tensors, {official for official, _ in table.values()})
+    check_names("the file", tensors, {official for official, _ in table.values()})
     shapes, misshapen = _shapes(model), []
     for ours, (official, layout) in table.items():
         got = tensors[official].shape
@@ -243,7 +250,7 @@ def _fill(model, tensors, notes):
         if got != expected and not (is_table and got[1] == expected[1]):
             misshapen.append(f"{official} {got} instead of {expected}")
     if misshapen:
-        raise WeightsError(f"tensors of wrong shapes: {_listed(misshapen)}")
+        raise WeightsError(f"tensors of wrong shapes: {listed(misshapen)}")
 
     flat = {}
     for ours, (official, layout) in table.items():
@@ -256,111 +263,33 @@ def _fill(model, tensors, notes):
 
 
 MAE_HEADS = {768: 12, 1024: 16, 1280: 16}  # by width: the heads cannot be seen from the shapes
-PATCH, FRAME = 16, (1024, 1024)  # what an MAE encoder is turned into
 
 
 def _from_mae(tensors, notes):
     """Puts an MAE encoder into a `Sam` whose other parts are freshly drawn from seed 0."""
-    dropped = sorted(k for k in tensors if names.MAE_DROPPED.fullmatch(k))
-    tensors = {k: v for k, v in tensors.items() if k not in dropped}
-    depth = _count(tensors, r"blocks\.([0-9]{1,99})\.")
-    mae_names = names.mae_names(depth)
-    _check_names("the MAE checkpoint", tensors, {"pos_embed", *mae_names.values()})
-    width = _shape(tensors, "pos_embed", 3)[2]
-    _shape(tensors, "patch_embed.proj.weight", 4)
+    width, depth = mae.width_of(tensors), mae.depth_of(tensors)
     if width not in MAE_HEADS or depth % 4:
         raise WeightsError(
             f"an MAE encoder must be {sorted(MAE_HEADS)} wide and its depth a multiple of 4; "
             f"got {width} wide and {depth} deep"
         )
     model = Sam(
-        image_size=FRAME,
-        patch_size=PATCH,
         embed_dim=width,
         depth=depth,
         num_heads=MAE_HEADS[width],
         global_blocks=tuple(range(depth // 4 - 1, depth, depth // 4)),
     )
-    official = {ours: tensors[theirs] for ours, theirs in mae_names.items()}
-    official["image_encoder.pos_embed"] = _mae_positions(tensors["pos_embed"], model)
-    kernel = official["image_encoder.patch_embed.proj.weight"]
-    official["image_encoder.patch_embed.proj.weight"] = _mae_patch_kernel(kernel)
+    encoder = mae.encoder_for(model, tensors, notes)
 
     @jax.jit
     def fresh():
         drawn = flax.traverse_util.flatten_dict(initialize(model, 0), sep="/")
-        table = names.official_names(depth, model.decoder_depth)
-        return {
-            name: layout.to_torch(drawn[ours])
-            for ours, (name, layout) in table.items()
-            if name not in official
-        }
+        return {path: value for path, value in drawn.items() if path not in encoder}
 
-    notes.append(f"dropped, as SAM has no place for them: {', '.join(dropped)}")
     notes.append(
-        f"positions resized to the {FRAME} frame; the neck, prompt encoder and mask decoder are "
-        "untrained (seed 0) and relative positions zero: train before use"
+        "the neck, prompt encoder and mask decoder are untrained (seed 0) and relative positions "
+        "zero: train before use"
     )
-    drawn = {name: np.asarray(value) for name, value in fresh().items()}
-    return model, _fill(model, official | drawn, notes)
-
-
-def _mae_positions(table, model):
-    """'1 (1 + g g) c' with a class token -> '1 gh gw c', bicubic."""
-    one, rows, c = table.shape
-    side = math.isqrt(rows - 1)
-    if one != 1 or side * side != rows - 1 or not side:
-        raise WeightsError(f"pos_embed must have shape (1, 1 + g * g, {c}); got {table.shape}")
-    table = table[:, 1:].reshape(1, side, side, c).astype(np.float32)
-    grid = [size // model.patch_size for size in model.image_size]
-    method = jax.image.ResizeMethod.CUBIC_PYTORCH
-    return np.asarray(jax.image.resize(table, (1, *grid, c), method, antialias=False))
-
-
-def _mae_patch_kernel(kernel):
-    """Resizes the 14x14 patches of ViT-H to 16x16, keeping the response to a constant patch."""
-    out, channels, height, width = kernel.shape
-    if height != width:
-        raise WeightsError(f"patch_embed.proj.weight must be square; got {kernel.shape}")
-    if height == PATCH:
-        return kernel
-    method = jax.image.ResizeMethod.CUBIC_PYTORCH
-    shape = (out, channels, PATCH, PATCH)
-    resized = jax.image.resize(kernel.astype(np.float32), shape, method, antialias=False)
-    return np.asarray(resized) * (height * width / PATCH**2)
-
-
-def _count(tensors, pattern):
-    """How many blocks there are, numbered from 0 without a gap where the pattern says."""
-    found = {int(m[1]) for name in tensors if (m := re.match(pattern, name))}
-    if not found:
-        raise WeightsError(f"no tensor is named like {pattern}; got {_listed(sorted(tensors))}")
-    if found != set(range(len(found))):
-        raise WeightsError(
-            f"names like {pattern} must count from 0 without a gap; got {_listed(sorted(found))}"
-        )
-    return len(found)
-
-
-def _shape(tensors, name, ndim):
-    if name not in tensors:
-        raise WeightsError(f"{name} is missing; got {_listed(tensors)}")
-    if tensors[name].ndim != ndim or 0 in tensors[name].shape:
-        raise WeightsError(f"{name} must have {ndim} axes, none empty; got {tensors[name].shape}")
-    return tensors[name].shape
-
-
-def _check_names(what, got, expected):
-    unknown, missing = sorted(set(got) - set(expected)), sorted(set(expected) - set(got))
-    if unknown or missing:
-        raise WeightsError(
-            f"{what} does not hold exactly the tensors of this model: "
-            f"unknown {_listed(unknown)}; missing {_listed(missing)}"
-        )
-
-
-def _listed(items, limit=12):
-    """Names some of the items and counts the others."""
-    items = [str(item) for item in items]
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return f"[{', '.join(items[:limit])}{more}]" if items else "none"
+    flat = encoder | {path: np.asarray(value) for path, value in fresh().items()}
+    check_shapes(model, flat, "the MAE checkpoint")
+    return model, flax.traverse_util.unflatten_dict(flat, sep="/")

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 
+from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.sam import Sam
-from sam_jax.weights import download, safetensors_file, store, torch_file
-from sam_jax.weights.convert import WeightsError, from_torch, to_torch
+from sam_jax.weights import download, mae, safetensors_file, store, torch_file
+from sam_jax.weights.convert import from_torch, take_tensors, to_torch
+from sam_jax.weights.tensors import WeightsError
 
 TINY = Path(__file__).with_name("sam_tiny")  # comes with the package: a weights directory
 FORMATS = ("sam_jax", "official", "huggingface")
@@ -50,13 +52,47 @@ def _to_device(tree: dict[str, Any]) -> dict[str, Any]:
 def read(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any], list[str]]:
     """Like `load`, but with numpy arrays, and a third result: what is notable about the file."""
     notes: list[str] = []
-    if str(path) in download.OFFICIAL and not Path(path).exists():
-        path = download.fetch(str(path))
-    if str(path) == "sam_tiny" and not Path(path).exists():
-        path = TINY
-    path = Path(path)
+    path = _find(path)
     if (path / store.MODEL).is_file():
         return *store.read(path), notes
+    return *from_torch(_read_state(path), notes), notes
+
+
+def read_autoencoder(
+    path: str | os.PathLike[str],
+) -> tuple[MaskedAutoencoder | None, dict[str, Any]] | None:
+    """Reads a masked autoencoder's tensors, if that is what there is.
+
+    Args:
+      path: as for `load`.
+    Returns:
+      The `MaskedAutoencoder`, or None where the file does not say more than its tensors; and
+      {name: array}, as facebookresearch/mae has them. None if the weights are no autoencoder's.
+    Raises:
+      ValueError, FileNotFoundError: if the file is damaged or missing.
+    """
+    path = _find(path)
+    if (path / store.MAE).is_file():
+        return store.read_mae(path)
+    if (path / store.MODEL).is_file():
+        return None
+    tensors = take_tensors(_read_state(path), [])
+    return (None, tensors) if mae.is_mae(tensors) else None
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    """The path of weights that may be known by a name."""
+    if str(path) in download.OFFICIAL and not Path(path).exists():
+        return Path(download.fetch(str(path)))
+    if str(path) == "sam_tiny" and not Path(path).exists():
+        return TINY
+    return Path(path)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What a file or folder in other formats than ours holds, by name."""
+    if (path / store.MAE).is_file():
+        return store.read_mae(path)[1]
     if path.is_dir():
         state = store.read_huggingface(path)
     elif path.is_file():
@@ -68,12 +104,12 @@ def read(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any], list[str]]:
         )
     if not isinstance(state, dict):
         raise WeightsError(f"{path} must hold a dict of tensors; got {type(state).__name__}")
-    return *from_torch(state, notes), notes
+    return state
 
 
 def save(
     path: str | os.PathLike[str],
-    model: Sam,
+    model: Sam | MaskedAutoencoder,
     variables: dict[str, Any],
     format: str | None = None,
 ) -> None:
@@ -81,7 +117,8 @@ def save(
 
     Args:
       path: of a file for the official format, of a directory for the others.
-      model: `Sam`; variables: its {"params", "constants"}.
+      model: `Sam`, or `MaskedAutoencoder`, whose official names are facebookresearch/mae's;
+        variables: its {"params", "constants"}.
       format: "sam_jax" (a weights directory), "official" (official names, a `.safetensors` file or
         else a PyTorch one) or "huggingface" (a folder for transformers). By default official for
         paths that end in .pth, .pt or .safetensors, otherwise sam_jax.
@@ -92,12 +129,15 @@ def save(
     if format is None:
         is_file = path.suffix in (".pth", ".pt", ".safetensors")
         format = "official" if is_file else "sam_jax"
+    is_sam = isinstance(model, Sam)
     if format == "sam_jax":
-        store.write(path, model, variables)
+        (store.write if is_sam else store.write_mae)(path, model, variables)
     elif format == "huggingface":
+        if not is_sam:
+            raise ValueError("a masked autoencoder is saved as sam_jax or official")
         store.write_huggingface(path, model, variables)
     elif format == "official":
-        state = to_torch(model, variables)
+        state = (to_torch if is_sam else mae.to_torch)(model, variables)
         path.parent.mkdir(parents=True, exist_ok=True)
         (safetensors_file if path.suffix == ".safetensors" else torch_file).write(path, state)
     else:

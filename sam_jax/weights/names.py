@@ -28,6 +28,7 @@ SAME = Layout(lambda x: x, lambda x: x)
 LINEAR = _axes(1, 0)  # (out, in) -> (in, out)
 CONV = _axes(2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
 DECONV = _axes(0, 2, 3, 1)  # (in, out, h, w) -> (in, h, w, out)
+TOKEN = Layout(lambda x: x.reshape(x.shape[-1]), lambda x: x.reshape(1, 1, -1))
 ROW = Layout(lambda x: x.reshape(x.shape[-1]), lambda x: x.reshape(1, -1))  # an embedding (1, c)
 
 
@@ -163,15 +164,38 @@ def huggingface_name(official):
     return official
 
 
-def mae_names(depth):
-    """The encoder of an MAE checkpoint: {official SAM name: MAE name}, positions not included."""
-    names = {"image_encoder.patch_embed.proj": "patch_embed.proj"}
+def mae_encoder_names(depth):
+    """An MAE encoder's layers: {our path in it, as in SAM's image encoder: (MAE name, Layout)}."""
+    names = _layer("patch_embed", "patch_embed.proj", CONV)
     for i in range(depth):
-        ours, theirs = f"image_encoder.blocks.{i}", f"blocks.{i}"
-        parts = {"mlp.lin1": "mlp.fc1", "mlp.lin2": "mlp.fc2"}
-        parts |= {part: part for part in ("norm1", "norm2", "attn.qkv", "attn.proj")}
-        names |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in parts.items()}
-    return {f"{a}.{p}": f"{b}.{p}" for a, b in names.items() for p in ("weight", "bias")}
+        names |= _mae_block(f"block_{i:02d}", f"blocks.{i}")
+    return names
+
+
+def mae_names(depth, decoder_depth):
+    """Every array of a masked autoencoder: {our path: (MAE name, Layout)}."""
+    names = mae_encoder_names(depth) | {
+        "class_token": ("cls_token", TOKEN),
+        "mask_token": ("mask_token", TOKEN),
+        **_norm("norm", "norm"),
+        **_layer("decoder_embed", "decoder_embed"),
+        **_norm("decoder_norm", "decoder_norm"),
+        **_layer("decoder_pred", "decoder_pred"),
+    }
+    for i in range(decoder_depth):
+        names |= _mae_block(f"decoder_block_{i:02d}", f"decoder_blocks.{i}")
+    return {f"params/{ours}": theirs for ours, theirs in names.items()}
+
+
+def _mae_block(ours, theirs):
+    return {
+        **_norm(f"{ours}/norm1", f"{theirs}.norm1"),
+        **_norm(f"{ours}/norm2", f"{theirs}.norm2"),
+        **_layer(f"{ours}/attention/qkv", f"{theirs}.attn.qkv"),
+        **_layer(f"{ours}/attention/proj", f"{theirs}.attn.proj"),
+        **_layer(f"{ours}/lin1", f"{theirs}.mlp.fc1"),
+        **_layer(f"{ours}/lin2", f"{theirs}.mlp.fc2"),
+    }
 
 
 # What of an MAE checkpoint a SAM encoder has no place for.

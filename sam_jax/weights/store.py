@@ -1,8 +1,9 @@
-"""Weights directories: our own (`model.json`, `weights.safetensors`) and Hugging Face's.
+"""Weights directories: ours (`model.json`, `weights.safetensors`), Hugging Face's, autoencoders'.
 
 A directory is written under a temporary name beside its target and then renamed, so that one under
 the target's name is whole. Ours holds a model's fields as JSON and its arrays flat by parameter
-path; Hugging Face's opens with transformers' `SamModel.from_pretrained`.
+path; Hugging Face's opens with transformers' `SamModel.from_pretrained`. An autoencoder's holds its
+fields (`mae.json`) and its tensors as facebookresearch/mae has them (`mae.safetensors`).
 """
 
 import contextlib
@@ -19,12 +20,15 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
 from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
-from sam_jax.weights import safetensors_file
-from sam_jax.weights.convert import WeightsError, check_shapes, to_huggingface
+from sam_jax.weights import mae, safetensors_file
+from sam_jax.weights.convert import check_shapes, to_huggingface
+from sam_jax.weights.tensors import WeightsError
 
 MODEL, WEIGHTS = "model.json", "weights.safetensors"
+MAE, MAE_WEIGHTS = "mae.json", "mae.safetensors"
 HF_CONFIG, HF_WEIGHTS, HF_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HF_PREPROCESSOR = "preprocessor_config.json"
 _JSON_LIMIT = 1 << 22  # bytes
@@ -61,6 +65,32 @@ def read(path):
         raise WeightsError(f"{path / WEIGHTS} must hold float32 arrays only; {odd[:12]} are not")
     check_shapes(model, flat, str(path / WEIGHTS))
     return model, flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def write_mae(path, model, variables):
+    """Writes a masked autoencoder and its variables, in place of an older one.
+
+    Raises:
+      WeightsError: if the variables are not those of the model.
+      FileExistsError: if something else is there.
+    """
+    state = mae.to_torch(model, variables)
+    with _replaced(Path(path), marker=MAE) as folder:
+        safetensors_file.write(folder / MAE_WEIGHTS, state)
+        _write_json(folder / MAE, fields_of(model))
+
+
+def read_mae(path):
+    """Reads the directory of a masked autoencoder -> (`MaskedAutoencoder`, {MAE name: array}).
+
+    Raises:
+      ValueError: if a file is missing or damaged.
+    """
+    path = Path(path)
+    model = model_from_fields(_read_json(path / MAE), path / MAE, MaskedAutoencoder)
+    if not (path / MAE_WEIGHTS).is_file():
+        raise WeightsError(f"{path / MAE_WEIGHTS} is missing")
+    return model, safetensors_file.read(path / MAE_WEIGHTS)
 
 
 def write_huggingface(path, model, variables):
@@ -105,19 +135,19 @@ def read_huggingface(path):
 
 def fields_of(model):
     """A model's fields as a dict; `model_from_fields` undoes it."""
-    return {f.name: getattr(model, f.name) for f in _sam_fields()}
+    return {f.name: getattr(model, f.name) for f in _fields_of_kind(type(model))}
 
 
-def model_from_fields(fields, where):
-    """The `Sam` with these fields, lists for tuples allowed.
+def model_from_fields(fields, where, kind=Sam):
+    """The `Sam`, or other kind of model, with these fields, lists for tuples allowed.
 
     Raises:
       WeightsError: naming what is unknown or of the wrong type, and `where` it stands.
     """
-    known = {f.name: f.default for f in _sam_fields()}
+    known = {f.name: f.default for f in _fields_of_kind(kind)}
     if unknown := sorted(fields.keys() - known.keys()):
         raise WeightsError(f"{where}: unknown fields {unknown}; allowed are {sorted(known)}")
-    hints = typing.get_type_hints(Sam)
+    hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     for name, value in values.items():
         if allowed := typing.get_args(hints[name]) if type(known[name]) is str else ():
@@ -125,34 +155,50 @@ def model_from_fields(fields, where):
                 raise WeightsError(f"{where}: {name} must be one of {allowed}; got {value!r}")
         elif not _is_like(value, known[name]):
             raise WeightsError(f"{where}: {name} must be like {known[name]!r}; got {value!r}")
-    model = Sam(**values)
-    _check_sizes(model, where)
+    model = kind(**values)
+    rules = _rules_of_encoder(model) | (_rules_of_sam if kind is Sam else _rules_of_mae)(model)
+    if broken := [rule for rule, holds in rules.items() if not holds]:
+        raise WeightsError(f"{where}: {'; '.join(broken)}; got {fields_of(model)}")
     return model
 
 
-def _check_sizes(model, where):
-    """Raises WeightsError unless the fields fit each other."""
+def _rules_of_encoder(model):
+    """How fields must fit each other: {rule: whether it holds}."""
     p = model.patch_size
-    rules = {
+    return {
         f"image_size must be two multiples of patch_size {p}, at most {MAX_SIDE}": (
             len(model.image_size) == 2
             and all(0 < side <= MAX_SIDE and side % p == 0 for side in model.image_size)
         ),
         "embed_dim must be a multiple of num_heads": model.embed_dim % model.num_heads == 0,
-        f"prompt_dim must be a multiple of 8, and of {CROSS_DOWNSAMPLE} x decoder_heads": (
-            model.prompt_dim % math.lcm(8, CROSS_DOWNSAMPLE * model.decoder_heads) == 0
-        ),
-        "mask_channels must be a multiple of 4": model.mask_channels % 4 == 0,
         f"depth and decoder_depth must be at most {MAX_DEPTH}": (
             max(model.depth, model.decoder_depth) <= MAX_DEPTH
         ),
     }
-    if broken := [rule for rule, holds in rules.items() if not holds]:
-        raise WeightsError(f"{where}: {'; '.join(broken)}; got {fields_of(model)}")
 
 
-def _sam_fields():
-    return [f for f in dataclasses.fields(Sam) if f.name not in ("parent", "name")]
+def _rules_of_mae(model):
+    return {
+        "embed_dim and decoder_dim must be multiples of 4": (
+            model.embed_dim % 4 == model.decoder_dim % 4 == 0
+        ),
+        "decoder_dim must be a multiple of decoder_heads": (
+            model.decoder_dim % model.decoder_heads == 0
+        ),
+    }
+
+
+def _rules_of_sam(model):
+    return {
+        f"prompt_dim must be a multiple of 8, and of {CROSS_DOWNSAMPLE} x decoder_heads": (
+            model.prompt_dim % math.lcm(8, CROSS_DOWNSAMPLE * model.decoder_heads) == 0
+        ),
+        "mask_channels must be a multiple of 4": model.mask_channels % 4 == 0,
+    }
+
+
+def _fields_of_kind(kind):
+    return [f for f in dataclasses.fields(kind) if f.name not in ("parent", "name")]
 
 
 def _is_like(value, default):

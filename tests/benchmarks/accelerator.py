@@ -197,7 +197,7 @@ def random_batch(model, images, masks):
     """A `Batch` of discs on noise."""
     import numpy as np
 
-    from sam_jax.data.loader import Batch
+    from sam_jax.data.framed import Batch
 
     rng = np.random.default_rng(0)
     h, w = model.image_size

@@ -21,7 +21,7 @@ import pycocotools.mask
 from PIL import Image
 
 from sam_jax.data.example import Example
-from sam_jax.data.loader import MAX_AREA, prepare
+from sam_jax.data.framed import MAX_AREA, Framed
 from sam_jax.masks import rle
 from sam_jax.predict.images import read_image
 from sam_jax.predict.transforms import size_in_frame
@@ -77,7 +77,7 @@ def main():
 def ours(sample, reduce_to=None):
     """The loader's preparation; every call draws the same masks."""
     example = Example(image=read_image(sample.jpeg, reduce_to), masks=sample.masks)
-    return prepare(example, FRAME, MASKS_PER_IMAGE, False, False, np.random.default_rng(0))
+    return Framed(FRAME, MASKS_PER_IMAGE)(example, np.random.default_rng(0))
 
 
 def naive(sample, transposed=False):

@@ -65,15 +65,16 @@ torch.save({name: torch.tensor(x) for name, x in state.items()}, f"{sys.argv[1]}
 
 def scenes(images, masks):
     """The arrays of a `Batch`: the first generated scenes that have so many masks."""
-    from sam_jax.data.loader import prepare
+    from sam_jax.data.framed import Framed
     from sam_jax.data.scenes import Scenes
     from sam_jax.model.sam import sam_tiny
 
-    frame, source, rng = sam_tiny().image_size, Scenes(), np.random.default_rng(0)
+    prepare, source = Framed(sam_tiny().image_size, masks), Scenes()
+    rng = np.random.default_rng(0)
     found = (i for i in range(len(source)) if len(source[i].masks) >= masks)
     rows = []
     for i in (next(found) for _ in range(images)):
-        row = prepare(source[i], frame, masks, flips=False, turns=False, rng=rng)
+        row = prepare(source[i], rng)
         rows.append(row | {"image_id": np.int32(i)})
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -198,7 +199,7 @@ def our_step(folder, images, points, extra_rounds):
     import jax
 
     import sam_jax
-    from sam_jax.data.loader import Batch
+    from sam_jax.data.framed import Batch
     from sam_jax.model.sam import sam_tiny
     from train.config import Interactive, Optimizer
     from train.interactive import make_interactive

@@ -80,8 +80,8 @@ def params(theirs):
         "decoder_embed": dense("decoder.decoder_embed"),
         "decoder_norm": norm("decoder.decoder_norm"),
         "decoder_pred": dense("decoder.decoder_pred"),
-        **{f"blocks_{i}": block(f"vit.layers.{i}") for i in range(2)},
-        **{f"decoder_blocks_{i}": block(f"decoder.decoder_layers.{i}") for i in range(2)},
+        **{f"block_{i:02d}": block(f"vit.layers.{i}") for i in range(2)},
+        **{f"decoder_block_{i:02d}": block(f"decoder.decoder_layers.{i}") for i in range(2)},
     }
 
 
@@ -143,7 +143,7 @@ def test_the_loss_and_its_gradients_are_theirs(theirs, params, image, keys):
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=TOLERANCE)
     layer = theirs.vit.layers[0]
-    assert_close(gradients["blocks_0"]["lin1"]["kernel"], layer.mlp.fc1.weight.grad.T.numpy())
+    assert_close(gradients["block_00"]["lin1"]["kernel"], layer.mlp.fc1.weight.grad.T.numpy())
     assert_close(gradients["class_token"], theirs.vit.embeddings.cls_token.grad.ravel().numpy())
     assert_close(gradients["mask_token"], theirs.decoder.mask_token.grad.ravel().numpy())
     kernel = theirs.vit.embeddings.patch_embeddings.projection.weight.grad

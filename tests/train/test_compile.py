@@ -14,12 +14,13 @@ from configs.sam_tiny import config as tiny
 from train.compile import (
     MOST_IMAGES,
     describe,
-    devices_of,
     most_images,
     reading_rate,
     schedule,
 )
-from train.config import ConfigError, override
+from train.config import ConfigError
+from train.lowering import devices_of
+from train.settings import override
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_tpu.json")

@@ -2,12 +2,14 @@
 
 import pytest
 
+from sam_jax.model.mae import mae_vit_b, mae_vit_h, mae_vit_l
 from sam_jax.model.sam import sam_vit_b, sam_vit_h, sam_vit_l
 from train.config import Interactive
 from train.flops import (
     block_flops,
     decoder_flops,
     encoder_flops,
+    painting_flops,
     peak_flops,
     rounds_flops,
     step_flops,
@@ -21,6 +23,13 @@ from train.flops import (
 def test_the_official_sizes(make, encoder, step):
     assert encoder_flops(make()) / 1e9 == pytest.approx(encoder, abs=0.5)
     assert step_flops(make(), Interactive()) / 1e12 == pytest.approx(step, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("make", "gigaflops"), [(mae_vit_b, 58.7), (mae_vit_l, 124.5), (mae_vit_h, 223.4)]
+)
+def test_masked_autoencoders(make, gigaflops):
+    assert painting_flops(make()) / 1e9 == pytest.approx(gigaflops, abs=0.1)
 
 
 @pytest.mark.parametrize(("tokens", "flops"), [(2, 3659), (7, 3741), (12, 3823)])

@@ -9,23 +9,31 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import sam_jax
+from configs.mae_tiny import config as painting
+from sam_jax.model.mae import mae_tiny
 from sam_jax.model.sam import sam_tiny
+from sam_jax.weights import mae
 from train.config import ConfigError, Data, TrainConfig
 from train.initial import initial_variables
+from train.task import task_of
 
 MODEL = sam_tiny(position_scale=1.0)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
 SIDE = 8  # tokens
 
 
+def begin(config):
+    return initial_variables(config, task_of(config).initialize)
+
+
 @pytest.fixture(scope="module")
 def drawn():
-    return initial_variables(CONFIG)
+    return begin(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def matched():
-    return initial_variables(dataclasses.replace(CONFIG, match_attention=2.0))
+    return begin(dataclasses.replace(CONFIG, match_attention=2.0))
 
 
 def test_matching_changes_queries_and_keys_of_cross_attention_alone(drawn, matched):
@@ -63,13 +71,69 @@ def test_matched_attention_looks_where_the_prompt_is(drawn, matched):
 def test_given_weights_are_taken_as_they_are(drawn, tmp_path):
     sam_jax.save(tmp_path / "w", MODEL, drawn)
     config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "w"), match_attention=2.0)
-    taken = initial_variables(config)
+    taken = begin(config)
     assert jax.tree.all(jax.tree.map(np.array_equal, taken, drawn))
     other = dataclasses.replace(config, model=sam_tiny(embed_dim=32))
     with pytest.raises(ConfigError, match="embed_dim was 64, is 32"):
-        initial_variables(other)
+        begin(other)
 
 
 def test_a_negative_scale_is_refused():
     with pytest.raises(ConfigError, match="match_attention must be at least 0"):
         dataclasses.replace(CONFIG, match_attention=-1.0)
+
+
+# From masked autoencoders.
+
+MAE = mae_tiny(image_size=(32, 48))
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    return mae.initialize(MAE, 3)
+
+
+def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencoder, tmp_path):
+    sam_jax.save(tmp_path / "mae", MAE, autoencoder)
+    config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "mae"))
+    begun = begin(config)
+    before, after = (flatten_dict(v["params"], sep="/") for v in (drawn, begun))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    parts = ("attention/qkv/kernel", "attention/proj/kernel", "lin1/kernel", "lin2/kernel")
+    assert changed == {
+        *(f"image_encoder/block_0{i}/{part}" for i in range(2) for part in parts),
+        *("image_encoder/patch_embed/kernel", "image_encoder/pos_embed"),
+    }  # biases and norms are drawn alike
+    kernel = autoencoder["params"]["block_01"]["lin1"]["kernel"]
+    np.testing.assert_array_equal(after["image_encoder/block_01/lin1/kernel"], kernel)
+    file = tmp_path / "mae.pth"
+    sam_jax.save(file, MAE.clone(image_size=(40, 40)), mae.initialize(MAE, 3))
+    begun = begin(dataclasses.replace(CONFIG, init_from=str(file), match_attention=2.0))
+    again = flatten_dict(begun["params"], sep="/")
+    np.testing.assert_array_equal(again["image_encoder/block_01/lin1/kernel"], kernel)
+    assert again["image_encoder/pos_embed"].shape == before["image_encoder/pos_embed"].shape
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (sam_tiny(num_heads=4), "an encoder of 2 heads; model.num_heads is 4"),
+        (sam_tiny(embed_dim=32), "64 wide and 2 deep; the model is 32 wide"),
+    ],
+)
+def test_an_autoencoder_of_another_encoder_is_refused(autoencoder, tmp_path, model, said):
+    sam_jax.save(tmp_path / "mae", MAE, autoencoder)
+    with pytest.raises(ConfigError, match=said):
+        begin(dataclasses.replace(CONFIG, model=model, init_from=str(tmp_path / "mae")))
+
+
+def test_an_autoencoder_begins_with_another_of_the_same_sizes(autoencoder, tmp_path):
+    sam_jax.save(tmp_path / "mae", MAE, autoencoder)
+    config = dataclasses.replace(painting, model=MAE, init_from=str(tmp_path / "mae"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, begin(config), autoencoder))
+    with pytest.raises(ConfigError, match="decoder_depth was 1, is 2"):
+        begin(dataclasses.replace(config, model=MAE.clone(decoder_depth=2)))
+    sam_jax.save(tmp_path / "mae.pth", MAE, autoencoder)
+    with pytest.raises(ConfigError, match="must be the weights directory of a masked autoencoder"):
+        begin(dataclasses.replace(config, init_from=str(tmp_path / "mae.pth")))

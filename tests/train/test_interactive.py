@@ -18,7 +18,7 @@ import optax
 import pytest
 import scipy.stats
 
-from sam_jax.data.loader import Batch
+from sam_jax.data.framed import Batch
 from sam_jax.model.mask_decoder import Masks
 from sam_jax.model.prompt_encoder import (
     ABSENT,
@@ -34,7 +34,6 @@ from train.config import Interactive
 from train.interactive import CLICK, DROP_PATH, DROPOUT, INSERTION, make_interactive
 from train.prompts import click_on_error, first_prompt
 
-pytestmark = pytest.mark.xdist_group("rounds")  # which share what is compiled
 KEY = jax.random.key(5)
 TOLERANCE = 1e-5
 

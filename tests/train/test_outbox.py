@@ -164,7 +164,7 @@ def test_a_run_in_a_store_goes_on_and_leaves_everything_there(bucket, monkeypatc
         assert (epath.Path(RUN) / "config.json").exists()  # before there is a checkpoint
         return next_step
 
-    def conclude(config, folder, variables, held_out):
+    def conclude(config, task, folder, variables, held_out):
         sam_jax.save(folder / "weights", config.model, variables)
         (folder / "report").mkdir()
         (folder / "report" / "index.html").write_text("well")

@@ -1,10 +1,19 @@
-"""The masked autoencoder's loss by hand; `tests/reference/test_mae.py` has it against theirs."""
+"""The masked autoencoder's objective; `tests/reference/test_mae.py` has it against theirs."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
-from sam_jax.model.mae import Painted
-from train.pretrain import painting_loss
+from configs.mae_tiny import config as tiny
+from sam_jax.data.cropped import Crops
+from sam_jax.model.mae import Painted, mae_tiny
+from train.config import Painting
+from train.pretrain import make_painting, painting_loss
+from train.task import task_of
+
+MODEL = mae_tiny(image_size=(32, 32), depth=1)
 
 
 def test_hidden_patches_alone_count_each_by_its_own_scale():
@@ -16,3 +25,43 @@ def test_hidden_patches_alone_count_each_by_its_own_scale():
     hidden = np.array([[True, False, False, True]])
     loss = painting_loss(Painted(patches.astype(np.float32), hidden), image, 2)
     assert loss == pytest.approx((1 + 9) / 2, rel=1e-4)
+
+
+def test_plain_colours_can_be_painted_instead():
+    image = np.random.default_rng(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
+    patches = image.reshape(1, 2, 2, 2, 2, 3).swapaxes(2, 3).reshape(1, 4, 12) + 2
+    hidden = np.array([[True, True, False, False]])
+    loss = painting_loss(Painted(patches, hidden), image, 2, normalized=False)
+    assert loss == pytest.approx(4, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return task_of(dataclasses.replace(tiny, model=MODEL)).initialize()["params"]
+
+
+@pytest.fixture(scope="module")
+def objective(jit):
+    return jit(make_painting(MODEL, Painting()))
+
+
+def batch_of(*ids):
+    image = lambda i: np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+    return Crops(np.stack([image(i) for i in ids]), np.array(ids, np.int32))
+
+
+def test_what_is_hidden_depends_on_the_image_and_the_step_alone(objective, params):
+    key = jax.random.key(0)
+    loss = lambda *ids, key=key: float(objective(params, {}, batch_of(*ids), key)[0])
+    alone = [loss(i, i) for i in (3, 4)]
+    assert loss(3, 4) == pytest.approx(np.mean(alone), rel=1e-5)
+    assert loss(4, 3) == pytest.approx(np.mean(alone), rel=1e-5)
+    assert abs(loss(3, 3, key=jax.random.key(1)) - alone[0]) > 1e-4
+
+
+def test_gradients_reach_every_parameter(jit, params):
+    objective = make_painting(MODEL, Painting())
+    gradient = jit(jax.grad(lambda p: objective(p, {}, batch_of(1, 2), jax.random.key(0))[0]))
+    for path, x in jax.tree_util.tree_leaves_with_path(gradient(params)):
+        assert np.isfinite(x).all()
+        assert np.abs(x).max() > 0, path

@@ -15,8 +15,8 @@ from sam_jax.data.example import BadSample, Example
 from sam_jax.data.scenes import Scenes
 from sam_jax.data.source import select
 from sam_jax.masks import rle
-from train import examples, plots, report
-from train.config import to_dict
+from train import examples, page, plots, report
+from train.settings import to_dict
 
 EVALUATION = {
     "source": "scenes",
@@ -89,9 +89,9 @@ def write(workdir, source, rows, evaluations=(), name="scenes"):
         if lines:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (workdir / f"{file}.jsonl").write_text(text)
-    page = report.write_report(workdir, Stub(), source, EVALUATION | {"source": name})
-    assert page == workdir / "report" / "index.html"
-    return page.parent
+    written = report.write_report(workdir, Stub(), source, EVALUATION | {"source": name})
+    assert written == workdir / "report" / "index.html"
+    return written.parent
 
 
 class Page(html.parser.HTMLParser):
@@ -132,21 +132,22 @@ def test_report(tmp_path, source, steps, evaluated, objects):
         assert 200 < picture.shape[0] < 5000
         assert picture[..., :3].std() > 0.05, "something is drawn"
 
-    page = Page((folder / "index.html").read_text(encoding="utf-8"))
-    assert not page.tags & {"script", "b", "iframe", "link"}
-    assert sorted(page.links) == [
+    read = Page((folder / "index.html").read_text(encoding="utf-8"))
+    assert not read.tags & {"script", "b", "iframe", "link"}
+    assert sorted(read.links) == [
         "../config.json", "clicks.png", "curves.png", "examples.png", "examples.png"
     ]  # fmt: skip
-    assert page.text.count(hostile) >= 3  # title, heading, configuration
+    assert read.text.count(hostile) >= 3  # title, heading, configuration
     for number in ("0.712", "0.803", "0.915", "0.861", "0.890", "571", "0.7752"):
-        assert number in page.text
-    assert page.text.count(", mask ") == objects
-    assert page.text.count(source.name(0)) == 1
+        assert number in read.text
+    assert read.text.count(", mask ") == objects
+    assert read.text.count(source.name(0)) == 1
 
 
 def test_the_fields_of_the_config_are_there(tmp_path):
     text = (write(tmp_path, select(Scenes((32, 32)), "7"), rows(2)) / "index.html").read_text()
-    assert [name for name in report.MAIN if f">{name}<" not in text] == []
+    of_autoencoders = {"model.mask_ratio", "data.min_area"}
+    assert {name for name in page.MAIN if f">{name}<" not in text} == of_autoencoders
 
 
 def test_objects_are_of_all_sizes_and_of_different_images():

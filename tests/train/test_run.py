@@ -17,8 +17,6 @@ from tests.train.running import CONFIG, ROOT, finish, losses, start_run
 from train import __main__ as command
 from train.metrics import read_rows
 
-pytestmark = pytest.mark.xdist_group("runs")  # which share what is compiled
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

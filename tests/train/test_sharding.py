@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sam_jax.data.loader import Batch, Loader
+from sam_jax.data.framed import Batch, Framed
+from sam_jax.data.loader import Loader
 from sam_jax.data.source import open_source
 from sam_jax.model.sam import sam_tiny
 from sam_jax.weights.convert import initialize
@@ -107,7 +108,7 @@ MODEL = sam_tiny(image_size=(32, 32), depth=2, embed_dim=16, prompt_dim=16, glob
 def losses_of_five_steps(mesh):
     """Five steps of the same batches of eight scenes, from the same weights; and the last state."""
     config = Interactive(masks_per_image=2, chunk=1, points=2)
-    loader = Loader(open_source("scenes"), np.arange(64), MODEL.image_size, 8, 2, seed=0)
+    loader = Loader(open_source("scenes"), np.arange(64), Framed(MODEL.image_size, 2), 8, seed=0)
     optimizer = make_optimizer(Optimizer(peak_lr=1e-3, warmup_steps=2), MODEL.depth)
     variables = jax.jit(initialize, static_argnums=(0, 1))(MODEL, 0)
     state = born_on(mesh, lambda given: init_state(given, optimizer), variables)

@@ -10,7 +10,8 @@ import scipy.ndimage
 import scipy.stats
 
 from sam_jax.data.example import BadSample, Example
-from sam_jax.data.loader import Batch, Loader
+from sam_jax.data.framed import Batch, Framed
+from sam_jax.data.loader import Loader
 from sam_jax.data.scenes import Scenes
 from sam_jax.masks import rle
 
@@ -63,8 +64,10 @@ class Given:
 
 
 def loader(source, **changes):
-    fields = dict(frame=FRAME, batch_size=4, masks_per_image=3, seed=0)
-    return Loader(source=source, **(dict(indices=np.arange(len(source))) | fields | changes))
+    of_prepare = {f.name for f in dataclasses.fields(Framed)} & changes.keys()
+    prepare = {"frame": FRAME, "masks_per_image": 3} | {k: changes.pop(k) for k in of_prepare}
+    fields = dict(indices=np.arange(len(source)), batch_size=4, seed=0) | changes
+    return Loader(source=source, prepare=Framed(**prepare), **fields)
 
 
 def batch_of(source, step=0, **changes):

@@ -64,7 +64,7 @@ def test_scenes():
     ("name", "message"),
     [
         ("", "source '' is of no known kind; it must be sa1b:PATH, tfds:DATASET"),
-        ("images/", "source 'images/' is of no known kind; it must be"),
+        ("pictures/", "source 'pictures/' is of no known kind; it must be"),
         ("sa1:images", r"source 'sa1:images' is of no known kind \(did you mean sa1b\?\)"),
         ("label:x", r"\(did you mean labels\?\)"),
         ("SCENES", "is of no known kind"),

@@ -1,0 +1,22 @@
+"""A tiny masked autoencoder of real microscopy, which `sam_tiny_nuclei` can begin with.
+
+    python -m train configs/mae_tiny_nuclei.py --workdir runs/mae --set data.source=labels:DIR
+
+DIR is that of configs/sam_tiny_nuclei.py, whose patches it has; no mask is looked at. A crop is
+enlarged about as much as images are there. Cost: five minutes on two CPU cores.
+"""
+
+import dataclasses
+
+from configs.mae_tiny import config as tiny
+from sam_jax.model.mae import mae_tiny
+from train.config import CropData
+
+config = dataclasses.replace(
+    tiny,
+    model=mae_tiny(image_size=(224, 224), patch_size=16),
+    data=CropData(source="labels:data/dsb2018", held_out="0::5", min_area=0.1, turns=True),
+    optimizer=dataclasses.replace(tiny.optimizer, cosine_steps=1000),
+    batch_size=32,
+    num_steps=1000,
+)

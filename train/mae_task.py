@@ -1,0 +1,63 @@
+"""To paint what is hidden of images: a run of the masked autoencoder."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from sam_jax.data.cropped import Cropped, Crops
+from sam_jax.data.source import Selection
+from sam_jax.weights import mae
+from train.config import TrainConfig
+from train.flops import painting_flops
+from train.paintings import evaluate_paintings, write_paintings
+from train.pretrain import make_painting
+
+
+class MaeTask:
+    """See `Task`."""
+
+    needs_masks = False
+
+    def __init__(self, config: TrainConfig) -> None:
+        model, data = config.model, config.data
+        self.config = config
+        self.prepare = Cropped(
+            model.image_size, model.patch_size, data.min_area, data.flips, data.turns
+        )
+        smallest = tuple(int(side * data.min_area**-0.5) for side in model.image_size)
+        self.reduce_to = smallest if data.half_size_jpeg else None
+        self.objective = make_painting(model, config.objective)
+        self.flops = painting_flops(model)
+        self.initialize = functools.partial(mae.initialize, model, config.seed)
+
+    def batch_like(self) -> Crops:
+        b = self.config.batch_size
+        like = jax.ShapeDtypeStruct
+        return Crops(
+            image=like((b, *self.config.model.image_size, 3), jnp.uint8),
+            image_id=like((b,), jnp.int32),
+        )
+
+    def completion(self, variables: dict, path: Path, seen: Selection) -> Callable:
+        """Nothing."""
+        del variables, path, seen
+        return lambda batch: batch
+
+    def bytes_on_disk(self, seen: Selection) -> int:
+        del seen
+        return 0
+
+    def evaluate(self, variables: dict, held_out: Selection) -> dict:
+        """See `evaluate_paintings`."""
+        indices = tqdm(held_out.indices.tolist(), "evaluation", unit="image", leave=False)
+        model, objective = self.config.model, self.config.objective
+        return evaluate_paintings(model, variables["params"], objective, held_out.source, indices)
+
+    def report(self, workdir: Path, variables: dict, held_out: Selection, evaluation: dict) -> None:
+        model, objective = self.config.model, self.config.objective
+        write_paintings(workdir, model, variables["params"], objective, held_out, evaluation)
+        print(f"loss of {evaluation['images']} held-out images: {evaluation['loss']:.4f}")

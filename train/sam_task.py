@@ -1,0 +1,71 @@
+"""To segment what prompts mean: a run of SAM."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from sam_jax.data.framed import Batch, Framed
+from sam_jax.data.source import Selection
+from sam_jax.evaluate.clicks import evaluate_clicks, table
+from sam_jax.predict.predictor import SamPredictor
+from sam_jax.weights.convert import initialize
+from train.config import TrainConfig, learns_encoder
+from train.embeddings import Embeddings
+from train.flops import step_flops
+from train.interactive import make_interactive
+from train.report import write_report
+
+
+class SamTask:
+    """See `Task`."""
+
+    needs_masks = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        model, data, objective = config.model, config.data, config.objective
+        self.config = config
+        self.prepare = Framed(model.image_size, objective.masks_per_image, data.flips, data.turns)
+        self.reduce_to = model.image_size if data.half_size_jpeg else None
+        self.objective = make_interactive(model, objective)
+        self.flops = step_flops(model, objective) if learns_encoder(config) else None
+        self.initialize = functools.partial(initialize, model, config.seed)
+
+    def batch_like(self) -> Batch:
+        b, n = self.config.batch_size, self.config.objective.masks_per_image
+        h, w = self.config.model.image_size
+        like = jax.ShapeDtypeStruct
+        return Batch(
+            image=like((b, h, w, 3), jnp.uint8),
+            size=like((b, 2), jnp.int32),
+            image_id=like((b,), jnp.int32),
+            masks=like((b, n, h, -(-w // 8)), jnp.uint8),
+            mask_id=like((b, n), jnp.int32),
+            valid=like((b, n), bool),
+        )
+
+    def completion(self, variables: dict, path: Path, seen: Selection) -> Callable:
+        """A frozen encoder's embeddings are added."""
+        if learns_encoder(self.config):
+            return lambda batch: batch
+        return Embeddings(self.config.model, variables, path, len(seen.source))
+
+    def bytes_on_disk(self, seen: Selection) -> int:
+        if learns_encoder(self.config):
+            return 0
+        model = self.config.model
+        gh, gw = (side // model.patch_size for side in model.image_size)
+        return 4 * len(seen.source) * gh * gw * model.prompt_dim
+
+    def evaluate(self, variables: dict, held_out: Selection) -> dict:
+        """See `evaluate_clicks`."""
+        predictor = SamPredictor(self.config.model, variables)
+        indices = tqdm(range(len(held_out)), "evaluation", unit="image", leave=False)
+        return evaluate_clicks(predictor, held_out, indices)
+
+    def report(self, workdir: Path, variables: dict, held_out: Selection, evaluation: dict) -> None:
+        write_report(workdir, SamPredictor(self.config.model, variables), held_out, evaluation)
+        print(table(evaluation))

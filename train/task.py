@@ -1,0 +1,58 @@
+"""What a run learns: all in which runs differ from one another."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from sam_jax.data.loader import Prepare
+from sam_jax.data.source import Selection
+from train.config import TrainConfig, is_painting
+from train.mae_task import MaeTask
+from train.sam_task import SamTask
+
+
+class Task(Protocol):
+    """A thing to learn.
+
+    Attributes:
+      needs_masks: whether examples' masks have to be read.
+      prepare: what makes an example a row of a batch.
+      reduce_to: the frame that images are decoded for, see `open_source`; None: in full.
+      objective: f(params, constants, batch, key) -> (loss, values).
+      flops: of the reference, a training step of one image; None if not all of it is done.
+    """
+
+    needs_masks: bool
+    prepare: Prepare
+    reduce_to: tuple[int, int] | None
+    objective: Callable
+    flops: float | None
+
+    def initialize(self) -> dict:
+        """Draws variables, as a run without `init_from` begins with."""
+        ...
+
+    def batch_like(self) -> Any:
+        """The shapes of a batch of all hosts."""
+        ...
+
+    def completion(self, variables: dict, path: Path, seen: Selection) -> Callable:
+        """What a batch goes through before a step; `path` is of a file of this host's own."""
+        ...
+
+    def bytes_on_disk(self, seen: Selection) -> int:
+        """What the completion will write."""
+        ...
+
+    def evaluate(self, variables: dict, held_out: Selection) -> dict:
+        """What evaluation.json holds."""
+        ...
+
+    def report(self, workdir: Path, variables: dict, held_out: Selection, evaluation: dict) -> None:
+        """Writes report/, and prints the evaluation."""
+        ...
+
+
+def task_of(config: TrainConfig) -> Task:
+    """What a config says is to be learnt."""
+    return MaeTask(config) if is_painting(config) else SamTask(config)
