@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test test-colabs test-reference test-tpu lint bench clean
+.PHONY: install train pretrain test test-colabs test-reference test-tpu lint bench clean
 
 install: .venv/test
 
@@ -23,6 +23,9 @@ install: .venv/test
 
 train: .venv/test
 	$(BIN)/python -m train configs/sam_tiny.py --workdir runs/sam_tiny
+
+pretrain: .venv/test
+	$(BIN)/python -m train configs/mae_tiny.py --workdir runs/mae_tiny
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not reference and not colab and not tpu'

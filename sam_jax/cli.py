@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 EXAMPLES = {
     "predict": "sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/",
@@ -12,7 +13,9 @@ EXAMPLES = {
 }
 
 
-SOURCE_HELP = "sa1b:PATH, coco:FOLDER, labels:FOLDER, tfds:DATASET[/SPLIT][@FOLDER] or scenes"
+SOURCE_HELP = (
+    "sa1b:PATH, coco:FOLDER, labels:FOLDER, images:FOLDER, tfds:DATASET[/SPLIT][@FOLDER] or scenes"
+)
 
 
 def main(argv=None):
@@ -132,12 +135,16 @@ def _predict(args):
 
 
 def _convert(args):
-    from sam_jax.weights import formats
+    from sam_jax.weights import formats, mae, store
 
-    model, variables, notes = formats.read(args.source)
-    formats.save(args.target, model, variables, format=args.format)
-    for note in notes:
-        print(f"note: {note}")
+    if (Path(args.source) / store.MAE).is_file():
+        model, tensors = store.read_mae(args.source)
+        formats.save(args.target, model, mae.from_torch(model, tensors), format=args.format)
+    else:
+        model, variables, notes = formats.read(args.source)
+        formats.save(args.target, model, variables, format=args.format)
+        for note in notes:
+            print(f"note: {note}")
     print(f"{args.source} -> {args.target}")
 
 

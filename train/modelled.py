@@ -33,6 +33,13 @@ PIXELS = {
     "upscaling_forward": 5217,
     "upscaling_backward": 12412,
 }
+# Of an image's attention among its (tokens, channels of all heads): forward, and backward.
+TOKENS = {
+    (50, 768): {"token_attention_forward": 1210, "token_attention_backward": 2475},
+    (50, 1024): {"token_attention_forward": 1338, "token_attention_backward": 3365},
+    (50, 1280): {"token_attention_forward": 1785, "token_attention_backward": 3857},
+    (197, 512): {"token_attention_forward": 5080, "token_attention_backward": 12792},
+}
 COLLECTIVES = (
     "all-gather",
     "reduce-scatter",
@@ -207,6 +214,14 @@ def kernel_seconds(kernel: Instruction, chip: Chip) -> float | None:
             if [c, pixels] in sides:  # positions, which are read for every object
                 moved += (count - 1) * bytes_of(f"bf16[{c},{pixels}]")
             return max(cycles * count * pixels / 1024 / second, moved / chip.bandwidth)
+    if found := re.search("token_attention_(?:forward|backward)", kernel.name):
+        images, tokens, channels = sides[0]
+        if (tokens, channels // 3) not in TOKENS:
+            return None
+        cycles = TOKENS[tokens, channels // 3][found[0]] * (images + 2)
+        return max(
+            cycles / second, (bytes_of(operands[1]) + bytes_of(kernel.shape)) / chip.bandwidth
+        )
     for name, cycles in WINDOWS.items():
         if kernel.name.startswith(name):
             windows, _, channels = sides[0]

@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from jax import lax
 
 from sam_jax.model import flash_attention
-from sam_jax.model.kernels import window_attention
+from sam_jax.model.kernels import token_attention, window_attention
 from sam_jax.model.layers import xavier_uniform
 from sam_jax.model.platform import platform
 
@@ -78,6 +78,9 @@ class Attention(nn.Module):
 def attend_without_positions(qkv, num_heads):
     """Attention within grids of few tokens: 'b h w (3 head d)' -> 'b h w (head d)'."""
     width = qkv.shape[2]
+    tokens = rearrange(qkv, "b h w c -> b (h w) c")
+    if token_attention.has_kernel(tokens):
+        return rearrange(token_attention.attend(tokens, num_heads), "b (h w) c -> b h w c", w=width)
     q, k, v = rearrange(qkv, "b h w (qkv head d) -> qkv b head (h w) d", qkv=3, head=num_heads)
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
     return rearrange(weigh(logits, v), "b head (h w) d -> b h w (head d)", w=width)

@@ -4,7 +4,7 @@ Source: He et al. 2022 ("Masked Autoencoders Are Scalable Vision Learners"), who
 Anything's begins as. Its blocks are those of `ImageEncoder`, attending to all visible patches,
 without relative positions.
 
-Differences: only visible patches are ever embedded; the masks are drawn by the image.
+Differences: masks are drawn from a key an image.
 """
 
 from contextlib import AbstractContextManager
@@ -138,12 +138,9 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, image: jax.Array, visible: jax.Array) -> jax.Array:
         """Encodes the patches 'b v' of images 'b h w 3' -> 'b (1 v) c', the class token first."""
-        p = self.patch_size
-        patches = jnp.take_along_axis(patches_of(image, p), visible[..., None], axis=1)
-        column = rearrange(patches, "b v (i j c) -> b (v i) j c", i=p, j=p)
-        x = rearrange(self.patch_embed(column), "b v 1 c -> b v c")
-        positions = encode_positions(*self.grid, self.embed_dim)
-        x = x + jnp.asarray(positions, self.dtype)[visible]
+        x = rearrange(self.patch_embed(image), "b gh gw c -> b (gh gw) c")
+        x = x + jnp.asarray(encode_positions(*self.grid, self.embed_dim), self.dtype)
+        x = jnp.take_along_axis(x, visible[..., None], axis=1)
         blocks = [getattr(self, f"block_{i:02d}") for i in range(self.depth)]
         return self.norm(apply_to_rows(blocks, prepend(self.class_token, x)))
 

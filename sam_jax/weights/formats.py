@@ -55,6 +55,10 @@ def read(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any], list[str]]:
     path = _find(path)
     if (path / store.MODEL).is_file():
         return *store.read(path), notes
+    if (path / store.MAE).is_file():
+        raise WeightsError(
+            f"{path} holds a masked autoencoder, no SAM: one can begin with it, by init_from={path}"
+        )
     return *from_torch(_read_state(path), notes), notes
 
 
@@ -91,8 +95,6 @@ def _find(path: str | os.PathLike[str]) -> Path:
 
 def _read_state(path: Path) -> dict[str, Any]:
     """What a file or folder in other formats than ours holds, by name."""
-    if (path / store.MAE).is_file():
-        return store.read_mae(path)[1]
     if path.is_dir():
         state = store.read_huggingface(path)
     elif path.is_file():

@@ -13,7 +13,10 @@ from PIL import Image
 import sam_jax
 from sam_jax.cli import main
 from sam_jax.masks import rle
+from sam_jax.model.mae import mae_tiny
+from sam_jax.weights import mae
 from sam_jax.weights.convert import initialize
+from sam_jax.weights.formats import read_autoencoder, save
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +182,17 @@ def test_convert_goes_there_and_back(weights, tmp_path, capsys):
     first, last = (os.path.join(p, "weights.safetensors") for p in (weights, paths[3]))
     with open(first, "rb") as a, open(last, "rb") as b:
         assert a.read() == b.read()
+
+
+def test_convert_writes_an_autoencoder_as_mae_has_it(tmp_path, capsys):
+    model = mae_tiny(image_size=(16, 24))
+    save(tmp_path / "mae", model, mae.initialize(model, 0))
+    assert main(["convert", str(tmp_path / "mae"), str(tmp_path / "mae.pth")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'mae'} -> {tmp_path / 'mae.pth'}\n"
+    _, tensors = read_autoencoder(tmp_path / "mae.pth")
+    assert tensors["decoder_pos_embed"].shape == (1, 1 + 2 * 3, 64)
+    assert main(["info", "--weights", str(tmp_path / "mae")]) == 1
+    assert "holds a masked autoencoder, no SAM" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -35,6 +35,25 @@ config = TrainConfig(
 )
 """
 
+AUTOENCODER = """
+from sam_jax.model.mae import mae_tiny
+from train.config import CropData, Optimizer, Painting, TrainConfig
+
+config = TrainConfig(
+    model=mae_tiny(image_size=(32, 32), depth=1),
+    data=CropData(source="scenes:40x48", held_out="::20000"),
+    objective=Painting(),
+    optimizer=Optimizer(
+        peak_lr=1e-3, warmup_steps=2, drop_at=(), cosine_steps=8, weight_decay=0.05, layer_decay=1.0
+    ),
+    batch_size=4,
+    num_steps=8,
+    log_every=1,
+    checkpoint_every=2,
+    evaluate_every=4,
+)
+"""
+
 
 def start_run(config, cache, workdir, *settings, devices=None, hosts=()):
     """Starts `python -m train`.

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam_jax.model.mae import mae_tiny
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import sam_tiny, sam_vit_b, sam_vit_h, sam_vit_l
+from sam_jax.weights import mae
 from train.config import ConfigError, Optimizer
 from train.optimizer import (
     check_train_only,
@@ -67,6 +69,14 @@ def test_schedule_of_the_paper():
     for step, value in expected.items():
         np.testing.assert_allclose(rate(step), value, rtol=1e-6, err_msg=str(step))
         np.testing.assert_allclose(rate(jnp.int32(step)), value, rtol=1e-6, err_msg=str(step))
+
+
+def test_a_half_cosine_follows_the_warm_up():
+    rate = make_schedule(Optimizer(peak_lr=2e-3, warmup_steps=100, drop_at=(), cosine_steps=1100))
+    expected = {0: 2e-5, 99: 2e-3, 100: 2e-3, 350: 1e-3 + 2**-0.5 * 1e-3, 600: 1e-3, 1100: 0}
+    for step, value in expected.items():
+        assert rate(step) == pytest.approx(value, rel=1e-5, abs=1e-9)
+    assert rate(5000) == pytest.approx(0, abs=1e-9)
 
 
 def test_schedule_without_warm_up_and_drops():
@@ -199,6 +209,13 @@ GRADIENTS = {
 CONFIG = Optimizer(
     peak_lr=0.1, warmup_steps=2, drop_at=(3,), weight_decay=0.2, layer_decay=0.5, b1=0.8, b2=0.9
 )
+
+
+def test_what_decays_in_masked_autoencoders():
+    """As in MAE, all but biases and norms: class and mask tokens too."""
+    params = jax.eval_shape(lambda: mae.initialize(mae_tiny(), 0))["params"]
+    for path, decays in flatten(is_decayed(params)).items():
+        assert decays == (not path.endswith(("bias", "scale"))), path
 
 
 def gradients_of(step):

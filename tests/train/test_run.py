@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import sam_jax
-from tests.train.running import CONFIG, ROOT, finish, losses, start_run
+from sam_jax.weights.formats import read_autoencoder
+from tests.train.running import AUTOENCODER, CONFIG, ROOT, finish, losses, start_run
 from train import __main__ as command
 from train.metrics import read_rows
 
@@ -96,6 +97,36 @@ def test_a_frozen_encoder_stays_and_the_rest_learns(start, whole, tmp_path):
     for part, tree in after.items():
         pairs = zip(*map(jax.tree.leaves, (tree, before[part])), strict=True)
         assert all(np.array_equal(x, y) for x, y in pairs) is (part != "mask_decoder")
+
+
+def test_a_masked_autoencoder_that_was_killed_ends_the_same(start, tmp_path):
+    config = tmp_path / "autoencoder.py"
+    config.write_text(AUTOENCODER)
+    start = functools.partial(start_run, config, *start.args[1:])
+    for name in ("whole", "killed"):
+        process = start(tmp_path / name)
+        while name == "killed" and len(read_rows(tmp_path / name / "metrics.jsonl")) < 5:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.002)
+        if name == "killed":
+            process.kill()
+            process.communicate()
+            process = start(tmp_path / name)
+        finish(process)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert losses(killed) == losses(whole)
+    assert [step for step, _, _ in losses(whole)] == list(range(1, 9))
+    weights = [(w / "weights" / "mae.safetensors").read_bytes() for w in (whole, killed)]
+    assert weights[0] == weights[1]
+    assert read_autoencoder(whole / "weights")[0].image_size == (32, 32)
+    scores = json.loads((whole / "evaluation.json").read_text())
+    assert (scores["images"], scores["bad_samples"]) == (5, 0)
+    assert 0 < scores["loss"] < 2
+    (on_the_way,) = read_rows(whole / "evaluations.jsonl")
+    assert (on_the_way["step"], on_the_way["images"]) == (4, 5)
+    assert {path.name for path in (whole / "report").iterdir()} == {
+        *("index.html", "curves.png", "paintings.png"),
+    }
 
 
 def fail(monkeypatch, capsys, config, workdir, *settings):

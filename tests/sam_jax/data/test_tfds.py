@@ -19,7 +19,7 @@ tfds = pytest.importorskip("tensorflow_datasets")
 array_record = pytest.importorskip("array_record.python.array_record_module")
 
 SIZE = (20, 30)
-VERSIONS = {"lvis": "1.4.0", "segment_anything": "1.0.0"}
+VERSIONS = {"imagenet2012": "5.1.0", "lvis": "1.4.0", "segment_anything": "1.0.0"}
 
 
 def encode(pixels, format):
@@ -153,6 +153,23 @@ def test_examples_are_what_was_written_in_any_order(folder, name, seeds):
         source[len(seeds)]
 
 
+def test_imagenet_has_images_alone(tmp_path):
+    examples = [{"image": jpeg(i), "label": i, "file_name": f"{i}.JPEG"} for i in range(3)]
+    write(tmp_path, "imagenet2012", {"train": [*examples, examples[0] | {"image": b"text"}]})
+    source = open_tfds(f"imagenet2012@{tmp_path}")
+    for i in range(3):
+        image = np.asarray(Image.open(io.BytesIO(jpeg(i))))
+        np.testing.assert_array_equal(source[i].image, image)
+        assert source[i].masks == []
+    assert reason(source, 3) == "broken image"
+
+
+@pytest.mark.parametrize("name", ["segment_anything", "lvis/validation"])
+def test_images_can_be_read_alone(folder, name):
+    source = open_tfds(f"{name}@{folder}")
+    np.testing.assert_array_equal(source.image(1), source[1].image)
+
+
 def test_tensorflow_is_not_imported(folder):
     code = f"""
 import sys
@@ -244,7 +261,7 @@ def test_damaged_and_missing_shards(tmp_path):
     ("name", "message"),
     [
         ("", "must be DATASET"),
-        ("coco", "the dataset one of lvis, segment_anything"),
+        ("coco", "the dataset one of imagenet2012, lvis, segment_anything"),
         ("lvis/a/b", "must be DATASET"),
         ("lvis/test@{}", "lvis has the splits train, validation; got 'test'"),
         ("lvis/train[:10]@{}", "must be DATASET"),

@@ -1,0 +1,293 @@
+"""Settings from the command line and configs from files; faults named so that one can act."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs.mae_tiny import config as painting
+from sam_jax.model.sam import Sam, sam_tiny
+from train.config import ConfigError, Data, Interactive, Optimizer, TrainConfig
+from train.settings import differences, load_config, override, to_dict, to_json
+
+MODEL = sam_tiny(image_size=(128, 128), patch_size=8, depth=4)
+CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
+
+
+def refused(function, *args):
+    """The message of the ConfigError."""
+    with pytest.raises(ConfigError) as error:
+        function(*args)
+    return str(error.value)
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize(
+    ("setting", "part", "field", "value"),
+    [
+        ("num_steps=60", None, "num_steps", 60),
+        ("init_from=gs://bucket/mae=1", None, "init_from", "gs://bucket/mae=1"),
+        ("init_from=", None, "init_from", ""),
+        ("init_from=12", None, "init_from", "12"),
+        ("optimizer.peak_lr=1e-4", "optimizer", "peak_lr", 1e-4),
+        ("optimizer.peak_lr=1", "optimizer", "peak_lr", 1.0),
+        ("optimizer.drop_at=(10, 20)", "optimizer", "drop_at", (10, 20)),
+        ("optimizer.drop_at=10,20", "optimizer", "drop_at", (10, 20)),
+        ("optimizer.drop_at=10", "optimizer", "drop_at", (10,)),
+        ("optimizer.drop_at=()", "optimizer", "drop_at", ()),
+        ("optimizer.drop_at=", "optimizer", "drop_at", ()),
+        ("train_only=mask_decoder", None, "train_only", ("mask_decoder",)),
+        ("train_only=mask_decoder, prompt_encoder/top_left", None, "train_only",
+         ("mask_decoder", "prompt_encoder/top_left")),
+        ("train_only=('mask_decoder', 'image_encoder')", None, "train_only",
+         ("mask_decoder", "image_encoder")),
+        ("train_only='mask_decoder'", None, "train_only", ("mask_decoder",)),
+        ("objective.multimask=False", "objective", "multimask", False),
+        ("objective.box_noise=uniform", "objective", "box_noise", "uniform"),
+        ("data.source=sa1b:/data/sa1b", "data", "source", "sa1b:/data/sa1b"),
+        ("data.held_out=0::5", "data", "held_out", "0::5"),
+        ("model.drop_path=0.4", "model", "drop_path", 0.4),
+        ("model.dtype=bfloat16", "model", "dtype", "bfloat16"),
+        ("model.image_size=(64, 96)", "model", "image_size", (64, 96)),
+        ("model.global_blocks=0,1,2", "model", "global_blocks", (0, 1, 2)),
+    ],
+)  # fmt: skip
+def test_one_field_is_replaced(setting, part, field, value):
+    changed = override(CONFIG, [setting])
+    before, after = (getattr(c, part) if part else c for c in (CONFIG, changed))
+    assert getattr(after, field) == value
+    assert type(getattr(after, field)) is type(value)
+    # Nothing else is.
+    assert dataclasses.replace(after, **{field: getattr(before, field)}) == before
+    assert changed == (dataclasses.replace(CONFIG, **{part: after}) if part else after)
+
+
+def test_several_settings():
+    settings = ["num_steps=5", "optimizer.warmup_steps=2", "num_steps=6", "optimizer.b1=0.5"]
+    changed = override(CONFIG, settings)
+    assert changed == dataclasses.replace(
+        CONFIG, num_steps=6, optimizer=dataclasses.replace(Optimizer(), warmup_steps=2, b1=0.5)
+    )
+    assert override(CONFIG, []) == CONFIG
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_settings_may_need_each_other_in_any_order(step):
+    settings = ["objective.loss_scale=4", "model.patch_size=16"]  # patches of 8 allow 1 and 2
+    changed = override(CONFIG, settings[::step])
+    assert (changed.objective.loss_scale, changed.model.patch_size) == (4, 16)
+
+
+def test_the_model_stays_a_model():
+    changed = override(CONFIG, ["model.depth=3"])
+    assert changed.model == MODEL.clone(depth=3)
+    assert isinstance(changed.model, Sam)
+
+
+@pytest.mark.parametrize(
+    ("setting", "near", "owner", "fields"),
+    [
+        ("num_step=3", "num_steps", "TrainConfig", TrainConfig),
+        ("objective.point=3", "points", "Interactive", Interactive),
+        ("optimizer.peak_rl=3", "peak_lr", "Optimizer", Optimizer),
+        ("data.sorce=x", "source", "Data", Data),
+        ("optimiser.peak_lr=3", "optimizer", "TrainConfig", TrainConfig),
+        ("model.embed_dims=3", "embed_dim", "Sam", ()),
+    ],
+)
+def test_an_unknown_field_is_named_with_its_like_and_all_there_are(setting, near, owner, fields):
+    message = refused(override, CONFIG, [setting])
+    assert f"no field {setting.split('=')[0]};" in message
+    assert f"did you mean {near}?" in message
+    listed = message.split(f"{owner} has ")[1].split(", ")
+    if fields:
+        assert listed == [field.name for field in dataclasses.fields(fields)]
+    else:
+        assert {"image_size", "patch_size", "dtype"} <= set(listed)
+        assert not {"name", "parent"} & set(listed)  # Flax's own
+
+
+def test_nothing_is_like_some_fields():
+    message = refused(override, CONFIG, ["zzz=1"])
+    assert message.startswith("there is no field zzz. TrainConfig has model, data, ")
+    assert refused(override, CONFIG, ["model.name=x"]).startswith("there is no field model.name")
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ("num_steps=1.5", "int"),
+        ("num_steps=many", "int"),
+        ("num_steps=True", "int"),
+        ("num_steps=", "int"),
+        ("optimizer.peak_lr=fast", "float"),
+        ("optimizer.peak_lr=True", "float"),
+        ("optimizer.drop_at=1.5,2", "tuple[int, ...]"),
+        ("optimizer.drop_at=[1, 2]", "tuple[int, ...]"),
+        ("optimizer.drop_at=soon", "tuple[int, ...]"),
+        ("model.image_size=64", "tuple[int, int]"),
+        ("model.image_size=(64, 64, 3)", "tuple[int, int]"),
+        ("objective.multimask=yes", "bool"),
+        ("objective.multimask=1", "bool"),
+        ("objective.box_noise=none", "typing.Literal['gaussian', 'uniform']"),
+    ],
+)
+def test_a_value_of_a_wrong_type(setting, kind):
+    path, text = setting.split("=")
+    assert refused(override, CONFIG, [setting]) == f"{path} must be of type {kind}; got {text!r}"
+
+
+def test_a_field_with_fields_of_its_own():
+    message = refused(override, CONFIG, ["optimizer=sgd"])
+    fields = ", ".join(field.name for field in dataclasses.fields(Optimizer))
+    assert message == f"optimizer has fields of its own: {fields}"
+    assert "model has fields of its own: image_size" in refused(override, CONFIG, ["model=1"])
+
+
+def test_a_field_without_fields():
+    message = refused(override, CONFIG, ["seed.high=1"])
+    assert message == "seed.high: seed is a int, which has no fields"
+    assert "peak_lr is a float" in refused(override, CONFIG, ["optimizer.peak_lr.x=1"])
+
+
+@pytest.mark.parametrize("setting", ["num_steps", "", "optimizer.peak_lr:1"])
+def test_a_setting_without_a_value(setting):
+    assert refused(override, CONFIG, [setting]) == f"--set takes FIELD=VALUE; got {setting!r}"
+
+
+# Files.
+
+
+def test_a_file_is_loaded(tmp_path):
+    path = tmp_path / "run.py"
+    path.write_text(
+        "from sam_jax.model.sam import sam_tiny\n"
+        "from train.config import Data, TrainConfig\n"
+        "config = TrainConfig(model=sam_tiny(depth=3), data=Data(source='scenes'))\n"
+    )
+    assert load_config(str(path)) == dataclasses.replace(CONFIG, model=sam_tiny(depth=3))
+
+
+def test_a_missing_file_lists_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("sam_b.py", "sam_a.py", "__init__.py", "notes.md"):
+        (tmp_path / "configs" / name).touch()
+    message = refused(load_config, "configs/sam_c.py")
+    assert message == (
+        "there is no config configs/sam_c.py; in configs/ there are configs/sam_a.py, "
+        "configs/sam_b.py"
+    )
+    assert "there is no config configs;" in refused(load_config, "configs")
+
+
+@pytest.mark.parametrize(
+    ("text", "got"), [("x = 1\n", "got None"), ("config = {'a': 1}\n", "got {'a': 1}")]
+)
+def test_a_file_without_a_config(tmp_path, text, got):
+    path = tmp_path / "run.py"
+    path.write_text(text)
+    message = refused(load_config, str(path))
+    assert message.startswith(f"{path} must assign a TrainConfig to `config`")
+    assert message.endswith(got)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("config = 1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("config = (\n", "SyntaxError: "),
+        ("import no_such_package\n", "ModuleNotFoundError: No module named 'no_such_package'"),
+        (
+            "from train.config import Data\nconfig = Data(sauce='x')\n",
+            "TypeError: ",
+        ),
+        (
+            "from sam_jax.model.sam import sam_tiny\n"
+            "from train.config import Data, TrainConfig\n"
+            "config = TrainConfig(model=sam_tiny(), data=Data(source='x'), batch_size=0)\n",
+            "batch_size must be at least 1; got 0",
+        ),
+    ],
+)
+def test_a_file_that_fails_is_named(tmp_path, text, why):
+    path = tmp_path / "run.py"
+    path.write_text(text)
+    message = refused(load_config, str(path))
+    assert str(path) in message
+    assert why in message
+
+
+def test_a_file_that_is_not_python(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("a: 1\n")
+    message = refused(load_config, str(path))
+    assert str(path) in message
+    assert "Python" in message
+
+
+# JSON.
+
+
+def test_json_holds_every_field():
+    plain = json.loads(to_json(CONFIG))
+    fields_of = lambda kind: [field.name for field in dataclasses.fields(kind)]
+    assert list(plain) == fields_of(TrainConfig)
+    assert list(plain["objective"]) == fields_of(Interactive)
+    assert list(plain["data"]) == fields_of(Data)
+    assert list(plain["optimizer"]) == fields_of(Optimizer)
+    assert plain["model"]["image_size"] == [128, 128]
+    assert plain["model"]["dtype"] == "float32"
+    assert plain["optimizer"]["drop_at"] == [60_000, 86_666]
+    assert not {"name", "parent"} & set(plain["model"])
+    assert json.dumps(plain, indent=2) + "\n" == to_json(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "seed=1",
+        "train_only=mask_decoder",
+        "optimizer.b2=0.99",
+        "objective.detach_mask=False",
+        "data.held_out=0::5",
+        "model.drop_path=0.1",
+        "model.dtype=bfloat16",
+    ],
+)
+def test_json_differs_when_a_field_does(setting):
+    changed = override(CONFIG, [setting])
+    assert to_json(changed) != to_json(CONFIG)
+    assert to_json(override(CONFIG, [])) == to_json(CONFIG)
+    # By one value, or one line more in a list.
+    lines = set(to_json(changed).splitlines()) - set(to_json(CONFIG).splitlines())
+    assert any(setting.split("=")[0].split(".")[-1] in line for line in lines)
+
+
+def test_differences_name_fields_and_both_values():
+    settings = ["seed=1", "optimizer.b2=0.99", "train_only=mask_decoder", "model.depth=3"]
+    before, now = to_dict(CONFIG), to_dict(override(CONFIG, settings))
+    assert differences(before, before) == []
+    found = differences(before, now)
+    assert sorted(found) == [
+        "model.depth was 4, is 3",
+        "optimizer.b2 was 0.999, is 0.99",
+        "seed was 0, is 1",
+        "train_only was [], is ['mask_decoder']",
+    ]
+    assert differences(before, now, ["seed", "model.depth", "train_only"]) == [
+        "optimizer.b2 was 0.999, is 0.99"
+    ]
+    # What was read from JSON is the same; a field of another version is a difference.
+    assert differences(json.loads(to_json(CONFIG)), before) == []
+    assert differences(before, before | {"new": 1}) == ["new was None, is 1"]
+
+
+def test_fields_are_those_of_what_learns():
+    assert override(painting, ["model.mask_ratio=0.5"]).model.mask_ratio == 0.5
+    message = refused(override, painting, ["objective.points=3"])
+    assert message == "there is no field objective.points. Painting has normalized"
+    message = refused(override, painting, ["data.min_areas=0.5"])
+    assert message.startswith("there is no field data.min_areas; did you mean min_area? CropData")
