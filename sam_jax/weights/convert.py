@@ -189,6 +189,7 @@ def _model_of(tensors):
     mlp_dim = shape_of(tensors, "image_encoder.blocks.0.mlp.lin1.weight", 2)[0]
     prompt_dim = shape_of(tensors, "prompt_encoder.no_mask_embed.weight", 2)[1]
     mask_channels = shape_of(tensors, "prompt_encoder.mask_downscaling.3.weight", 4)[0]
+    decoder_mlp = "mask_decoder.transformer.layers.0.mlp.lin1.weight"
     for what, size, divisor in (
         ("the encoder's width", embed_dim, head_width),
         ("the MLPs' hidden width", mlp_dim, embed_dim),
@@ -209,9 +210,7 @@ def _model_of(tensors):
         prompt_dim=prompt_dim,
         mask_channels=mask_channels,
         decoder_depth=count_blocks(tensors, r"mask_decoder\.transformer\.layers\.([0-9]{1,99})\."),
-        decoder_mlp_dim=shape_of(tensors, "mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[
-            0
-        ],
+        decoder_mlp_dim=shape_of(tensors, decoder_mlp, 2)[0],
         iou_hidden_dim=shape_of(tensors, "mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
     )
 

@@ -163,6 +163,29 @@ def test_split_parameters_are_gathered_beside_other_work_and_nothing_else_is(top
 
 @pytest.mark.tpu
 @needs_compiler
+def test_a_masked_autoencoder_compiles_with_its_kernels():
+    report = report_of(
+        "configs/mae_vit_b.py", "v5e:2x2", "batch_size=32", "model.depth=1",
+        "model.decoder_depth=1", "model.decoder_dim=512",
+    )  # fmt: skip
+    assert report["fits"]
+    assert report["unbounded"] == []
+    assert report["of_which_bounded"] > 0
+    assert min(report["phases"][phase] for phase in ("encoder", "decoder", "optimizer")) > 0
+    assert report["collectives"].keys() == {"all-reduce"}  # of gradients
+    assert not {"encoder", "decoder"} & set(report["collectives"]["all-reduce"]["phases"])
+
+
+@pytest.mark.tpu
+@needs_compiler
+def test_a_masked_autoencoder_has_no_prompts_to_decode():
+    done = compile_for("configs/mae_vit_b.py", "--topology", "v5e:2x2", "--what", "decode")
+    assert done.returncode == 1
+    assert "--what must be step for a masked autoencoder; got decode" in done.stderr
+
+
+@pytest.mark.tpu
+@needs_compiler
 def test_what_does_not_fit_is_refused_with_the_reason():
     done = compile_for(
         "configs/sam_vit_b.py", "--topology", "v5e:2x2", "--what", "encode",
