@@ -2,7 +2,7 @@
 
     python -m train configs/mae_vit_h.py --workdir runs/mae_h --set data.source=images:DIR
 
-As configs/mae_vit_b.py but for the model.
+As configs/mae_vit_b.py but for the model, whose state is split over eight devices.
 """
 
 import dataclasses
@@ -10,4 +10,4 @@ import dataclasses
 from configs.mae_vit_b import config as mae_vit_b
 from sam_jax.model.mae import mae_vit_h
 
-config = dataclasses.replace(mae_vit_b, model=mae_vit_h(dtype="bfloat16"))
+config = dataclasses.replace(mae_vit_b, model=mae_vit_h(dtype="bfloat16"), fsdp=8)
