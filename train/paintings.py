@@ -18,7 +18,7 @@ from train.config import Painting
 from train.metrics import read_rows
 from train.page import items, table, write_page
 from train.plots import draw_loss, new_figure
-from train.pretrain import painting_loss
+from train.pretrain import painting_losses
 
 SEED = 0  # of what is hidden of held-out images, together with their places in the source
 AT_ONCE = 16  # images
@@ -102,9 +102,7 @@ def paint(model, config, params, index, image):
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(SEED), i))(index)
     normalized = normalize_colors(image)
     painted = model.apply({"params": params}, normalized, keys)
-    one = lambda painted, image: painting_loss(
-        jax.tree.map(lambda x: x[None], painted), image[None], model.patch_size, config.normalized
-    )
+    losses = painting_losses(painted, normalized, model.patch_size, config.normalized)
     patches = painted.patches
     if config.normalized:
         patches = in_scale_of(patches_of(normalized, model.patch_size), patches)
@@ -113,7 +111,7 @@ def paint(model, config, params, index, image):
     pixels = rearrange(patches, "b (gh gw) (i j c) -> b (gh i) (gw j) c", gh=gh, i=p, j=p)
     hidden = jnp.repeat(jnp.repeat(painted.is_hidden.reshape(-1, *model.grid), p, 1), p, 2)
     colors = jnp.clip(pixels * jnp.array(PIXEL_STD) + jnp.array(PIXEL_MEAN), 0, 255)
-    return jax.vmap(one)(painted, normalized), hidden, colors
+    return losses, hidden, colors
 
 
 def in_scale_of(true, patches):
@@ -207,7 +205,8 @@ def write_paintings(
         f"{evaluation['loss']:.3f}, {scale}."
     )
     note = NORMALIZED if config.normalized else ""
-    others = [(k.replace("_", " "), v) for k, v in evaluation.items()]
+    shown = lambda v: f"{v:.4f}" if isinstance(v, float) else v
+    others = [(k.replace("_", " "), shown(v)) for k, v in evaluation.items()]
     body = BODY.format(others=table(others), note=note, names=items(list(names)))
     source = evaluation.get("source", "images")
     return write_page(workdir, f"Masked autoencoder of {source}", summary, body, figures)

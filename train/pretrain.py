@@ -27,13 +27,14 @@ def make_painting(model, config):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.image_id)
         image = normalize_colors(batch.image)
         painted = model.apply({"params": params}, image, keys)
-        return painting_loss(painted, image, model.patch_size, config.normalized), {}
+        losses = painting_losses(painted, image, model.patch_size, config.normalized)
+        return jnp.mean(losses), {}
 
     return objective
 
 
-def painting_loss(painted, image, patch_size, normalized=True):
-    """The mean squared error of hidden patches.
+def painting_losses(painted, image, patch_size, normalized):
+    """The mean squared error of each image's hidden patches, 'b': all images have as many.
 
     Args:
       painted: `Painted`; image: 'b h w 3' float32, normalised.
@@ -43,4 +44,5 @@ def painting_loss(painted, image, patch_size, normalized=True):
     if normalized:
         target = normalize_patches(target)
     error = jnp.mean((painted.patches - target) ** 2, axis=-1)
-    return jnp.sum(error * painted.is_hidden) / jnp.sum(painted.is_hidden)
+    hidden = painted.is_hidden
+    return jnp.sum(error * hidden, axis=1) / jnp.sum(hidden, axis=1)

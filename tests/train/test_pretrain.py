@@ -10,29 +10,30 @@ from configs.mae_tiny import config as tiny
 from sam_jax.data.cropped import Crops
 from sam_jax.model.mae import Painted, mae_tiny
 from train.config import Painting
-from train.pretrain import make_painting, painting_loss
+from train.pretrain import make_painting, painting_losses
 from train.task import task_of
 
 MODEL = mae_tiny(image_size=(32, 32), depth=1)
 
 
 def test_hidden_patches_alone_count_each_by_its_own_scale():
-    image = np.zeros((1, 4, 4, 3), np.float32)
+    image = np.zeros((2, 4, 4, 3), np.float32)
     image[0, :2, :2] = np.arange(12).reshape(2, 2, 3)  # patches of 2 x 2 pixels
     image[0, 2:, 2:] = 7 + 100 * np.arange(12).reshape(2, 2, 3)
     scaled = (np.arange(12) - 5.5) / np.sqrt(13)  # of a variance over 11
     patches = np.stack([scaled + 1, np.full(12, 9), np.full(12, 9), scaled + 3])[None]
     hidden = np.array([[True, False, False, True]])
-    loss = painting_loss(Painted(patches.astype(np.float32), hidden), image, 2)
-    assert loss == pytest.approx((1 + 9) / 2, rel=1e-4)
+    patches = np.concatenate([patches, np.full((1, 4, 12), 2)]).astype(np.float32)
+    losses = painting_losses(Painted(patches, np.repeat(hidden, 2, 0)), image, 2, normalized=True)
+    np.testing.assert_allclose(losses, [(1 + 9) / 2, 4], rtol=1e-4)
 
 
 def test_plain_colours_can_be_painted_instead():
     image = np.random.default_rng(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
     patches = image.reshape(1, 2, 2, 2, 2, 3).swapaxes(2, 3).reshape(1, 4, 12) + 2
     hidden = np.array([[True, True, False, False]])
-    loss = painting_loss(Painted(patches, hidden), image, 2, normalized=False)
-    assert loss == pytest.approx(4, rel=1e-5)
+    losses = painting_losses(Painted(patches, hidden), image, 2, normalized=False)
+    np.testing.assert_allclose(losses, [4], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
