@@ -28,7 +28,7 @@ pretrain: .venv/test
 	$(BIN)/python -m train configs/mae_tiny.py --workdir runs/mae_tiny
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not reference and not colab and not tpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not reference and not colab and not tpu'
 
 test-colabs: .venv/test
 	$(BIN)/python -m pytest -m colab

@@ -23,9 +23,15 @@ QUICK = {
 }
 
 
+SLOW = ("tests/train/", "tests/sam_jax/predict/", "tests/configs/", "tests/sam_jax/test_cli.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that wait for processes of their own go first, so that others fill the gaps."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/train/"))
+    """Files that take long go first, so that others fill the gaps; a file is one worker's."""
+    slow = lambda item: next(
+        (i for i, n in enumerate(SLOW) if item.nodeid.startswith(n)), len(SLOW)
+    )
+    items.sort(key=slow)
 
 
 # Nothing is round or alike: the frame is not square, windows of 4 pad 6 rows to 8 and 9 columns to
