@@ -54,17 +54,18 @@ def variables_of_sam(config: TrainConfig, initialize: Callable[[], dict]) -> dic
         model, variables = sam_jax.load(config.init_from)
         check_same(config, model)
         return variables
+    encoder = encoder_of(config, *autoencoder) if autoencoder else {}
     variables = jax.jit(initialize)()
     if config.match_attention:
         params = match_attention(variables["params"], config.match_attention)
         variables = variables | {"params": params}
-    return with_encoder(config, variables, *autoencoder) if autoencoder else variables
+    return unflatten_dict(flatten_dict(variables, sep="/") | encoder, sep="/")
 
 
-def with_encoder(
-    config: TrainConfig, variables: dict, autoencoder: MaskedAutoencoder | None, tensors: dict
-) -> dict:
-    """The variables with the image encoder of an autoencoder.
+def encoder_of(
+    config: TrainConfig, autoencoder: MaskedAutoencoder | None, tensors: dict
+) -> dict[str, jax.Array]:
+    """The parameters, by path, that the image encoder has from an autoencoder.
 
     Args:
       autoencoder, tensors: as `read_autoencoder` returns them.
@@ -81,8 +82,7 @@ def with_encoder(
         raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
     for note in notes:
         log.warning("%s: %s", config.init_from, note)
-    flat = flatten_dict(variables, sep="/")
-    return unflatten_dict(flat | {k: jnp.asarray(v) for k, v in encoder.items()}, sep="/")
+    return {path: jnp.asarray(value) for path, value in encoder.items()}
 
 
 def variables_of_autoencoder(config: TrainConfig, initialize: Callable[[], dict]) -> dict:

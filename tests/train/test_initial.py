@@ -96,7 +96,7 @@ def autoencoder():
 def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencoder, tmp_path):
     sam_jax.save(tmp_path / "mae", MAE, autoencoder)
     config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "mae"))
-    begun = begin(config)
+    begun = initial_variables(config, lambda: drawn)
     before, after = (flatten_dict(v["params"], sep="/") for v in (drawn, begun))
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -109,7 +109,8 @@ def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencod
     np.testing.assert_array_equal(after["image_encoder/block_01/lin1/kernel"], kernel)
     file = tmp_path / "mae.pth"
     sam_jax.save(file, MAE.clone(image_size=(40, 40)), mae.initialize(MAE, 3))
-    begun = begin(dataclasses.replace(CONFIG, init_from=str(file), match_attention=2.0))
+    matched = dataclasses.replace(CONFIG, init_from=str(file), match_attention=2.0)
+    begun = initial_variables(matched, lambda: drawn)
     again = flatten_dict(begun["params"], sep="/")
     np.testing.assert_array_equal(again["image_encoder/block_01/lin1/kernel"], kernel)
     assert again["image_encoder/pos_embed"].shape == before["image_encoder/pos_embed"].shape
