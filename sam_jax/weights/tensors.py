@@ -8,7 +8,11 @@ class WeightsError(ValueError):
 
 
 def count_blocks(tensors, pattern):
-    """How many blocks there are, numbered from 0 without a gap where the pattern says."""
+    """How many blocks there are, numbered from 0 without a gap where the pattern says.
+
+    Raises:
+      WeightsError: if there is none, or a gap.
+    """
     found = {int(m[1]) for name in tensors if (m := re.match(pattern, name))}
     if not found:
         raise WeightsError(f"no tensor is named like {pattern}; got {listed(sorted(tensors))}")
@@ -20,6 +24,11 @@ def count_blocks(tensors, pattern):
 
 
 def shape_of(tensors, name, ndim):
+    """The shape of a tensor, which must be there, have `ndim` axes, and none of them empty.
+
+    Raises:
+      WeightsError: if it is not so.
+    """
     if name not in tensors:
         raise WeightsError(f"{name} is missing; got {listed(tensors)}")
     if tensors[name].ndim != ndim or 0 in tensors[name].shape:
@@ -28,6 +37,7 @@ def shape_of(tensors, name, ndim):
 
 
 def check_names(what, got, expected):
+    """Raises WeightsError, listing the names, unless those of `what` are exactly the expected."""
     unknown, missing = sorted(set(got) - set(expected)), sorted(set(expected) - set(got))
     if unknown or missing:
         raise WeightsError(
