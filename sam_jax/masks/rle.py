@@ -49,6 +49,42 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": _pack(np.diff(bounds))}
 
 
+def encode_bits(bits: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
+    """`encode` of a mask of which a part is given as bits, all outside of it being False.
+
+    Args:
+      bits: 'w h/8' uint8, the part column by column, lower rows in higher bits.
+      corner: (x, y) of the part in the mask; size: (height, width) of the mask. What of the part
+        lies outside of the mask must be False.
+    Returns:
+      {"size": [h, w], "counts": list of run lengths}, see `compress`.
+    """
+    height, width = size
+    before = bits << 1
+    before[:, 1:] |= bits[:, :-1] >> 7
+    changed = np.concatenate([bits ^ before, bits[:, -1:] >> 7], axis=1)
+    byte = np.flatnonzero(changed)
+    i, bit = np.nonzero(np.unpackbits(changed.ravel()[byte, None], axis=1, bitorder="little"))
+    column, row = np.divmod(byte[i], changed.shape[1])
+    position = (corner[0] + column) * height + corner[1] + 8 * row + bit
+    # A run that goes on from the bottom of a column to the top of the next was ended in between.
+    ended = np.flatnonzero(position[1:] == position[:-1])
+    position = np.delete(position, np.concatenate([ended, ended + 1]))
+    position = position[position < height * width]
+    lengths = np.diff(position, prepend=0, append=height * width)
+    return {"size": [height, width], "counts": lengths.tolist()}
+
+
+def uncompress(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes run lengths as a list of int; argument and errors as for `decode`."""
+    return {"size": list(map(int, rle["size"])), "counts": runs(rle).tolist()}
+
+
+def compress(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes run lengths as a string; argument and errors as for `decode`."""
+    return {"size": list(map(int, rle["size"])), "counts": _pack(runs(rle))}
+
+
 def decode(rle: Mapping[str, Any]) -> np.ndarray:
     """Paints an RLE.
 

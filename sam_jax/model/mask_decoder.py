@@ -34,6 +34,21 @@ class Masks:
     iou: jax.Array
 
 
+@flax.struct.dataclass
+class Attended:
+    """Prompted objects of which all is known but the masks.
+
+    Attributes:
+      image: 'b n (gh gw) c', what each object made of the image.
+      hyper: 'b n m c/8', the weights of a pixel's channels in each mask.
+      iou: 'b n m' float32, as in `Masks`.
+    """
+
+    image: jax.Array
+    hyper: jax.Array
+    iou: jax.Array
+
+
 def choose_masks(masks, multimask_output):
     """Keeps masks 1 to 3 of the four for an ambiguous prompt, else mask 0 alone."""
     kept = slice(1, None) if multimask_output else slice(0, 1)
@@ -44,12 +59,14 @@ class MaskDecoder(nn.Module):
     """Decodes four masks and their predicted IoUs for every object.
 
     Attributes:
+      dim: channels of a token.
       depth: two-way blocks; num_heads: attention heads, mlp_dim: hidden channels of their MLPs.
       iou_hidden_dim: hidden channels of the IoU head.
       dropout: rate after each attention and MLP of the transformer.
       dtype: compute type; logits and IoUs are float32.
     """
 
+    dim: int
     depth: int
     num_heads: int
     mlp_dim: int
@@ -57,47 +74,45 @@ class MaskDecoder(nn.Module):
     dropout: float
     dtype: str
 
-    @nn.compact
+    def setup(self):
+        c = self.dim
+        normal = nn.initializers.normal(1.0)
+        self.iou_token = self.param("iou_token", normal, (1, c))
+        self.mask_tokens = self.param("mask_tokens", normal, (NUM_MASKS, c))
+        self.transformer = TwoWayTransformer(
+            self.depth, self.num_heads, self.mlp_dim, self.dropout, self.dtype
+        )
+        self.hypernetwork = [Mlp((c, c, c // 8), nn.relu, self.dtype) for _ in range(NUM_MASKS)]
+        self.upscaling = Upscaling(self.dtype)
+        hidden = self.iou_hidden_dim
+        self.iou_head = Mlp((hidden, hidden, NUM_MASKS), nn.relu, self.dtype)
+
     def __call__(self, embedding, features, image_pe, train=False):
         """Decodes `PromptFeatures` on embeddings 'b gh gw c' with positions '(gh gw) c'."""
-        (b, n), c = features.sparse.shape[:2], embedding.shape[-1]
-        normal = nn.initializers.normal(1.0)
-        outputs = jnp.concatenate(
-            [
-                self.param("iou_token", normal, (1, c)),
-                self.param("mask_tokens", normal, (NUM_MASKS, c)),
-            ]
-        ).astype(self.dtype)
+        attended = self.attend(embedding, features, image_pe, train)
+        logits = self.upscale(attended.image, attended.hyper, embedding.shape[1])
+        return Masks(logits=logits, iou=attended.iou)
+
+    def attend(self, embedding, features, image_pe, train=False):
+        """All but the masks themselves -> `Attended`; arguments as above."""
+        b, n = features.sparse.shape[:2]
+        outputs = jnp.concatenate([self.iou_token, self.mask_tokens]).astype(self.dtype)
         num_outputs = len(outputs)
-        outputs = jnp.broadcast_to(outputs, (b, n, num_outputs, c))
+        outputs = jnp.broadcast_to(outputs, (b, n, *outputs.shape))
         tokens = jnp.concatenate([outputs, features.sparse], axis=2)
         present = jnp.concatenate([jnp.ones((b, n, num_outputs), bool), features.present], axis=2)
         image = rearrange(embedding, "b gh gw c -> b 1 (gh gw) c").astype(self.dtype)
-        transformer = TwoWayTransformer(
-            self.depth, self.num_heads, self.mlp_dim, self.dropout, self.dtype, name="transformer"
-        )
-        tokens, image = transformer(
+        tokens, image = self.transformer(
             tokens, present, image + features.dense, image_pe, num_outputs=num_outputs, train=train
         )
+        hyper = [mlp(tokens[:, :, 1 + m]) for m, mlp in enumerate(self.hypernetwork)]
+        iou = self.iou_head(tokens[:, :, 0]).astype(jnp.float32)
+        return Attended(image=image, hyper=jnp.stack(hyper, axis=2), iou=iou)
 
-        hyper = [
-            Mlp((c, c, c // 8), nn.relu, self.dtype, name=f"hypernetwork_{m}")(tokens[:, :, 1 + m])
-            for m in range(NUM_MASKS)
-        ]
-        logits = Upscaling(self.dtype, name="upscaling")(image, jnp.stack(hyper, axis=2))
-        logits = rearrange(
-            logits,
-            "b n m (i j) (gh gw) -> b n m (gh i) (gw j)",
-            i=4,
-            gh=embedding.shape[1],
-        )
-        iou_head = Mlp(
-            (self.iou_hidden_dim, self.iou_hidden_dim, NUM_MASKS),
-            nn.relu,
-            self.dtype,
-            name="iou_head",
-        )
-        return Masks(logits=logits, iou=iou_head(tokens[:, :, 0]).astype(jnp.float32))
+    def upscale(self, image, hyper, gh):
+        """The masks of an `Attended`, of gh rows of tokens -> logits 'b n m (4 gh) (4 gw)'."""
+        logits = self.upscaling(image, hyper)
+        return rearrange(logits, "b n m (i j) (gh gw) -> b n m (gh i) (gw j)", i=4, gh=gh)
 
 
 class Upscaling(nn.Module):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from sam_jax.model.image_encoder import ImageEncoder
-from sam_jax.model.mask_decoder import MaskDecoder, Masks
-from sam_jax.model.prompt_encoder import PromptEncoder, Prompts
+from sam_jax.model.mask_decoder import Attended, MaskDecoder, Masks
+from sam_jax.model.prompt_encoder import PromptEncoder, PromptFeatures, Prompts
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB values in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -86,6 +86,7 @@ class Sam(nn.Module):
             self.prompt_dim, self.mask_channels, self.position_scale, self.dtype
         )
         self.mask_decoder = MaskDecoder(
+            dim=self.prompt_dim,
             depth=self.decoder_depth,
             num_heads=self.decoder_heads,
             mlp_dim=self.decoder_mlp_dim,
@@ -131,13 +132,33 @@ class Sam(nn.Module):
         Raises:
           ValueError: if shapes disagree.
         """
+        with self.precision():
+            return self.mask_decoder(embedding, *self.encode_prompts(embedding, prompts), train)
+
+    def attend(self, embedding: jax.Array, prompts: Prompts) -> Attended:
+        """Does all of `decode` but the masks themselves, for those who want few of them."""
+        with self.precision():
+            return self.mask_decoder.attend(embedding, *self.encode_prompts(embedding, prompts))
+
+    def upscale(self, image: jax.Array, hyper: jax.Array, gh: int) -> jax.Array:
+        """Makes the masks of some objects of `attend`.
+
+        Args:
+          image, hyper: of the objects, see `Attended`; gh: rows of the embedding.
+        Returns:
+          The logits that `decode` gives.
+        """
+        with self.precision():
+            return self.mask_decoder.upscale(image, hyper, gh)
+
+    def encode_prompts(
+        self, embedding: jax.Array, prompts: Prompts
+    ) -> tuple[PromptFeatures, jax.Array]:
+        """Encodes prompts for the embeddings that they are meant for, and the grid's positions."""
         self.check_prompts(embedding, prompts)
         gh, gw = embedding.shape[1:3]
-        with self.precision():
-            frame = (gh * self.patch_size, gw * self.patch_size)
-            features = self.prompt_encoder(prompts, frame)
-            positions = self.prompt_encoder.encode_grid(gh, gw)
-            return self.mask_decoder(embedding, features, positions, train)
+        frame = (gh * self.patch_size, gw * self.patch_size)
+        return self.prompt_encoder(prompts, frame), self.prompt_encoder.encode_grid(gh, gw)
 
     def precision(self) -> AbstractContextManager[Any]:
         """By default TPUs multiply float32 in bfloat16 and GPUs in TF32; float32 means float32."""

@@ -68,7 +68,7 @@ class SamPredictor:
         Raises:
           ValueError: if the image has another shape or type.
         """
-        image = _checked_image(image, image_format)
+        image = check_image(image, image_format)
         self.reset_image()
         self._embedding, (self.input_size,) = self._encode([image], 1)
         self.original_size = image.shape[:2]
@@ -151,7 +151,7 @@ class SamPredictor:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        images = [_checked_image(image, image_format) for image in images]
+        images = [check_image(image, image_format) for image in images]
         objects = [
             self._objects(of_image, image.shape[:2])
             for image, of_image in zip(images, prompts, strict=True)
@@ -243,7 +243,8 @@ def num_slots(most: int) -> int:
     return 2 if most <= 2 else max(16, 1 << (most + 4).bit_length()) - 5
 
 
-def _checked_image(image: np.ndarray, image_format: str) -> np.ndarray:
+def check_image(image: np.ndarray, image_format: str = "RGB") -> np.ndarray:
+    """Checks an image 'h w 3' uint8 -> the same in the order RGB."""
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f'image_format must be "RGB" or "BGR"; got {image_format!r}')
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:

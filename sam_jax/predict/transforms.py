@@ -57,10 +57,24 @@ def _two_resizes(low, frame, inside, original):
 
 
 def _bilinear(size, new_size):
-    """The matrix 'new_size size' of a bilinear resize of one axis, pixel centres at +0.5."""
-    position = np.clip((np.arange(new_size) + 0.5) * size / new_size - 0.5, 0, size - 1)
-    below = np.minimum(position.astype(int), max(size - 2, 0))
+    """The matrix 'new_size size' of a bilinear resize of one axis."""
+    first, weight = taps(size, new_size)
     matrix = np.zeros((new_size, size))
-    matrix[np.arange(new_size), below] = 1 - (position - below)
-    matrix[np.arange(new_size), np.minimum(below + 1, size - 1)] += position - below
+    matrix[np.arange(new_size), first] = 1 - weight
+    matrix[np.arange(new_size), np.minimum(first + 1, size - 1)] += weight
     return matrix
+
+
+def taps(size, new_size):
+    """Where a bilinear resize of one axis without antialias looks, pixel centres at +0.5.
+
+    As PyTorch's: in float32, the position by a product and a difference that are rounded once.
+
+    Returns:
+      'new_size' int, the first pixel of the two that each new one lies between, and 'new_size'
+      float64, the weight of the second, which is the first again at the end of the axis.
+    """
+    scale = np.float64(np.float32(size) / np.float32(new_size))
+    position = np.maximum(scale * (np.arange(new_size) + 0.5) - 0.5, 0).astype(np.float32)
+    first = np.minimum(position.astype(int), size - 1)
+    return first, (position - first.astype(np.float32)).astype(np.float64)

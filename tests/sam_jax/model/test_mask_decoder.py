@@ -132,7 +132,7 @@ def test_upscaling(scale):
 # Tokens and masks.
 
 DECODER = MaskDecoder(
-    depth=1, num_heads=8, mlp_dim=12, iou_hidden_dim=10, dropout=0.0, dtype="float32"
+    dim=16, depth=1, num_heads=8, mlp_dim=12, iou_hidden_dim=10, dropout=0.0, dtype="float32"
 )
 
 

@@ -121,7 +121,13 @@ def test_decoder_is_as_near_to_float32_with_kernels_as_without(jit, draw):
     """
     c, gh, gw = 64, 16, 32
     decoder = MaskDecoder(
-        depth=1, num_heads=HEADS, mlp_dim=32, iou_hidden_dim=32, dropout=RATE, dtype="float32"
+        dim=c,
+        depth=1,
+        num_heads=HEADS,
+        mlp_dim=32,
+        iou_hidden_dim=32,
+        dropout=RATE,
+        dtype="float32",
     )
     present = jnp.asarray(np.arange(4) < [[[4], [2]]])
     embedding, pe = draw(1, gh, gw, c), draw(gh * gw, c)

@@ -1,0 +1,75 @@
+"""Where everything mode looks: grids of points, and crops of the image.
+
+Source: segment-anything `utils/amg.py` (build_point_grid, generate_crop_boxes).
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+
+
+def point_grid(per_side):
+    """Points (x, y) in the middle of `per_side` x `per_side` cells of [0, 1], x fastest: 'n 2'."""
+    offset = 1 / (2 * per_side)
+    side = np.linspace(offset, 1 - offset, per_side)
+    return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A part of an image.
+
+    Attributes:
+      box: (x0, y0, x1, y1), x1 and y1 outside; layer: 0 for the whole image, ...
+    """
+
+    box: tuple[int, int, int, int]
+    layer: int
+
+    @property
+    def corner(self):
+        """(x, y) of its first pixel."""
+        return self.box[:2]
+
+    @property
+    def size(self):
+        """(height, width)."""
+        return self.box[3] - self.box[1], self.box[2] - self.box[0]
+
+    def cut(self, image):
+        """The part of 'h w 3'."""
+        x0, y0, x1, y1 = self.box
+        return image[y0:y1, x0:x1]
+
+
+def plan_crops(size, layers, overlap_ratio):
+    """The whole image, then layers of 2 x 2, 4 x 4, ... crops that overlap.
+
+    Args:
+      size: (height, width) of the image.
+      layers: how many there are beside the whole image.
+      overlap_ratio: of the shorter side, by how much crops of the first layer overlap; half of it
+        for those of the second, and so on.
+    Raises:
+      ValueError: if the image is too small.
+    """
+    height, width = size
+    crops = [Crop((0, 0, width, height), 0)]
+    for layer in range(1, layers + 1):
+        n = 2**layer
+        overlap = int(overlap_ratio * min(size) * (2 / n))
+        starts, lengths = zip(*(_divide(side, n, overlap) for side in (width, height)), strict=True)
+        for x, y in itertools.product(*starts):
+            box = (x, y, min(x + lengths[0], width), min(y + lengths[1], height))
+            crops.append(Crop(box, layer))
+    if any(min(crop.size) < 1 for crop in crops):
+        raise ValueError(f"image must be large enough for {layers} layers of crops; got {size}")
+    return crops
+
+
+def _divide(side, n, overlap):
+    """The starts of n parts of a side that overlap, and their length."""
+    length = math.ceil((overlap * (n - 1) + side) / n)
+    return [(length - overlap) * i for i in range(n)], length

@@ -1,0 +1,365 @@
+"""All masks of an image, from a grid of points: numpy in, numpy out.
+
+Source: segment-anything `automatic_mask_generator.py`, whose parameters, records and order are
+kept; Kirillov et al. 2023, appendix B, for what the released code lacks.
+
+Differences: no mask is painted but those that are returned. First all are judged on the device
+(`candidates.py`) by measures that are taken tile by tile; then the few that are left are decoded
+once more and leave the device as bits, within their boxes. Ties between duplicates go to the first.
+Masks of more than 95 % of the image, and masks of small parts alone, can be dropped.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from sam_jax.masks import rle
+from sam_jax.masks.boxes import box_of_mask, non_maximum_suppression, xyxy_to_xywh
+from sam_jax.masks.regions import remove_small_regions
+from sam_jax.model.platform import platform
+from sam_jax.model.sam import Sam
+from sam_jax.predict.candidates import NUM_MASKS, Limits, find_candidates
+from sam_jax.predict.crops import plan_crops, point_grid
+from sam_jax.predict.drawing import finish_drawing, start_drawing
+from sam_jax.predict.predictor import check_image, encode_images
+from sam_jax.predict.tiles import MAX_SIDE, tile_image
+from sam_jax.predict.transforms import image_to_frame, points_to_frame
+
+RLE = dict[str, Any]
+OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
+CPU_CHUNK = 4  # points at a time: what they need stays in the cache
+ENCODED = 8  # images at a time, on accelerators
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask:
+    """A mask that is kept.
+
+    Attributes:
+      crop: the index of the crop that it was found in; number: its index in `Candidates`.
+      box: '4' int, (left, top, right, bottom), inclusive, in pixels of the image.
+      iou: predicted; stability: its score.
+      segmentation: its run lengths in the image, once it is drawn.
+    """
+
+    crop: int
+    number: int
+    box: np.ndarray
+    iou: float
+    stability: float
+    segmentation: RLE | None = None
+
+
+class SamAutomaticMaskGenerator:
+    """Masks all that is in an image."""
+
+    def __init__(
+        self,
+        model: Sam,
+        variables: dict[str, Any],
+        points_per_side: int | None = 32,
+        points_per_batch: int = 64,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        point_grids: Sequence[np.ndarray] | None = None,
+        min_mask_region_area: int = 0,
+        output_mode: str = "binary_mask",
+        *,
+        max_image_share: float | None = None,
+        remove_small_masks: bool = False,
+    ) -> None:
+        """Sets what `generate` does; the defaults suit the official ViT-H.
+
+        Args:
+          model, variables: as from `sam_jax.load`; the device that holds the variables computes.
+          points_per_side: of the grid of points; or None, if point_grids are given.
+          points_per_batch: points at a time, at most; on CPUs few are always the fastest.
+          pred_iou_thresh: the predicted IoU of a mask must be above; 0 is no limit.
+          stability_score_thresh: its stability, the IoU of the masks of two levels of its logits,
+            must reach this; 0 is no limit.
+          stability_score_offset: what the levels differ by from 0.
+          box_nms_thresh: in a crop, a mask is dropped whose box overlaps a better one's by more.
+          crop_n_layers: layers of crops, of 2 x 2, 4 x 4, ..., that are looked at too.
+          crop_nms_thresh: as box_nms_thresh, among crops; masks of smaller crops are better.
+          crop_overlap_ratio: of the image's shorter side, by which the first layer's crops overlap.
+          crop_n_points_downscale_factor: by which each layer has fewer points a side.
+          point_grids: 'n 2' points (x, y) in [0, 1] for the image and each layer of crops.
+          min_mask_region_area: holes and parts of fewer pixels are filled and removed; 0: none.
+          output_mode: of `segmentation`: "binary_mask" 'h w' bool, "uncompressed_rle" or
+            "coco_rle"; see `sam_jax.masks.rle`.
+          max_image_share: masks that cover this share of the image, or more, are dropped.
+          remove_small_masks: drop masks of which all parts are smaller than min_mask_region_area,
+            instead of keeping their largest part.
+        Raises:
+          ValueError: naming the argument that is wrong.
+        """
+        if (points_per_side is None) == (point_grids is None):
+            raise ValueError("exactly one of points_per_side and point_grids must be given")
+        if output_mode not in OUTPUT_MODES:
+            raise ValueError(f"output_mode must be one of {OUTPUT_MODES}; got {output_mode!r}")
+        _check_at_least(0, crop_n_layers=crop_n_layers, min_mask_region_area=min_mask_region_area)
+        _check_at_least(0, stability_score_offset=stability_score_offset)
+        _check_at_least(0, crop_overlap_ratio=crop_overlap_ratio)
+        _check_at_least(1, points_per_batch=points_per_batch)
+        if max_image_share is not None and not 0 < max_image_share <= 1:
+            raise ValueError(f"max_image_share must be above 0, up to 1; got {max_image_share}")
+        if point_grids is None:
+            _check_at_least(1, crop_n_points_downscale_factor=crop_n_points_downscale_factor)
+            sides = [
+                int(points_per_side / crop_n_points_downscale_factor**layer)
+                for layer in range(crop_n_layers + 1)
+            ]
+            if min(sides) < 1:
+                raise ValueError(
+                    f"points_per_side must leave a point for each layer of crops; got {sides}"
+                )
+            point_grids = [point_grid(n) for n in sides]
+        self.point_grids = [_checked_grid(grid) for grid in point_grids]
+        if len(self.point_grids) <= crop_n_layers:
+            raise ValueError(
+                f"point_grids must have a grid for the image and each of {crop_n_layers} layers of "
+                f"crops; got {len(self.point_grids)}"
+            )
+        self.model = model
+        self.variables = variables
+        self._limits = Limits(
+            iou=np.float32(pred_iou_thresh if pred_iou_thresh > 0 else -np.inf),
+            stability=np.float32(stability_score_thresh if stability_score_thresh > 0 else -np.inf),
+            offset=np.float32(stability_score_offset),
+            area=np.float32(np.inf),
+            box_iou=_float32_below(box_nms_thresh),
+        )
+        self.box_nms_thresh = box_nms_thresh
+        self.crop_n_layers = crop_n_layers
+        self.crop_nms_thresh = crop_nms_thresh
+        self.crop_overlap_ratio = crop_overlap_ratio
+        self.min_mask_region_area = min_mask_region_area
+        self.output_mode = output_mode
+        self.max_image_share = max_image_share
+        self.remove_small_masks = remove_small_masks
+        most = max(map(len, self.point_grids))
+        self._chunk = min(most, CPU_CHUNK if platform() == "cpu" else points_per_batch)
+        self._num_points = -(-most // self._chunk) * self._chunk
+
+    def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
+        """Masks an image.
+
+        Args:
+          image: 'h w 3' uint8 RGB.
+        Returns:
+          A record for each mask, the best first (with crops, those of smaller ones first):
+          segmentation: see output_mode;
+          area: int, in pixels;
+          bbox: [x, y, w, h], where w is the last column less the first one, so one less than their
+            number, as in the reference;
+          predicted_iou, stability_score: float;
+          point_coords: [[x, y]], the point that gave it;
+          crop_box: [x, y, w, h] of the crop that it was found in.
+        Raises:
+          ValueError: if the image has another shape or type, or is too small for crops or too
+            large.
+        """
+        size = check_image(image).shape[:2]
+        if max(size) > MAX_SIDE:
+            raise ValueError(f"image must have sides of at most {MAX_SIDE} pixels; got {size}")
+        crops = plan_crops(size, self.crop_n_layers, self.crop_overlap_ratio)
+        embeddings = self._encode([crop.cut(image) for crop in crops])
+        found = [self._find(*pair, size) for pair in zip(crops, embeddings, strict=True)]
+        masks = self._choose(crops, jax.device_get(found))
+        masks = self._draw(masks, crops, embeddings, size)
+        if self.min_mask_region_area:
+            masks = self._clean(masks)
+        return [self._record(mask, crops[mask.crop]) for mask in masks]
+
+    def _encode(self, images):
+        """The embeddings '1 gh gw c' of images 'h w 3', on accelerators some at a time."""
+        batch = 1 if platform() == "cpu" else min(ENCODED, len(images))
+        embeddings = []
+        for start in range(0, len(images), batch):
+            some = [image_to_frame(x, self.model.image_size) for x in images[start : start + batch]]
+            padded, sizes = zip(*some, *some[-1:] * (batch - len(some)), strict=True)
+            arrays = np.stack(padded), np.array(sizes, np.int32)
+            embedded = encode_images(self.model, self.variables, *arrays)
+            embeddings += [embedded[i : i + 1] for i in range(len(some))]
+        return embeddings
+
+    def _find(self, crop, embedding, size):
+        """The `Candidates` of a crop of an image of (height, width), which may be under way."""
+        limits = self._limits
+        if self.max_image_share is not None:
+            limits = dataclasses.replace(
+                limits, area=np.float32(self.max_image_share * size[0] * size[1])
+            )
+        return find_candidates(
+            self.model,
+            self.variables,
+            embedding,
+            self._points_in_frame(crop),
+            len(self.point_grids[crop.layer]),
+            self._tiling(crop),
+            limits,
+            np.array(crop.box),
+            np.array(size),
+            chunk=self._chunk,
+        )
+
+    def _choose(self, crops, found):
+        """The `Mask`s to return, in order, of the `Candidates` of each crop."""
+        masks, scores = [], []
+        for i, (crop, candidates) in enumerate(zip(crops, found, strict=True)):
+            kept = np.flatnonzero(candidates.kept)
+            kept = kept[np.argsort(-candidates.iou[kept], kind="stable")]
+            boxes = candidates.box[kept] + np.tile(crop.corner, 2)
+            for number, box in zip(kept, boxes, strict=True):
+                iou, stability = candidates.iou[number], candidates.stability[number]
+                masks.append(Mask(i, int(number), box, float(iou), float(stability)))
+            scores += [1 / np.float32(math.prod(crop.size))] * len(kept)
+        if len(crops) == 1:
+            return masks
+        return self._without_duplicates(masks, scores, self.crop_nms_thresh)
+
+    def _draw(self, masks, crops, embeddings, size):
+        """The `Mask`s with their run lengths in the image of (height, width)."""
+        drawings = []
+        for i, (crop, embedding) in enumerate(zip(crops, embeddings, strict=True)):
+            here = [mask for mask in masks if mask.crop == i]
+            if here:
+                started = start_drawing(
+                    self.model,
+                    self.variables,
+                    embedding,
+                    self._points_in_frame(crop),
+                    np.array([mask.number for mask in here]),
+                    np.array([mask.box for mask in here]) - np.tile(crop.corner, 2),
+                    self._tiling(crop),
+                    chunk=self._chunk,
+                )
+                drawings += [(i, drawing) for drawing in started]
+        with ThreadPoolExecutor() as pool:
+            finish = lambda i, drawing: finish_drawing(drawing, crops[i].corner, size)
+            finished = pool.map(finish, *zip(*drawings, strict=True)) if drawings else ()
+            runs = {
+                (i, number): segmentation
+                for (i, _), drawn in zip(drawings, finished, strict=True)
+                for number, segmentation in drawn.items()
+            }
+        return [
+            dataclasses.replace(mask, segmentation=runs[mask.crop, mask.number]) for mask in masks
+        ]
+
+    def _clean(self, masks):
+        """The `Mask`s without small parts and holes, and without what are duplicates then."""
+        with ThreadPoolExecutor() as pool:
+            cleaned = pool.map(self._clean_mask, masks)
+            left = [(mask, changed) for mask, changed in cleaned if mask.segmentation]
+        threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
+        scores = [float(not changed) for _, changed in left]
+        return self._without_duplicates([mask for mask, _ in left], scores, threshold)
+
+    def _clean_mask(self, mask):
+        """A `Mask` cleaned, without run lengths if nothing is left, and whether it has changed."""
+        pixels, changed = remove_small_regions(
+            rle.decode(mask.segmentation),
+            self.min_mask_region_area,
+            keep_largest=not self.remove_small_masks,
+        )
+        if not changed:
+            return mask, False
+        segmentation = rle.encode(pixels) if pixels.any() else None
+        return dataclasses.replace(mask, box=box_of_mask(pixels), segmentation=segmentation), True
+
+    def _without_duplicates(self, masks, scores, threshold):
+        """The `Mask`s whose boxes do not overlap those of better ones, the best first."""
+        capacity = self._num_points * NUM_MASKS * sum(4**i for i in range(self.crop_n_layers + 1))
+        padded = lambda values, shape: np.resize(np.array(values, np.float32), shape)
+        is_kept = non_maximum_suppression(
+            padded([mask.box for mask in masks], (capacity, 4)),
+            padded(scores, capacity),
+            np.arange(capacity) < len(masks),
+            _float32_below(threshold),
+        )
+        kept = np.flatnonzero(is_kept)
+        best = kept[np.argsort(-np.array(scores, np.float32)[kept], kind="stable")]
+        return [masks[i] for i in best]
+
+    def _points_in_frame(self, crop):
+        """The points of a crop 'n 2' float32 in pixels of the frame, padded to a fixed number."""
+        points = np.zeros((self._num_points, 2), np.float32)
+        grid = self.point_grids[crop.layer]
+        points[: len(grid)] = points_to_frame(
+            grid * crop.size[::-1], crop.size, self.model.image_size
+        )
+        return points
+
+    def _tiling(self, crop):
+        frame, patch = self.model.image_size, self.model.patch_size
+        return tile_image(crop.size, (4 * frame[0] // patch, 4 * frame[1] // patch), frame)
+
+    def _record(self, mask, crop):
+        point = self.point_grids[crop.layer][mask.number // NUM_MASKS] * crop.size[::-1]
+        write: dict[str, Callable[[RLE], Any]] = {
+            "binary_mask": rle.decode,
+            "uncompressed_rle": rle.uncompress,
+            "coco_rle": rle.compress,
+        }
+        return {
+            "segmentation": write[self.output_mode](mask.segmentation),
+            "area": rle.area(mask.segmentation),
+            "bbox": xyxy_to_xywh(mask.box).tolist(),
+            "predicted_iou": mask.iou,
+            "point_coords": [(point + crop.corner).tolist()],
+            "stability_score": mask.stability,
+            "crop_box": xyxy_to_xywh(np.array(crop.box)).tolist(),
+        }
+
+
+def sa1b_preset() -> dict[str, Any]:
+    """The arguments with which SA-1B was made: appendix B of the paper.
+
+    As the released code, a predicted IoU of 0.88 exactly is not enough, and parts are of pixels
+    that touch by 8 neighbours; the paper says neither.
+    """
+    return dict(
+        points_per_side=32,
+        pred_iou_thresh=0.88,
+        stability_score_thresh=0.95,
+        box_nms_thresh=0.7,
+        crop_n_layers=2,
+        crop_nms_thresh=0.7,
+        crop_n_points_downscale_factor=2,
+        min_mask_region_area=100,
+        max_image_share=0.95,
+        remove_small_masks=True,
+    )
+
+
+def _checked_grid(grid):
+    grid = np.asarray(grid, np.float64)
+    if grid.ndim != 2 or grid.shape[1] != 2 or not len(grid):
+        raise ValueError(f"point_grids must be arrays 'n 2' of (x, y); got {grid.shape}")
+    if not ((grid >= 0) & (grid <= 1)).all():
+        raise ValueError(f"point_grids must be in [0, 1]; got {grid.min()} to {grid.max()}")
+    return grid
+
+
+def _check_at_least(least, **arguments):
+    for name, value in arguments.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def _float32_below(threshold):
+    """The largest float32 that is not above: a float32 exceeds both or neither."""
+    nearest = np.float32(threshold)
+    return nearest if nearest <= threshold else np.nextafter(nearest, np.float32(-np.inf))
