@@ -91,9 +91,9 @@ def table(scores: dict) -> str:
 def pair_images(proposals: Source, truths: Selection) -> list[tuple[int, int]]:
     """Finds the proposals of selected images.
 
-    A file of SA-1B's kind is of the image whose index in its source is the file's number, as
-    everything mode names them: a labelling that has not come to its end is evaluated on what it
-    has. Any other source must have all images, in the same order.
+    Of files of SA-1B's kind, `sa_7` is for image 7 of the source of `truths`, as everything mode
+    names them, so that a labelling that has not come to its end is evaluated on what it has. Any
+    other source must have all images, in the same order.
 
     Returns:
       The index in `proposals`, and in the source of `truths`, of each selected image of both.

@@ -20,11 +20,10 @@ def center(mask: Mapping[str, Any]) -> tuple[float, float]:
       RLEError: if the runs are not a mask.
       ValueError: if it is empty.
     """
-    start, end = _stretches(mask)
-    height = int(mask["size"][0])
-    (x0, y0), (x1, y1) = (_sums_before(positions, height) for positions in (start, end))
-    area = int((end - start).sum())
-    return int((x1 - x0).sum()) / area + 0.5, int((y1 - y0).sum()) / area + 0.5
+    runs = _runs_inside(mask)
+    area = int(np.diff(runs).sum())
+    columns, rows = (int(np.diff(s).sum()) for s in _sums_before(runs, int(mask["size"][0])))
+    return columns / area + 0.5, rows / area + 0.5
 
 
 def hull_area(mask: Mapping[str, Any]) -> float:
@@ -40,19 +39,16 @@ def hull_area(mask: Mapping[str, Any]) -> float:
       RLEError: if the runs are not a mask.
       ValueError: if it is empty.
     """
-    start, end = _stretches(mask)
-    corners = _corners(start, end, int(mask["size"][0]))
+    corners = _corners(_runs_inside(mask), int(mask["size"][0]))
     x, y = corners[ConvexHull(corners).vertices].T  # in order around it
     return abs(int((x * np.roll(y, -1) - y * np.roll(x, -1)).sum())) / 2
 
 
-def _stretches(mask: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The runs inside a mask: first position 'r', and the first one after 'r'."""
-    lengths = rle.runs(mask)
-    end, inside = np.cumsum(lengths)[1::2], lengths[1::2]
-    if not inside.any():
+def _runs_inside(mask: Mapping[str, Any]) -> np.ndarray:
+    runs = rle.bounds(mask)
+    if not len(runs):
         raise ValueError(f"mask of size {list(mask['size'])} must have pixels; it is empty")
-    return (end - inside)[inside > 0], end[inside > 0]
+    return runs
 
 
 def _sums_before(position: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,18 +59,22 @@ def _sums_before(position: np.ndarray, height: int) -> tuple[np.ndarray, np.ndar
     return columns, rows
 
 
-def _corners(start: np.ndarray, end: np.ndarray, height: int) -> np.ndarray:
-    """Points 'p 2' (x, y) whose hull is that of the pixels in some runs.
+def _corners(runs: np.ndarray, height: int) -> np.ndarray:
+    """Points 'p 2' (x, y) whose hull is that of the pixels of some runs.
 
     A run is a rectangle in its first column, one in its last, and one of the columns between.
     """
-    (first, top), (last, bottom) = np.divmod(start, height), np.divmod(end - 1, height)
-    several = last > first
-    left = np.concatenate([first, last, first[several] + 1])
-    right = np.concatenate([first + 1, last + 1, last[several]])
-    upper = np.concatenate([top, np.where(several, 0, top), np.zeros_like(first[several])])
-    lower = np.concatenate(
-        [np.where(several, height, bottom + 1), bottom + 1, np.full_like(last[several], height)]
+    (first, top), (last, bottom) = (np.divmod(at, height) for at in (runs[:, 0], runs[:, 1] - 1))
+    goes_on = last > first
+    left, upper, right, lower = np.concatenate(
+        [
+            [first, top, first + 1, np.where(goes_on, height, bottom + 1)],
+            [last, np.where(goes_on, 0, top), last + 1, bottom + 1],
+            np.stack([first + 1, np.zeros_like(first), last, np.full_like(last, height)])[
+                :, goes_on
+            ],
+        ],
+        axis=1,
     )
-    x = np.concatenate([left, right, left, right])
-    return np.stack([x, np.concatenate([upper, upper, lower, lower])], axis=-1)
+    x, y = np.concatenate([left, right, left, right]), np.concatenate([upper, upper, lower, lower])
+    return np.stack([x, y], axis=-1)

@@ -6,24 +6,11 @@ pycocotools answers -1.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sam_jax.masks import rle
-
-
-class _Stretches(NamedTuple):
-    """The runs inside some masks, those of each mask together.
-
-    Attributes:
-      start, end: 'r' int64, positions `column * h + row`, the end being the first one outside.
-      owner: 'r' int64, index of the mask that a run is of.
-    """
-
-    start: np.ndarray
-    end: np.ndarray
-    owner: np.ndarray
 
 
 def iou(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -37,45 +24,35 @@ def iou(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]])
       RLEError: if the runs of one are not a mask.
       ValueError: if the masks are of several sizes.
     """
-    lengths = [rle.runs(mask) for mask in first]
-    ours, theirs = _stretches(lengths), _stretches([rle.runs(mask) for mask in second])
+    ours, theirs = ([rle.bounds(mask) for mask in masks] for masks in (first, second))
     height = _common_height([*first, *second])
-    near = _boxes_meet(_boxes(ours, len(first), height), _boxes(theirs, len(second), height))
-    intersection = np.zeros((len(first), len(second)))
-    for i, meets in enumerate(near):
-        if meets.any():
-            start, end, owner = (array[meets[theirs.owner]] for array in theirs)
-            shared = _pixels_before(end, lengths[i]) - _pixels_before(start, lengths[i])
-            intersection[i] = np.bincount(owner, shared, minlength=len(second))
-    union = _areas(ours, len(first))[:, None] + _areas(theirs, len(second)) - intersection
+    near = _boxes_meet(_boxes(ours, height), _boxes(theirs, height))
+    asked = np.concatenate([np.zeros((0, 2), np.int64), *theirs])
+    owner = np.repeat(np.arange(len(theirs)), [len(runs) for runs in theirs])
+    intersection = np.zeros(near.shape)
+    for i, runs in enumerate(ours):
+        if near[i].any():
+            some = near[i, owner]
+            shared = np.diff(_pixels_before(asked[some], runs))[:, 0]
+            intersection[i] = np.bincount(owner[some], shared, minlength=len(theirs))
+    union = _areas(ours)[:, None] + _areas(theirs) - intersection
     return intersection / np.maximum(union, 1)
 
 
-def _stretches(lengths: Sequence[np.ndarray]) -> _Stretches:
-    """What lies inside, of masks by what `rle.runs` gives for each."""
-    bounds = [np.cumsum(runs) for runs in lengths]
-    nothing = np.zeros(0, np.int64)
-    end = np.concatenate([nothing, *(b[1::2] for b in bounds)])
-    start = np.concatenate([nothing, *(b[: len(b) // 2 * 2 : 2] for b in bounds)])
-    owner = np.repeat(np.arange(len(lengths)), [len(b) // 2 for b in bounds])
-    kept = end > start
-    return _Stretches(start[kept], end[kept], owner[kept])
+def _areas(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Pixels 'n' of masks by the bounds of their runs."""
+    return np.array([np.diff(runs).sum() for runs in masks], np.int64)
 
 
-def _areas(stretches: _Stretches, count: int) -> np.ndarray:
-    return np.bincount(stretches.owner, stretches.end - stretches.start, minlength=count)
-
-
-def _boxes(stretches: _Stretches, count: int, height: int) -> np.ndarray:
-    """'n 4' int64, (left, top, right, bottom), both corners inside; meeting no other if empty."""
-    first, top = np.divmod(stretches.start, height)
-    last, bottom = np.divmod(stretches.end - 1, height)
-    whole = last > first  # it goes on in the next column, at the top
-    boxes = np.tile([rle.MAX_PIXELS, rle.MAX_PIXELS, -1, -1], (count, 1))
-    np.minimum.at(boxes[:, 0], stretches.owner, first)
-    np.minimum.at(boxes[:, 1], stretches.owner, np.where(whole, 0, top))
-    np.maximum.at(boxes[:, 2], stretches.owner, last)
-    np.maximum.at(boxes[:, 3], stretches.owner, np.where(whole, height - 1, bottom))
+def _boxes(masks: Sequence[np.ndarray], height: int) -> np.ndarray:
+    """'n 4' int64, (left, top, right, bottom), both corners inside; an empty mask's meets none."""
+    boxes = np.tile([rle.MAX_PIXELS, rle.MAX_PIXELS, -1, -1], (len(masks), 1))
+    for box, runs in zip(boxes, masks, strict=True):
+        if len(runs):
+            column, row = np.divmod(runs - [0, 1], height)  # of each run's first and last pixel
+            goes_on = (column[:, 1] > column[:, 0]).any()  # at the top of the next column
+            top, bottom = (0, height - 1) if goes_on else (row.min(), row.max())
+            box[:] = column[0, 0], top, column[-1, 1], bottom
     return boxes
 
 
@@ -86,10 +63,11 @@ def _boxes_meet(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (corner <= opposite).all(axis=-1)
 
 
-def _pixels_before(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """How many pixels of a mask lie before each position: linear between the bounds of its runs."""
-    inside = np.arange(len(lengths)) % 2 == 1
-    return np.interp(positions, np.cumsum(lengths), np.cumsum(lengths * inside))
+def _pixels_before(positions: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """How many pixels of a mask lie before positions: linear between the bounds of its runs."""
+    total = np.cumsum(np.diff(runs))
+    before = np.stack([total - np.diff(runs)[:, 0], total], axis=-1)
+    return np.interp(positions, runs.ravel(), before.ravel())
 
 
 def _common_height(masks: Sequence[Mapping[str, Any]]) -> int:

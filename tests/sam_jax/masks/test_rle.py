@@ -52,6 +52,13 @@ def test_hand_computed(size, lengths, counts):
     assert type(area) is int  # JSON takes no numpy numbers
 
 
+def test_bounds_of_the_runs_inside():
+    padded = {"size": [2, 4], "counts": [1, 0, 1, 2, 0, 1, 3]}
+    assert rle.bounds(padded).tolist() == [[2, 4], [4, 5]]
+    assert rle.bounds({"size": [2, 4], "counts": [0, 8]}).tolist() == [[0, 8]]
+    assert rle.bounds({"size": [2, 4], "counts": [8]}).shape == (0, 2)
+
+
 def test_largest_mask():
     whole = {"size": [2**13, 2**13], "counts": "0PPPPP2"}  # five groups of nothing, then 2 * 2**25
     assert rle.encode(np.ones((2**13, 2**13), bool)) == whole
