@@ -7,7 +7,8 @@ it is no lower. An object's size is its number of pixels; as in COCO, one on the
 sizes is of both.
 
 Deliberate difference: proposals have no scores. They are a source of masks, whose order is their
-ranking: everything mode writes the best first.
+ranking. The paper's are those of everything mode without crops, which puts the highest predicted
+IoU first; where there are more than 1000, the paper ranks by the mean of that and of stability.
 """
 
 from collections.abc import Sequence
