@@ -10,12 +10,15 @@ EXAMPLES = {
     "info": "sam-jax info --weights sam_b/",
     "evaluate": "sam-jax evaluate --weights sam_vit_b --source coco:photos/ --json scores.json",
     "data": "sam-jax data check sa1b:images/ --json report.json",
+    "data stats": "sam-jax data stats sa1b:images/ --index ::100 --out statistics/",
 }
 
 
 SOURCE_HELP = (
     "sa1b:PATH, coco:FOLDER, labels:FOLDER, images:FOLDER, tfds:DATASET[/SPLIT][@FOLDER] or scenes"
 )
+SLICE_HELP = "of the images, as in Python: 0::5, :100, 7"
+SMALL = (256, 256)  # frame that images are read for where only their masks are asked for
 
 
 def main(argv=None):
@@ -86,12 +89,21 @@ def _add_info(verbs):
 
 
 def _add_evaluate(verbs):
-    verb = _add_verb(verbs, "evaluate", "measure mean IoU after clicks and boxes", _evaluate)
-    verb.add_argument("--weights", required=True, help="anything that sam_jax.load takes")
-    verb.add_argument("--source", required=True, metavar="SOURCE", help=SOURCE_HELP)
-    verb.add_argument(
-        "--index", default=":", metavar="SLICE", help="of the images, as in Python: 0::5, :100, 7"
+    verb = _add_verb(
+        verbs,
+        "evaluate",
+        "measure a model's mean IoU after clicks and boxes, or the recall of proposed masks",
+        _evaluate,
     )
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--weights", help="anything that sam_jax.load takes")
+    what.add_argument(
+        "--proposals",
+        metavar="SOURCE",
+        help="masks of the same images, the best of each first; sa_7.json is of image 7",
+    )
+    verb.add_argument("--source", required=True, metavar="SOURCE", help=SOURCE_HELP)
+    verb.add_argument("--index", default=":", metavar="SLICE", help=SLICE_HELP)
     verb.add_argument("--json", metavar="FILE", help="write the scores to a file too")
 
 
@@ -105,12 +117,23 @@ def _add_data(verbs):
         epilog=f"example: {EXAMPLES['data']}",
     )
     check.set_defaults(run=_data_check)
-    check.add_argument(
-        "source",
-        metavar="SOURCE",
-        help=SOURCE_HELP,
-    )
+    check.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     check.add_argument("--json", metavar="FILE", help="write what was found to a file too")
+    stats = actions.add_parser(
+        "stats",
+        help="measure how many masks there are, how large and concave, and where",
+        description="Measure how many masks there are, how large and concave, and where.",
+        epilog=f"example: {EXAMPLES['data stats']}",
+    )
+    stats.set_defaults(run=_data_stats)
+    stats.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    stats.add_argument("--index", default=":", metavar="SLICE", help=SLICE_HELP)
+    stats.add_argument("--out", metavar="DIR", help="folder for statistics.json and plots")
+    stats.add_argument(
+        "--against",
+        metavar="SOURCE",
+        help="another annotation of the same images in the same order, to measure the IoU with",
+    )
 
 
 def _predict(args):
@@ -156,8 +179,15 @@ def _info(args):
 
 def _evaluate(args):
     import json
-    from pathlib import Path
 
+    scores, table = (_evaluate_clicks if args.weights else _evaluate_proposals)(args)
+    print(table)
+    if args.json:
+        scores = {"source": args.source, "index": args.index} | scores
+        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def _evaluate_clicks(args):
     from tqdm import tqdm
 
     from sam_jax.data.source import open_source, select
@@ -168,29 +198,32 @@ def _evaluate(args):
     images = select(open_source(args.source), args.index)
     predictor = SamPredictor(*load(args.weights))
     scores = evaluate_clicks(predictor, images, tqdm(range(len(images)), unit="image"))
-    print(table(scores))
-    if args.json:
-        scores = {"source": args.source, "index": args.index} | scores
-        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    return scores, table(scores)
+
+
+def _evaluate_proposals(args):
+    from tqdm import tqdm
+
+    from sam_jax.data.source import open_source, select
+    from sam_jax.evaluate.proposals import evaluate_proposals, pair_images, table
+
+    truths = select(open_source(args.source, reduce_to=SMALL), args.index)
+    proposals = open_source(args.proposals, reduce_to=SMALL)
+    pairs = pair_images(proposals, truths)
+    print(f"{len(pairs)} of {len(truths)} images have proposals")
+    bar = tqdm(pairs, unit=" images", disable=None)
+    scores = evaluate_proposals(proposals, truths.source, bar)
+    return {"proposals": args.proposals} | scores, table(scores)
 
 
 def _data_check(args):
     import json
 
-    from tqdm import tqdm
-
     from sam_jax.data.check import check, summarize
     from sam_jax.data.source import open_source
 
-    def shown(findings):
-        for finding in findings:
-            if finding.reason is not None:
-                tqdm.write(str(finding))
-            yield finding
-
     source = open_source(args.source)
-    bar = tqdm(check(source), total=len(source), unit=" samples", disable=None)
-    result = {"source": args.source, **summarize(shown(bar))}
+    result = {"source": args.source, **summarize(_shown(check(source), len(source)))}
     for reason, count in result["reasons"].items():
         print(f"{count:7d}  {reason}")
     usable, samples, masks = result["usable"], result["samples"], result["masks"]
@@ -199,6 +232,46 @@ def _data_check(args):
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
     return 0 if usable == samples else 1
+
+
+def _data_stats(args):
+    import json
+
+    from sam_jax.data.source import open_source, select
+    from sam_jax.evaluate import quality, statistics
+
+    if args.out:
+        try:
+            from sam_jax.evaluate import plots
+        except ImportError as error:
+            raise ValueError(f'--out draws plots: {error}; pip install "sam_jax[viz]"') from error
+    images = select(open_source(args.source, reduce_to=SMALL), args.index)
+    source, indices = images.source, images.indices.tolist()
+    if args.against:
+        compared = quality.compare(source, open_source(args.against, reduce_to=SMALL), indices)
+    found = statistics.collect(_shown(statistics.measure(source, indices), len(indices)))
+    print(statistics.table(found))
+    result = {"source": args.source, "index": args.index, **found}
+    if args.against:
+        known = [bad["name"] for bad in found["bad"]]
+        agreement = quality.collect(_shown(compared, len(indices), known))
+        print(quality.table(agreement))
+        result["against"] = {"source": args.against, **agreement}
+    if args.out:
+        plots.save_plots(args.out, result)
+        path = Path(args.out) / "statistics.json"
+        path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        print(f"statistics.json and plots are in {args.out}")
+
+
+def _shown(findings, total, known=()):
+    """Findings as they are, with a bar, and a line for each new one of what cannot be used."""
+    from tqdm import tqdm
+
+    for finding in tqdm(findings, total=total, unit=" samples", disable=None):
+        if finding.reason is not None and finding.name not in known:
+            tqdm.write(str(finding))
+        yield finding
 
 
 def _point(text):

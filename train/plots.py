@@ -1,23 +1,11 @@
-"""Plots of a run: its curves, and what it reached by the number of clicks.
-
-Colours are Okabe and Ito's (2008), which colour-blind people can tell apart; what matters differs
-in shape or in words too. Pictures are drawn without pyplot, whose state is the process's.
-"""
+"""Plots of a run: its curves, and what it reached by the number of clicks."""
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty picture of a size in inches."""
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+from sam_jax.evaluate.plots import BLUE, GREY, ORANGE, new_figure, tidy
 
 
 def draw_curves(rows: list[dict], evaluations: list[dict]) -> Figure:
@@ -99,16 +87,6 @@ def draw_curve(axes: Axes, steps: list, values: list, color: str, label: str | N
     if window > 1:
         axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
     axes.plot(steps, mean, color=color, linewidth=2, marker="." if window == 1 else "", label=label)
-
-
-def tidy(axes: Axes) -> None:
-    """Light grid, no frame, text of a readable size."""
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=11)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_size(12)
 
 
 def count_of(clicks: str) -> str:

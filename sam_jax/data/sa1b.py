@@ -65,6 +65,11 @@ class Sa1b:
     def name(self, index: int) -> str:
         return self._path(index, 0)
 
+    @property
+    def ids(self) -> np.ndarray:
+        """'i' int64, the number in the name of each image's files."""
+        return self.key // 16
+
     def _path(self, index: int, kind: int) -> str:
         number, digits = divmod(int(self.key[index]), 16)
         file = f"sa_{number:0{digits}d}.{KINDS[kind][0]}"

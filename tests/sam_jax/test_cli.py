@@ -48,7 +48,9 @@ def test_help_is_quick_because_it_imports_no_jax():
         assert verb in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["predict", "convert", "info", "data", "data check"])
+@pytest.mark.parametrize(
+    "verb", ["predict", "convert", "info", "evaluate", "data", "data check", "data stats"]
+)
 def test_every_verb_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])

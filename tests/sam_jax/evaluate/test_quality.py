@@ -1,0 +1,96 @@
+"""Two annotations whose pairs and IoUs are known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sam_jax.data.example import BadSample, Example
+from sam_jax.evaluate.quality import Compared, collect, compare, pair, table
+from sam_jax.masks import rle
+
+
+class Images(list):
+    """A source of the masks of images, or of what reading them raises."""
+
+    def __getitem__(self, index):
+        value = super().__getitem__(index)
+        if isinstance(value, Exception):
+            raise value
+        return Example(image=np.zeros((1, 1, 3), np.uint8), masks=value)
+
+    def name(self, index):
+        return f"{index}.jpg"
+
+
+def columns(first, last, size=(4, 100)):
+    """A mask of the columns from `first` to before `last`."""
+    painted = np.zeros(size, bool)
+    painted[:, first:last] = True
+    return rle.encode(painted)
+
+
+def test_pairs_by_hand():
+    first = Images([[columns(0, 10), columns(20, 40), columns(90, 99)], [columns(0, 100)]])
+    second = Images([[columns(20, 35), columns(0, 10)], [columns(0, 95)]])
+    quality = json.loads(json.dumps(collect(compare(first, second, [0, 1]))))
+    histogram = quality.pop("iou")
+    assert quality == {
+        "samples": 2,
+        "usable": 2,
+        "reasons": {},
+        "bad": [],
+        "pairs": 3,
+        "alone": [1, 0],
+        "above": {"0.9": round(2 / 3, 4), "0.75": round(2 / 3, 4)},  # 0.75 is not above 0.75
+        "mean_iou": 0.9,
+    }
+    assert sum(histogram["pairs"]) == 3
+    assert [histogram["pairs"][i] for i in (37, 47, 49)] == [1, 1, 1]
+    assert "3 pairs of masks in 2 images" in table(quality | {"iou": histogram})
+    assert "66.7 % above 0.9, 66.7 % above 0.75, 0.900 on average" in table(quality)
+
+
+def test_the_sum_of_all_ious_decides_and_not_the_best_pair():
+    np.testing.assert_array_equal(pair(np.array([[0.9, 0.8], [0.7, 0.1]])), [0.8, 0.7])
+    np.testing.assert_array_equal(pair(np.array([[0.9, 0.2], [0.7, 0.1]])), [0.9, 0.1])
+    np.testing.assert_array_equal(pair(np.array([[0, 0.5, 0.4]])), [0.5])
+
+
+def test_masks_that_do_not_overlap_are_no_pair():
+    (found,) = compare(Images([[columns(0, 10)]]), Images([[columns(10, 20)] * 2]), [0])
+    assert (found.masks, found.alone, found.iou.shape) == (0, (1, 2), (0,))
+    with pytest.raises(ValueError, match="no two masks overlap in 1 images"):
+        collect([found])
+
+
+def test_an_image_without_masks_in_one_has_no_pair_there():
+    none = BadSample("no masks", "the image has no masks")
+    first, second = Images([[columns(0, 10)], none]), Images([none, [columns(0, 10)]])
+    assert [found.alone for found in compare(first, second, [0, 1])] == [(1, 0), (0, 1)]
+    (found,) = compare(Images([[]]), Images([none]), [0])
+    assert (found.reason, found.alone) == (None, (0, 0))
+
+
+def test_what_cannot_be_used_in_either_is_left_out():
+    bad, broken = BadSample("broken json", "cut"), {"size": [4, 100], "counts": [1]}
+    first = Images([bad, [columns(0, 10)], [columns(0, 10)], [columns(0, 10)]])
+    second = Images([[columns(0, 10)], bad, [broken], [columns(0, 10)]])
+    quality = collect(compare(first, second, range(4)))
+    assert (quality["samples"], quality["usable"], quality["pairs"]) == (4, 1, 1)
+    assert quality["reasons"] == {"broken json": 2, "broken mask": 1}
+    assert quality["mean_iou"] == 1
+
+
+def test_sources_of_other_images_are_refused():
+    with pytest.raises(ValueError, match="same order to be compared; got 1 images and 2"):
+        compare(Images([[]]), Images([[], []]), [0])
+    other = Images([[columns(0, 10, size=(100, 4))]])
+    with pytest.raises(ValueError, match=r"0\.jpg.*must be of one size; got 4 x 100 and 100 x 4"):
+        list(compare(Images([[columns(0, 10)]]), other, [0]))
+
+
+def test_shares_are_strictly_above():
+    iou = np.array([0.75, 0.76, 0.9, 0.91])
+    quality = collect([Compared(0, "x", 4, iou=iou)])
+    assert quality["above"] == {"0.9": 0.25, "0.75": 0.75}

@@ -1,0 +1,94 @@
+"""IoU from run lengths: by hand, and against painted masks."""
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sam_jax.masks import rle
+from sam_jax.masks.overlap import iou
+
+
+def rectangle(top, left, bottom, right):
+    mask = np.zeros((10, 12), bool)
+    mask[top:bottom, left:right] = True
+    return rle.encode(mask)
+
+
+def painted_iou(first, second):
+    """'n k' of masks 'n h w' and 'k h w'."""
+    shared = (first[:, None] & second).sum(axis=(2, 3))
+    union = (first[:, None] | second).sum(axis=(2, 3))
+    return shared / np.maximum(union, 1)
+
+
+def test_by_hand():
+    square, shifted = rectangle(2, 2, 6, 6), rectangle(2, 4, 6, 8)  # 16 pixels, 8 in common
+    below, whole = rectangle(7, 2, 9, 6), rectangle(0, 0, 10, 12)
+    expected = [[1, 8 / 24, 0, 16 / 120], [8 / 24, 1, 0, 16 / 120]]
+    actual = iou([square, shifted], [square, shifted, below, whole])
+    assert actual.dtype == np.float64
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_masks_that_only_touch_or_interlock_do_not_overlap():
+    columns = np.zeros((2, 6, 8), bool)
+    columns[0, :, ::2] = columns[1, :, 1::2] = True
+    even, odd = map(rle.encode, columns)
+    np.testing.assert_array_equal(iou([even], [odd, even]), [[0, 1]])
+    np.testing.assert_array_equal(iou([rectangle(0, 0, 5, 6)], [rectangle(5, 0, 9, 6)]), [[0]])
+
+
+@st.composite
+def several_masks(draw):
+    """Some masks 'n h w' and others 'k h w', of noise in blocks."""
+    size = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    masks = lambda: hnp.arrays(np.bool_, (draw(st.integers(0, 3)), *size))
+    return draw(masks()), draw(masks())
+
+
+@given(several_masks())
+def test_equal_to_painted_masks(masks):
+    first, second = masks
+    actual = iou([rle.encode(mask) for mask in first], [rle.encode(mask) for mask in second])
+    np.testing.assert_array_equal(actual, painted_iou(first, second))
+
+
+def test_empty_masks_overlap_with_nothing():
+    empty = rectangle(0, 0, 0, 0)
+    np.testing.assert_array_equal(iou([empty], [empty, rectangle(0, 0, 2, 2)]), [[0, 0]])
+    no_pixels = {"size": [0, 7], "counts": ""}
+    np.testing.assert_array_equal(iou([no_pixels], [no_pixels]), [[0]])
+
+
+def test_empty_runs_in_the_middle_and_lists_are_read():
+    padded = {"size": [10, 12], "counts": [0, 0, 2, 3, 0, 1, 114]}
+    same = {"size": (10, 12), "counts": [2, 4, 114]}
+    np.testing.assert_array_equal(iou([padded], [same, padded]), [[1, 1]])
+
+
+def test_no_masks():
+    some = [rectangle(0, 0, 2, 2)] * 2
+    assert [iou(*masks).shape for masks in ([[], []], [some, []], [[], some])] == [
+        (0, 0),
+        (2, 0),
+        (0, 2),
+    ]
+
+
+def test_large_masks_are_exact():
+    side = 2**13
+    half = {"size": [side, side], "counts": [2**25, 2**25]}
+    all_but_one = {"size": [side, side], "counts": [1, 2**26 - 1]}
+    np.testing.assert_array_equal(iou([half], [all_but_one]), [[2**25 / (2**26 - 1)]])
+
+
+def test_what_is_wrong_is_named():
+    other = {"size": [12, 10], "counts": [120]}
+    with pytest.raises(ValueError, match="of one size; got 10 x 12 and 12 x 10"):
+        iou([rectangle(0, 0, 2, 2)], [other])
+    with pytest.raises(ValueError, match="of one size"):
+        iou([other, rectangle(0, 0, 2, 2)], [])
+    with pytest.raises(rle.RLEError, match="must sum to"):
+        iou([{"size": [2, 2], "counts": [3]}], [])
