@@ -57,6 +57,14 @@ class Source(Protocol):
         """
         ...
 
+    def encoded(self, index: int) -> bytes | None:
+        """Reads the file of an image as it is; None where images are drawn rather than read.
+
+        Raises:
+          BadSample: if it cannot be read; nothing is decoded.
+        """
+        ...
+
     def name(self, index: int) -> str:
         """What a person would look for: a file, or a file and the member in it."""
         ...
