@@ -13,6 +13,7 @@ REASONS = (
     "missing file",  # or one that cannot be opened
     "broken image",  # truncated, of another format, or too large
     "small image",  # smaller than what learns from it can use
+    "refused image",  # by what should mask it
     "broken json",
     "broken record",  # of an archive of records
     "broken mask",  # run lengths or polygons that are no mask
