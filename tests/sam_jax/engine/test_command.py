@@ -151,7 +151,7 @@ def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
         ("missing.jpg", [], "there is no file and no folder missing.jpg"),
         ("photos", ["--index", "9:"], "the slice '9:' of 5 examples leaves none"),
         ("photos", ["--process", "1"], "--process must be 0 to 0, one less than --processes"),
-        ("photos", ["--pred-iou-thresh", "2"], "pred_iou_thresh"),
+        ("photos", ["--points-per-batch", "0"], "points_per_batch must be at least 1"),
         ("photos", ["--out", "photos/masks"], "--out must not lie in photos, among the images"),
         ("images:photos", ["--out", "photos"], "--out must not lie in photos, among the images"),
         ("photos", ["--out", "gs://bucket/masks"], "--out must be a folder on a disk; got gs://"),
