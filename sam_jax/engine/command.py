@@ -1,9 +1,6 @@
 """`sam-jax everything`: its arguments, and what it does with them."""
 
 import argparse
-import importlib.metadata
-import inspect
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -106,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args):
     if not 0 <= args.process < args.processes:
         raise ValueError(
-            f"--process must be 0 to {args.processes - 1}, one less than --processes; "
-            f"got {args.process}"
+            f"--process must be at least 0 and less than --processes; got {args.process} of "
+            f"{args.processes}"
         )
     if "://" in args.out:
         raise ValueError(f"--out must be a folder on a disk; got {args.out}")
@@ -129,6 +126,10 @@ def _options(args):
 
 def _settings(args, images, model, variables, options):
     """All that the results depend on: a run with other settings must not go on in the folder."""
+    import importlib.metadata
+    import inspect
+    import zlib
+
     import jax
     import numpy as np
 

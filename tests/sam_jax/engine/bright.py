@@ -55,7 +55,7 @@ def main(photos, out, step):
         return call
 
     def slowly(image):
-        time.sleep(0.02)
+        time.sleep(0.06)
         return generate(image)
 
     os.fsync, os.replace = killed_at_step(os.fsync), killed_at_step(os.replace)

@@ -150,7 +150,11 @@ def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
     [
         ("missing.jpg", [], "there is no file and no folder missing.jpg"),
         ("photos", ["--index", "9:"], "the slice '9:' of 5 examples leaves none"),
-        ("photos", ["--process", "1"], "--process must be 0 to 0, one less than --processes"),
+        (
+            "photos",
+            ["--process", "1"],
+            "--process must be at least 0 and less than --processes",
+        ),
         ("photos", ["--points-per-batch", "0"], "points_per_batch must be at least 1"),
         ("photos", ["--out", "photos/masks"], "--out must not lie in photos, among the images"),
         ("images:photos", ["--out", "photos"], "--out must not lie in photos, among the images"),
