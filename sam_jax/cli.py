@@ -4,8 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from sam_jax.engine import command
+
 EXAMPLES = {
     "predict": "sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/",
+    "everything": "sam-jax everything photos/ --weights sam_vit_h --preset sa1b --out masks/",
     "convert": "sam-jax convert sam_vit_b_01ec64.pth sam_b/",
     "info": "sam-jax info --weights sam_b/",
     "evaluate": "sam-jax evaluate --weights sam_vit_b --source coco:photos/ --json scores.json",
@@ -26,6 +29,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="sam-jax", description="Segment Anything in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_predict(verbs)
+    _add_everything(verbs)
     _add_convert(verbs)
     _add_info(verbs)
     _add_evaluate(verbs)
@@ -66,6 +70,11 @@ def _add_predict(verbs):
         help="how many; by default 3 for a single point or box, which may mean several things",
     )
     verb.add_argument("--out", required=True, help="folder for overlay.png, masks and masks.json")
+
+
+def _add_everything(verbs):
+    verb = _add_verb(verbs, "everything", "mask everything in images", command.run)
+    command.add_arguments(verb)
 
 
 def _add_convert(verbs):

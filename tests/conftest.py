@@ -23,7 +23,13 @@ QUICK = {
 }
 
 
-SLOW = ("tests/train/", "tests/sam_jax/predict/", "tests/configs/", "tests/sam_jax/test_cli.py")
+SLOW = (
+    "tests/train/",
+    "tests/sam_jax/predict/",
+    "tests/configs/",
+    "tests/sam_jax/engine/",
+    "tests/sam_jax/test_cli.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -54,9 +54,10 @@ BELOW = {
     "sam_jax.evaluate": USES,
     "sam_jax.export": USES,
     "sam_jax.engine": USES,
+    "sam_jax.engine.command": ("sam_jax", "sam_jax.engine", *USES),
     "sam_jax": LIBRARY,  # the public names
     "sam_jax.info": ("sam_jax", *LIBRARY),
-    "sam_jax.cli": ("sam_jax", "sam_jax.info", *LIBRARY),
+    "sam_jax.cli": ("sam_jax", "sam_jax.info", "sam_jax.engine.command", *LIBRARY),
     "sam_jax.__main__": ("sam_jax.cli",),
     "train": (),
     "train.config": LIBRARY,
@@ -97,7 +98,7 @@ PROJECT = ("sam_jax", "train", "configs", "colabs", "tests")
 # Where an outside package may be imported. Torch is a reference to compare with, in tests alone.
 EVERYWHERE = ("jax", "flax", "numpy", "einops", "scipy")
 HOMES = {
-    "PIL": ("sam_jax.predict", "sam_jax.data", "sam_jax.cli"),
+    "PIL": ("sam_jax.predict", "sam_jax.data", "sam_jax.engine", "sam_jax.cli"),
     "faster_coco_eval": ("sam_jax.evaluate",),
     "absl": ("sam_jax.data.loader",),
     "etils": ("train.checkpoints", "train.outbox"),
@@ -120,7 +121,13 @@ HOMES = {
     "tensorboardX": ("train.metrics",),
     "tensorflow_datasets": ("sam_jax.data.tfds",),
     "torch": (),
-    "tqdm": ("sam_jax.weights.download", "sam_jax.predict.everything", "sam_jax.cli", "train"),
+    "tqdm": (
+        "sam_jax.weights.download",
+        "sam_jax.predict.everything",
+        "sam_jax.engine.command",
+        "sam_jax.cli",
+        "train",
+    ),
     "uvicorn": ("sam_jax.engine",),
 }
 

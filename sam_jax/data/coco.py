@@ -48,9 +48,11 @@ class Coco:
         return Example(image=image, masks=files.check_masks(masks, size))
 
     def image(self, index: int) -> np.ndarray:
+        return files.decode_image(self.encoded(index), None, self.reduce_to)
+
+    def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
-        data = files.read_file(self.name(index), files.IMAGE)
-        return files.decode_image(data, None, self.reduce_to)
+        return files.read_file(self.name(index), files.IMAGE)
 
     def name(self, index: int) -> str:
         try:

@@ -13,6 +13,7 @@ REASONS = (
     "missing file",  # or one that cannot be opened
     "broken image",  # truncated, of another format, or too large
     "small image",  # smaller than what learns from it can use
+    "refused image",  # by what should mask it
     "broken json",
     "broken record",  # of an archive of records
     "broken mask",  # run lengths or polygons that are no mask
@@ -54,6 +55,14 @@ class Source(Protocol):
 
         Raises:
           BadSample: if it is unusable.
+        """
+        ...
+
+    def encoded(self, index: int) -> bytes | None:
+        """Reads the file of an image as it is; None where images are drawn rather than read.
+
+        Raises:
+          BadSample: if it cannot be read; nothing is decoded.
         """
         ...
 

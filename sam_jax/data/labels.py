@@ -41,8 +41,11 @@ class LabelImages:
         return _example(image, _masks_of(labels), labels.shape, self.reduce_to)
 
     def image(self, index: int) -> np.ndarray:
+        return files.decode_image(self.encoded(index), None, self.reduce_to)
+
+    def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
-        return _image(self._named(index, "image"), None, self.reduce_to)
+        return files.read_file(self._named(index, "image"), files.IMAGE)
 
     def name(self, index: int) -> str:
         try:
@@ -80,8 +83,11 @@ class MaskFolders:
         return _example(self.name(index), masks, tuple(masks[0]["size"]), self.reduce_to)
 
     def image(self, index: int) -> np.ndarray:
+        return files.decode_image(self.encoded(index), None, self.reduce_to)
+
+    def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
-        return _image(self.name(index), None, self.reduce_to)
+        return files.read_file(self.name(index), files.IMAGE)
 
     def name(self, index: int) -> str:
         name = self.ids[index]
@@ -135,12 +141,8 @@ def _masks_of(labels: np.ndarray) -> list[RLE]:
 
 
 def _example(path, masks, size, reduce_to):
-    image = _image(path, size, reduce_to)
+    image = files.decode_image(files.read_file(path, files.IMAGE), size, reduce_to)
     return Example(image=image, masks=files.check_masks(masks, size))
-
-
-def _image(path, size, reduce_to):
-    return files.decode_image(files.read_file(path, files.IMAGE), size, reduce_to)
 
 
 def _pngs(folder: str) -> list[str]:

@@ -59,8 +59,11 @@ class Sa1b:
         return Example(image=image, masks=masks)
 
     def image(self, index: int) -> np.ndarray:
+        return files.decode_image(self.encoded(index), None, self.reduce_to)
+
+    def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
-        return files.decode_image(self._read(index, 0), None, self.reduce_to)
+        return self._read(index, 0)
 
     def name(self, index: int) -> str:
         return self._path(index, 0)

@@ -42,6 +42,9 @@ class Scenes:
         check_index(index, self.count)
         return draw_scene(np.random.default_rng(index), self.size)[0]
 
+    def encoded(self, index: int) -> None:
+        return None
+
     def name(self, index: int) -> str:
         return f"scene {index}"
 

@@ -46,6 +46,28 @@ def open_source(
     return source if masks else Unmasked(source)
 
 
+def open_pictures(name: str) -> Source:
+    """Opens images to be masked: an image file, a folder of them, or the images of a source.
+
+    Args:
+      name: a path, or `KIND:PLACE`, see KINDS; what is there as a path is one.
+    Raises:
+      SourceError: if it is none of these, or there is no image in it.
+    """
+    from sam_jax.data.images import Images, open_images
+
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return Images(os.path.dirname(path), (os.path.basename(path),))
+    if os.path.isdir(path):
+        return open_images(path)
+    if ":" not in name and name not in KINDS:
+        raise SourceError(
+            f"there is no file and no folder {name}; it must be one, or {', '.join(KINDS.values())}"
+        )
+    return open_source(name, masks=False)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unmasked:
     """The images of a source."""
@@ -60,6 +82,9 @@ class Unmasked:
 
     def image(self, index: int) -> np.ndarray:
         return self.source.image(index)
+
+    def encoded(self, index: int) -> bytes | None:
+        return self.source.encoded(index)
 
     def name(self, index: int) -> str:
         return self.source.name(index)
@@ -128,6 +153,10 @@ class Selection:
     def image(self, index: int) -> np.ndarray:
         check_index(index, len(self))
         return self.source.image(int(self.indices[index]))
+
+    def encoded(self, index: int) -> bytes | None:
+        check_index(index, len(self))
+        return self.source.encoded(int(self.indices[index]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))

@@ -53,10 +53,12 @@ class Tfds:
         return _segment_anything(features, self.reduce_to)
 
     def image(self, index: int) -> np.ndarray:
+        return files.decode_image(self.encoded(index), None, self.reduce_to)
+
+    def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
         name = "image/content" if self.dataset == "segment_anything" else "image"
-        data = _one(_features(self.records, index), name, bytes)
-        return files.decode_image(data, None, self.reduce_to)
+        return _one(_features(self.records, index), name, bytes)
 
     def name(self, index: int) -> str:
         return f"{self.dataset}/{self.split} record {index}"

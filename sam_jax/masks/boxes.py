@@ -48,6 +48,7 @@ def xyxy_to_xywh(box: np.ndarray) -> np.ndarray:
     return np.concatenate([box[..., :2], box[..., 2:] - box[..., :2]], axis=-1)
 
 
+@jax.jit
 def non_maximum_suppression(
     boxes: Array, scores: Array, valid: Array, threshold: np.float32 | Array
 ) -> jax.Array:

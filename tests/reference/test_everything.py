@@ -73,7 +73,9 @@ def test_trained_weights(segment_anything, trained_pair, size, options):
     image = Scenes(size).image(1)
     masks = _compare(segment_anything, trained_pair, image, limits | options)
     assert len(masks) > 50
-    assert len({tuple(mask["crop_box"]) for mask in masks}) == (5 if "crop_n_layers" in options else 1)
+    assert len({tuple(mask["crop_box"]) for mask in masks}) == (
+        5 if "crop_n_layers" in options else 1
+    )
 
 
 def test_default_thresholds(segment_anything, trained_pair):

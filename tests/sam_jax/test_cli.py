@@ -44,12 +44,13 @@ def test_help_is_quick_because_it_imports_no_jax():
     source = "import sys, sam_jax.cli\ntry: sam_jax.cli.main(['--help'])\nexcept SystemExit: pass\n"
     result = run("-c", source + "print([m for m in sys.modules if m.startswith(('jax', 'flax'))])")
     assert result.stdout.endswith("[]\n"), result.stdout + result.stderr
-    for verb in ("predict", "convert", "info", "data"):
+    for verb in ("predict", "everything", "convert", "info", "data"):
         assert verb in result.stdout
 
 
 @pytest.mark.parametrize(
-    "verb", ["predict", "convert", "info", "evaluate", "data", "data check", "data stats"]
+    "verb",
+    ["predict", "everything", "convert", "info", "evaluate", "data", "data check", "data stats"],
 )
 def test_every_verb_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -9,7 +9,15 @@ from PIL import Image
 
 from sam_jax.data.example import REASONS, BadSample, SourceError
 from sam_jax.data.scenes import Scenes
-from sam_jax.data.source import Selection, leave_out, open_source, parse_slice, select
+from sam_jax.data.source import (
+    Selection,
+    Unmasked,
+    leave_out,
+    open_pictures,
+    open_source,
+    parse_slice,
+    select,
+)
 from sam_jax.masks import rle
 
 
@@ -48,6 +56,9 @@ def test_a_folder_by_its_kind(tmp_path, monkeypatch, kind, write, reduced):
     write(tmp_path / "it")
     source = open_source(f"{kind}:{tmp_path}/it")
     assert (len(source), source[0].image.shape) == (1, (160, 240, 3))
+    (path,) = (path for path in (tmp_path / "it").rglob("*.*g") if "masks" not in path.parts)
+    for images in (source, Unmasked(source), select(source, ":")):
+        assert images.encoded(0) == path.read_bytes()
     monkeypatch.setenv("HOME", str(tmp_path))
     source = open_source(f"{kind}:~/it", reduce_to=(32, 32))
     assert source[0].image.shape == reduced
@@ -58,6 +69,40 @@ def test_scenes():
     assert open_source("scenes") == Scenes()
     assert open_source("scenes:96x128", reduce_to=(8, 8)) == Scenes(size=(96, 128))
     assert open_source("scenes:96x128")[3].image.shape == (96, 128, 3)
+    assert open_source("scenes").encoded(3) is None
+
+
+def test_pictures_are_a_file_a_folder_or_those_of_a_source(tmp_path, monkeypatch):
+    write_sa1b(tmp_path / "it")
+    Image.new("RGB", (20, 10)).save(tmp_path / "it" / "a.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, expected in [
+        ("it/a.png", ["it/a.png"]),
+        ("~/it", [f"{tmp_path}/it/a.png", f"{tmp_path}/it/sa_1.jpg"]),
+        ("sa1b:it", ["it/sa_1.jpg"]),
+        ("images:it", ["it/a.png", "it/sa_1.jpg"]),
+    ]:
+        source = open_pictures(name)
+        assert [source.name(i) for i in range(len(source))] == expected
+        assert source[0].masks == []
+    monkeypatch.chdir(tmp_path / "it")
+    assert open_pictures("a.png").image(0).shape == (10, 20, 3)
+    assert open_pictures("scenes:16x16").image(0).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("photo.jpg", "there is no file and no folder photo.jpg; it must be one, or sa1b:PATH"),
+        ("image:x", r"of no known kind \(did you mean images\?\)"),
+        ("sa1b", "names no place"),
+    ],
+)
+def test_pictures_that_are_not_there(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=message):
+        open_pictures(name)
 
 
 @pytest.mark.parametrize(

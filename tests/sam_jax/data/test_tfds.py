@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.example import BadSample, SourceError
+from sam_jax.data.files import decode_image
 from sam_jax.data.tfds import open_tfds
 from sam_jax.masks import rle
 
@@ -168,6 +169,7 @@ def test_imagenet_has_images_alone(tmp_path):
 def test_images_can_be_read_alone(folder, name):
     source = open_tfds(f"{name}@{folder}")
     np.testing.assert_array_equal(source.image(1), source[1].image)
+    np.testing.assert_array_equal(decode_image(source.encoded(1), None), source.image(1))
 
 
 def test_tensorflow_is_not_imported(folder):

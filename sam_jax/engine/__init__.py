@@ -1,0 +1,1 @@
+"""The data engine: a model that labels what it may later learn from."""

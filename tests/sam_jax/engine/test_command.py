@@ -1,0 +1,175 @@
+"""`sam-jax everything`, as a person types it. Masks are the model's in one test, else stand-ins."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam_jax.cli import main
+from sam_jax.data.source import open_source
+from sam_jax.masks import rle
+from sam_jax.predict import everything
+from tests.sam_jax.engine import bright
+
+SCENE = Path(__file__).parents[2] / "data" / "scene.png"
+
+
+class Bright(everything.SamAutomaticMaskGenerator):
+    """Takes the same arguments, and looks for what is bright."""
+
+    generate = staticmethod(bright.generate)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(everything, "SamAutomaticMaskGenerator", Bright)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three photographs, a broken and a tiny one between them."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, name in enumerate(("a.jpg", "c.png", "e.jpg")):
+        small = np.random.default_rng(i).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((60, 40)).save(folder / name)
+    (folder / "b\n.jpg").write_bytes(b"text")
+    Image.new("RGB", (60, 4)).save(folder / "d.png")
+    return folder
+
+
+def run(images, out, *options):
+    return main(["everything", str(images), "--weights", "sam_tiny", "--out", str(out), *options])
+
+
+def ids(out):
+    return sorted(int(path.stem[3:]) for path in Path(out).glob("sa_*.json"))
+
+
+def test_a_model_masks_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    options = ["--points-per-side", "3", "--pred-iou-thresh", "0.5", "--box-nms-thresh", "0.6"]
+    options += ["--stability-score-thresh", "0.5", "--min-mask-region-area", "4", "--overlays"]
+    out = tmp_path / "out"
+    assert run(SCENE, out, *options, "--coco") == 0
+    assert "1 of 1 images are masked, 1 of them now: " in capsys.readouterr().out
+    assert sorted(os.listdir(out)) == [
+        "everything.json",
+        "instances.json",
+        "overlays",
+        "sa_0.jpg",
+        "sa_0.json",
+        "skipped_0.json",
+    ]
+    annotations = json.loads((out / "sa_0.json").read_text())["annotations"]
+    assert annotations
+    for annotation in annotations:
+        assert annotation["area"] == rle.decode(annotation["segmentation"]).sum()
+        assert annotation["predicted_iou"] > 0.5
+        assert annotation["stability_score"] >= 0.5
+    for kind in ("sa1b", "coco"):
+        (example,) = open_source(f"{kind}:{out}")
+        assert example.masks == [annotation["segmentation"] for annotation in annotations]
+    settings = json.loads((out / "everything.json").read_text())
+    assert (settings["points_per_side"], settings["crop_n_layers"]) == (3, 0)
+
+
+def test_bad_images_are_named_and_the_run_goes_on(quick, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(photos, out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = sorted(lines[:2])
+    assert named[0].startswith(f"{photos}/b\\n.jpg: broken image: ")
+    assert named[1].startswith(f"{photos}/d.png: refused image: image must have sides of at least")
+    assert sorted(lines[2:4]) == ["      1  broken image", "      1  refused image"]
+    assert lines[4].startswith("3 of 5 images are masked, 3 of them now: ")
+    assert ids(out) == [0, 2, 4]
+    bad = json.loads((out / "skipped_0.json").read_text())
+    assert [(entry["index"], entry["reason"]) for entry in bad] == [
+        (1, "broken image"),
+        (3, "refused image"),
+    ]
+
+
+def test_a_second_run_does_what_is_missing(quick, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(photos, out) == 0
+    kept = (out / "sa_4.json").stat().st_mtime_ns
+    (out / "sa_0.json").unlink()
+    Image.new("RGB", (60, 40)).save(photos / "d.png")
+    capsys.readouterr()
+    assert run(photos, out, "--coco") == 0
+    assert "4 of 5 images are masked, 2 of them now: " in capsys.readouterr().out
+    assert ids(out) == [0, 2, 3, 4]
+    assert (out / "sa_4.json").stat().st_mtime_ns == kept
+    assert [entry["index"] for entry in json.loads((out / "skipped_0.json").read_text())] == [1]
+    images = json.loads((out / "instances.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == [f"sa_{i}.jpg" for i in (0, 2, 3, 4)]
+
+
+def test_processes_share_the_images_and_the_last_writes_coco(quick, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--coco", "--index", "1:", "--processes", "2"]
+    assert run(photos, out, *options, "--process", "1") == 0  # the tiny one, and e.jpg
+    assert ids(out) == [2, 4]
+    printed = capsys.readouterr().out
+    assert "2 images are not finished: the last process writes instances.json" in printed
+    assert not (out / "instances.json").exists()
+    assert run(photos, out, *options, "--process", "0") == 1  # both are bad
+    assert "0 of 2 images are masked" in capsys.readouterr().out
+    assert len(open_source(f"coco:{out}")) == 2
+    assert sorted(path.name for path in out.glob("skipped_*")) == [
+        "skipped_0.json",
+        "skipped_1.json",
+    ]
+    assert run(photos, out, "--index", "1:", "--processes", "9", "--process", "8") == 0
+
+
+def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(photos, out, "--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16") == 0
+    settings = json.loads((out / "everything.json").read_text())
+    preset = everything.sa1b_preset() | {"crop_n_layers": 1, "output_mode": "coco_rle"}
+    assert {name: settings[name] for name in preset} == preset
+    assert (settings["dtype"], settings["overlays"]) == ("bfloat16", False)
+    capsys.readouterr()
+    assert run(photos, out, "--preset", "sa1b", "--dtype", "bfloat16", "--overlays") == 1
+    error = capsys.readouterr().err
+    assert "begun with other settings: overlays was False and is True; crop_n_layers was 1" in error
+    (photos / "aa.png").write_bytes((photos / "c.png").read_bytes())
+    assert run(photos, out, "--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16") == 1
+    assert "number of images was 5 and is 6; checksum of their names was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ("missing.jpg", [], "there is no file and no folder missing.jpg"),
+        ("photos", ["--index", "9:"], "the slice '9:' of 5 examples leaves none"),
+        (
+            "photos",
+            ["--process", "1"],
+            "--process must be at least 0 and less than --processes",
+        ),
+        ("photos", ["--points-per-batch", "0"], "points_per_batch must be at least 1"),
+        ("photos", ["--out", "photos/masks"], "--out must not lie in photos, among the images"),
+        ("images:photos", ["--out", "photos"], "--out must not lie in photos, among the images"),
+        ("photos", ["--out", "gs://bucket/masks"], "--out must be a folder on a disk; got gs://"),
+        ("photos", ["--out", "."], "is neither empty nor of such a run"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    quick, photos, tmp_path, monkeypatch, images, options, message, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(images, "out", *options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sam-jax everything: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert len(os.listdir(photos)) == 5

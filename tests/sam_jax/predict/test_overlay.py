@@ -1,0 +1,66 @@
+"""All masks of an image drawn over it: each is seen, and what is not masked stays as it is."""
+
+import numpy as np
+import pytest
+
+from sam_jax.masks import rle
+from sam_jax.predict.overlay import draw_masks
+
+SIZE = (60, 90)
+IMAGE = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+def box(y0, x0, y1, x1):
+    mask = np.zeros(SIZE, bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def test_small_masks_lie_above_large_ones_and_the_rest_is_untouched():
+    large, small, beside = box(5, 5, 45, 60), box(20, 20, 30, 30), box(10, 70, 30, 80)
+    drawn = draw_masks(np.full((*SIZE, 3), 100, np.uint8), [small, beside, large])
+    outside = ~(large | beside)
+    assert (drawn[outside] == 100).all()
+    colors = [drawn[y, x].tolist() for y, x in ((10, 10), (25, 25), (20, 75))]
+    assert len(set(map(tuple, colors))) == 3
+    inner = np.zeros(SIZE, bool)
+    inner[21:29, 21:29] = True
+    assert (drawn[inner] == colors[1]).all()
+    assert (drawn[6:20, 6:59] == colors[0]).all()
+    for edge in (drawn[5, 5:60], drawn[20, 20:30], drawn[29, 20:30], drawn[10:30, 79]):
+        assert (edge == edge[0]).all()
+        assert (edge >= 200).all()  # nearly white
+
+
+def test_run_lengths_are_drawn_as_their_masks_in_any_order():
+    rng = np.random.default_rng(1)
+    masks = [box(0, 0, 60, 90), box(0, 0, 1, 1), box(30, 70, 50, 80), box(5, 75, 25, 85)]
+    masks += [rng.random(SIZE) < 0.1, box(3, 0, 4, 90), box(7, 0, 40, 50), np.zeros(SIZE, bool)]
+    expected = draw_masks(IMAGE, masks)
+    encoded = [rle.encode(mask) for mask in masks]
+    np.testing.assert_array_equal(draw_masks(IMAGE, encoded), expected)
+    np.testing.assert_array_equal(draw_masks(IMAGE, encoded[::-1]), expected)
+    lists = [{"size": e["size"], "counts": rle.runs(e).tolist()} for e in encoded]
+    np.testing.assert_array_equal(draw_masks(IMAGE, lists), expected)
+
+
+def test_neighbours_in_size_have_colors_that_are_told_apart():
+    grey = np.full((*SIZE, 3), 128, np.uint8)
+    strips = [box(2, 9 * i, 58 - i, 9 * i + 8) for i in range(10)]
+    drawn = draw_masks(grey, strips).astype(int)
+    colors = np.array([drawn[20, 9 * i + 4] for i in range(10)])
+    distance = np.abs(colors[:, None] - colors).sum(axis=-1) + 1000 * np.eye(10)
+    assert distance.min() > 20
+    assert np.diag(distance, 1).min() > 60
+
+
+def test_no_masks_leave_the_image():
+    np.testing.assert_array_equal(draw_masks(IMAGE, []), IMAGE)
+    np.testing.assert_array_equal(draw_masks(IMAGE, [np.zeros(SIZE, bool)]), IMAGE)
+
+
+def test_masks_of_another_size_are_refused():
+    message = r"masks must be of the image's size \(60, 90\); got \(90, 60\)"
+    for mask in (np.ones((90, 60), bool), rle.encode(np.ones((90, 60), bool))):
+        with pytest.raises(ValueError, match=message):
+            draw_masks(IMAGE, [mask])
