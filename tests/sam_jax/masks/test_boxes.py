@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
+from sam_jax.masks.boxes import box_of_mask, non_maximum_suppression, xyxy_to_xywh
 
 
 def test_corners_are_inclusive():
@@ -63,3 +63,54 @@ def test_xywh_keeps_dtype_and_axes():
 def test_wrong_masks(mask):
     with pytest.raises(ValueError, match=r"'\.\.\. h w' bool, got (bool|float64|uint8) of shape"):
         box_of_mask(mask)
+
+
+def suppress(boxes, scores, threshold, valid=None):
+    valid = np.ones(len(boxes), bool) if valid is None else np.array(valid)
+    boxes, scores = np.array(boxes, np.float32), np.array(scores, np.float32)
+    kept = non_maximum_suppression(boxes, scores, valid, np.float32(threshold))
+    return np.flatnonzero(kept).tolist()
+
+
+# IoU of the first and the second 0.6, of the second and the third 0.6, of the outer ones 1 / 3.
+CHAIN = [[0, 0, 8, 4], [2, 0, 10, 4], [4, 0, 12, 4]]
+
+
+def test_a_box_that_is_dropped_drops_no_other():
+    assert suppress(CHAIN, [3, 2, 1], 0.5) == [0, 2]
+    assert suppress(CHAIN, [2, 3, 1], 0.5) == [1]
+
+
+def test_an_overlap_of_the_threshold_is_kept():
+    assert suppress(CHAIN[:2], [1, 2], 0.6) == [0, 1]
+    assert suppress(CHAIN[:2], [1, 2], np.nextafter(np.float32(0.6), 0)) == [1]
+
+
+def test_ties_go_to_the_first():
+    assert suppress([CHAIN[0]] * 3, [1, 1, 1], 0.5) == [0]
+
+
+def test_what_is_not_valid_is_not_there():
+    assert suppress(CHAIN, [3, 2, 1], 0.5, valid=[False, True, True]) == [1]
+    assert suppress(CHAIN, [3, 2, 1], 0.5, valid=[False] * 3) == []
+
+
+def test_boxes_without_area_are_kept():
+    assert suppress([[1, 1, 1, 1]] * 2, [1, 2], 0.1) == [0, 1]
+
+
+def test_kept_boxes_do_not_overlap_and_dropped_ones_overlap_a_better_one():
+    rng = np.random.default_rng(0)
+    corner = rng.integers(0, 60, (400, 2))
+    boxes = np.concatenate([corner, corner + rng.integers(0, 50, (400, 2))], axis=1)
+    scores = rng.integers(0, 30, 400)
+    kept = suppress(boxes, scores, 0.4)
+    low, high = np.split(boxes.astype(float), 2, axis=1)
+    sides = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
+    inter, area = sides.clip(0).prod(axis=2), (high - low).prod(axis=1)
+    with np.errstate(invalid="ignore"):
+        near = inter / (area[:, None] + area - inter) > 0.4
+    better = np.lexsort([np.arange(400), -scores]).argsort()  # the place of each in the ranking
+    for i in range(400):
+        rivals = [j for j in kept if near[i, j] and better[j] < better[i]]
+        assert (i in kept) == (not rivals)

@@ -331,3 +331,21 @@ def test_malformed_at_another_size(malformed, message):
     with pytest.raises(RLEError) as error:
         rle.decode_resized(malformed, (3, 3))
     assert message in str(error.value)
+
+
+def test_bits_of_a_part_are_the_whole_mask():
+    """Parts at any place, of which some reach beyond the mask and its columns into each other."""
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        height, width = (int(side) for side in rng.integers(1, 40, 2))
+        x, y = int(rng.integers(0, width)), int(rng.integers(0, height))
+        columns, rows = int(rng.integers(1, width - x + 3)), 8 * int(rng.integers(1, 7))
+        mask = np.zeros((height, width), bool)
+        inside = mask[y : y + rows, x : x + columns]
+        inside[:] = rng.random(inside.shape) < rng.choice([0, 0.1, 0.5, 0.9, 1])
+        part = np.zeros((columns, rows), bool)
+        part[: inside.shape[1], : inside.shape[0]] = inside.T
+        bits = np.packbits(part, axis=1, bitorder="little")
+        found = rle.encode_bits(bits, (x, y), (height, width))
+        assert rle.compress(found) == rle.encode(mask)
+        assert found == rle.uncompress(rle.encode(mask))

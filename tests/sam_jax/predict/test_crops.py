@@ -1,0 +1,39 @@
+"""Grids of points and crops, by the specification's numbers."""
+
+import numpy as np
+import pytest
+
+from sam_jax.predict.crops import plan_crops, point_grid
+
+
+def test_grid():
+    np.testing.assert_allclose(
+        point_grid(2), [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
+    )
+    np.testing.assert_allclose(point_grid(1), [[0.5, 0.5]])
+
+
+def test_crops_of_sa1b():
+    crops = plan_crops((1500, 2250), 2, 512 / 1500)
+    assert [crop.layer for crop in crops] == [0] + [1] * 4 + [2] * 16
+    assert crops[0].box == (0, 0, 2250, 1500)
+    assert crops[1].box == (0, 0, 1381, 1006)
+    assert crops[-1].box == (1497, 933, 2250, 1500)
+    assert crops[2].box[:2] == (0, crops[2].corner[1])  # y fastest
+    assert crops[1].size == (1006, 1381)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (61, 33), (480, 640)])
+def test_crops_cover_the_image(size):
+    for layer in (0, 1, 2):
+        covered = np.zeros(size, bool)
+        for crop in plan_crops(size, 2, 0.2):
+            if crop.layer == layer:
+                crop.cut(covered)[:] = True
+                assert crop.cut(covered).shape == crop.size
+        assert covered.all()
+
+
+def test_too_small_for_crops():
+    with pytest.raises(ValueError, match="large enough for 2 layers of crops; got \\(1, 2\\)"):
+        plan_crops((1, 2), 2, 0.3)
