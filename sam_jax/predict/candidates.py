@@ -19,7 +19,7 @@ from einops import rearrange
 from sam_jax.masks.boxes import non_maximum_suppression
 from sam_jax.model.platform import platform
 from sam_jax.model.prompt_encoder import FOREGROUND, NOT_A_POINT, Prompts
-from sam_jax.predict.tiles import measure
+from sam_jax.predict.tiles import make_matrices, measure
 
 NUM_MASKS = 3  # of a point, which may mean several things
 UPSCALED = {"cpu": 1, "gpu": 8, "tpu": 8}  # prompts at a time
@@ -75,7 +75,8 @@ def find_candidates(
     Returns:
       `Candidates`, without duplicates.
     """
-    judge = functools.partial(_judge, model, variables, embedding, tiling=tiling, limits=limits)
+    tiles = tiling, make_matrices(tiling)
+    judge = functools.partial(_judge, model, variables, embedding, tiles=tiles, limits=limits)
 
     def add_chunk(i, found):
         start = i * chunk
@@ -99,13 +100,13 @@ def find_candidates(
     return found.replace(kept=kept)
 
 
-def _judge(model, variables, embedding, points, there, tiling, limits):
+def _judge(model, variables, embedding, points, there, tiles, limits):
     """The `Candidates` of a chunk of points 'n 2', of which those that are `there` count."""
     attended = model.apply(variables, embedding, prompts_of(points), method="attend")
     iou = attended.iou[0, :, -NUM_MASKS:]
     is_good = there[:, None] & (iou > limits.iou)
     logits = _upscale(model, variables, embedding.shape[1], attended, is_good.any(axis=1))
-    measures = measure(logits, is_good.ravel(), tiling, limits.offset)
+    measures = measure(logits, is_good.ravel(), *tiles, limits.offset)
     stability = measures.above / measures.below
     # Without a limit even 0 / 0 is kept.
     is_stable = (limits.stability == -jnp.inf) | (stability >= limits.stability)

@@ -94,17 +94,21 @@ def tile_image(size, low, frame):
     return Tiling(rows=rows, columns=columns)
 
 
-def measure(logits, wanted, tiling, offset):
+def make_matrices(tiling):
+    """What windows of logits are multiplied with: 't i k' of rows and of columns."""
+    return tuple(_dense(axis) for axis in (tiling.rows, tiling.columns))
+
+
+def measure(logits, wanted, tiling, matrices, offset):
     """Measures masks.
 
     Args:
       logits: 'n lh lw' float32; wanted: 'n' bool, others are not looked at and count as empty.
-      tiling: of their image; offset: at least 0, see `Measures`.
+      tiling: of their image, and its matrices; offset: at least 0, see `Measures`.
     """
     n = len(logits)
     first, shape = _tiles_of(logits > -offset, wanted, tiling)
     ends = jnp.cumsum(shape[0] * shape[1])
-    matrices = _matrices(tiling.rows), _matrices(tiling.columns)
     batch = BATCH[platform()]
 
     def visit(state):
@@ -115,20 +119,12 @@ def measure(logits, wanted, tiling, offset):
         across = jnp.maximum(shape[1, mask], 1)
         row, column = first[0, mask] + nth // across, first[1, mask] + nth % across
         row, column = (jnp.where(item < ends[-1], x, UNUSED) for x in (row, column))
-        pixels, inside = _paint(logits, mask, row, column, tiling, matrices)
-
-        # Three counts of a row, which has few pixels, fit into one integer.
-        levels = (offset, -offset, 0.0)
-        flags = [(inside & (pixels > x)).astype(jnp.int32) << 8 * k for k, x in enumerate(levels)]
-        flags = sum(flags)
-        of_rows, of_columns = jnp.sum(flags, axis=2), jnp.max(flags, axis=1)
-        ends_x = _ends(of_columns >= 1 << 16, column * tiling.columns.step)
-        ends_y = _ends(of_rows >= 1 << 16, row * tiling.rows.step)
+        some = measure_tiles(logits, mask, row, column, tiling, matrices, offset)
         return (
             i + 1,
-            counts.at[mask].add(jnp.stack([of_rows >> 8 * k & 255 for k in range(3)]).sum(-1).T),
-            low.at[mask].min(jnp.stack([ends_x[0], ends_y[0]], axis=-1)),
-            high.at[mask].max(jnp.stack([ends_x[1], ends_y[1]], axis=-1)),
+            counts.at[mask].add(some[0]),
+            low.at[mask].min(some[1]),
+            high.at[mask].max(some[2]),
         )
 
     nothing = jnp.zeros((n, 3), jnp.int32), jnp.full((n, 2), NEVER), jnp.full((n, 2), -1)
@@ -137,6 +133,26 @@ def measure(logits, wanted, tiling, offset):
     above, below, area = counts.T
     box = jnp.where(area[:, None] > 0, jnp.concatenate([low, high], axis=1), 0)
     return Measures(above=above, area=area, below=below, box=box)
+
+
+def measure_tiles(logits, mask, row, column, tiling, matrices, offset):
+    """Measures some tiles 'b' of masks.
+
+    Returns:
+      'b 3' int32, the pixels above the offset, above its negative, and above 0; 'b 2' int32 each,
+      the least (x, y) of the last and the greatest, NEVER and -1 if there is none.
+    """
+    pixels, inside = _paint(logits, mask, row, column, tiling, matrices)
+    # Three counts of a row, which has few pixels, fit into one integer.
+    levels = (offset, -offset, 0.0)
+    flags = [(inside & (pixels > x)).astype(jnp.int32) << 8 * k for k, x in enumerate(levels)]
+    flags = sum(flags)
+    of_rows, of_columns = jnp.sum(flags, axis=2), jnp.max(flags, axis=1)
+    counts = jnp.stack([jnp.sum(of_rows >> 8 * k & 255, axis=1) for k in range(3)], axis=1)
+    x = _ends(of_columns >= 1 << 16, column * tiling.columns.step)
+    y = _ends(of_rows >= 1 << 16, row * tiling.rows.step)
+    low, high = (jnp.stack(sides, axis=1) for sides in zip(x, y, strict=True))
+    return counts, low, high
 
 
 @jax.jit
@@ -148,8 +164,7 @@ def pack(logits, mask, row, column, tiling):
     Returns:
       'b i/8 j' uint8, lower rows in higher bits.
     """
-    matrices = _matrices(tiling.rows), _matrices(tiling.columns)
-    pixels, inside = _paint(logits, mask, row, column, tiling, matrices)
+    pixels, inside = _paint(logits, mask, row, column, tiling, make_matrices(tiling))
     return jnp.packbits(inside & (pixels > 0), axis=1, bitorder="little")
 
 
@@ -213,7 +228,7 @@ def _tiles_of(some, wanted, tiling):
     return jnp.stack(firsts), jnp.stack(counts)
 
 
-def _matrices(axis):
+def _dense(axis):
     """The weights 't i k' of a window's logits in the pixels of each tile."""
     hit = axis.index[..., None] == jnp.arange(axis.window)
     return jnp.sum(jnp.where(hit, axis.weight[..., None], 0), axis=2)

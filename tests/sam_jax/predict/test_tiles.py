@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from sam_jax.masks.boxes import box_of_mask
-from sam_jax.predict.tiles import MAX_SIDE, MAX_TILES, TILE, UNUSED, measure, pack, tile_image
+from sam_jax.predict.tiles import (
+    MAX_SIDE,
+    MAX_TILES,
+    TILE,
+    UNUSED,
+    make_matrices,
+    measure,
+    pack,
+    tile_image,
+)
 from sam_jax.predict.transforms import masks_to_image
 
 FRAME, LOW = (96, 128), (48, 64)  # patches of 8 pixels
@@ -29,7 +38,8 @@ def logits():
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_measures_are_those_of_whole_masks(logits, size):
     wanted = np.arange(len(logits)) != 2
-    measures = measure_jit(logits, wanted, tile_image(size, LOW, FRAME), OFFSET)
+    tiling = tile_image(size, LOW, FRAME)
+    measures = measure_jit(logits, wanted, tiling, make_matrices(tiling), OFFSET)
     whole = masks_to_image(logits, size, FRAME)
     whole[~wanted] = -9
     count = lambda level: np.sum(whole > level, axis=(1, 2))
