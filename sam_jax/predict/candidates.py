@@ -106,7 +106,8 @@ def _judge(model, variables, embedding, points, there, tiles, limits):
     iou = attended.iou[0, :, -NUM_MASKS:]
     is_good = there[:, None] & (iou > limits.iou)
     logits = _upscale(model, variables, embedding.shape[1], attended, is_good.any(axis=1))
-    measures = measure(logits, is_good.ravel(), *tiles, limits.offset)
+    tiling, matrices = tiles
+    measures = measure(logits, is_good.ravel(), tiling, matrices, limits.offset)
     stability = measures.above / measures.below
     # Without a limit even 0 / 0 is kept.
     is_stable = (limits.stability == -jnp.inf) | (stability >= limits.stability)
