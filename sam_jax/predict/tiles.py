@@ -20,7 +20,9 @@ from sam_jax.model.platform import platform
 from sam_jax.predict.transforms import size_in_frame, taps
 
 TILE = 128  # pixels of a side
-WINDOW = 32  # logits of a side that a tile may depend on; all of them in images that are tiny
+# Logits of a side that a tile may depend on, or all of them, as in images that are tiny. TPUs take
+# parts of arrays one after the other, and are quicker with products that are larger.
+WINDOW = {"cpu": 32, "gpu": 32, "tpu": None}
 MAX_TILES = 128  # of a side, and the last one is never used
 MAX_SIDE = TILE * (MAX_TILES - 1)  # pixels of an image's side
 UNUSED = MAX_TILES - 1
@@ -79,7 +81,6 @@ class Measures:
     box: jax.Array
 
 
-@functools.lru_cache(maxsize=32)
 def tile_image(size, low, frame):
     """Plans the tiles of an image.
 
@@ -89,8 +90,8 @@ def tile_image(size, low, frame):
     Returns:
       `Tiling` of numpy arrays.
     """
-    inside = size_in_frame(size, frame)
-    rows, columns = (_plan(*sides) for sides in zip(size, low, frame, inside, strict=True))
+    inside, window = size_in_frame(size, frame), WINDOW[platform()]
+    rows, columns = (_plan(*sides, window) for sides in zip(size, low, frame, inside, strict=True))
     return Tiling(rows=rows, columns=columns)
 
 
@@ -168,7 +169,8 @@ def pack(logits, mask, row, column, tiling):
     return jnp.packbits(inside & (pixels > 0), axis=1, bitorder="little")
 
 
-def _plan(size, low, frame, inside):
+@functools.lru_cache(maxsize=64)
+def _plan(size, low, frame, inside, window):
     """The `Axis` of a side of an image."""
     first, weight = taps(size=inside, new_size=size)
     low_first, low_weight = taps(size=low, new_size=frame)
@@ -177,7 +179,7 @@ def _plan(size, low, frame, inside):
     weight = np.stack([1 - weight, weight], axis=1)[:, :, None] * np.stack(
         [1 - low_weight[pair], low_weight[pair]], axis=-1
     )
-    window = min(WINDOW, low)
+    window = min(window or low, low)
     step = _step(index, window)
     if step is None:
         window, step = low, TILE
@@ -238,9 +240,12 @@ def _paint(logits, mask, row, column, tiling, matrices):
     """The pixels 'b i j' float32 of tiles, and which of them they are responsible for."""
     of_rows, of_columns = matrices
     rows, columns = tiling.rows, tiling.columns
-    corner = jnp.stack([mask, rows.start[row], columns.start[column]], axis=1)
-    size = (1, rows.window, columns.window)
-    window = jax.vmap(lambda at: jax.lax.dynamic_slice(logits, at, size)[0])(corner)
+    size = rows.window, columns.window
+    if size == logits.shape[1:]:
+        window = logits[mask]
+    else:
+        corner = jnp.stack([mask, rows.start[row], columns.start[column]], axis=1)
+        window = jax.vmap(lambda at: jax.lax.dynamic_slice(logits, at, (1, *size))[0])(corner)
     highest = jax.lax.Precision.HIGHEST
     pixels = jnp.einsum("bik,bkl->bil", of_rows[row], window, precision=highest)
     pixels = jnp.einsum("bil,bjl->bij", pixels, of_columns[column], precision=highest)
