@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.masks import rle
@@ -132,7 +133,8 @@ class SamAutomaticMaskGenerator:
                 f"crops; got {len(self.point_grids)}"
             )
         self.model = model
-        self.variables = variables
+        self.variables = jax.tree.map(jnp.asarray, variables)
+        self._device = next(iter(jax.tree.leaves(self.variables)[0].devices()))
         self._limits = Limits(
             iou=np.float32(pred_iou_thresh if pred_iou_thresh > 0 else -np.inf),
             stability=np.float32(stability_score_thresh if stability_score_thresh > 0 else -np.inf),
@@ -174,6 +176,10 @@ class SamAutomaticMaskGenerator:
         if max(size) > MAX_SIDE:
             raise ValueError(f"image must have sides of at most {MAX_SIDE} pixels; got {size}")
         crops = plan_crops(size, self.crop_n_layers, self.crop_overlap_ratio)
+        with jax.default_device(self._device):
+            return self._generate(image, crops, size)
+
+    def _generate(self, image, crops, size):
         embeddings = self._encode([crop.cut(image) for crop in crops])
         found = [self._find(*pair, size) for pair in zip(crops, embeddings, strict=True)]
         masks = self._choose(crops, jax.device_get(found))
