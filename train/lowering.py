@@ -109,43 +109,6 @@ def lower_block(config: TrainConfig, devices: list):
     return on_one(devices, block.apply, variables, x), block_flops(model, in_windows=True)
 
 
-def lower_attend(config: TrainConfig, devices: list):
-    """Everything mode: what is known of POINTS points of an image before any mask is made."""
-    model = config.model
-    variables, embedding = _encoded(model)
-    attend = lambda variables, embedding, points: model.apply(
-        variables, embedding, prompts_of(points), method="attend"
-    )
-    points = jax.ShapeDtypeStruct((POINTS, 2), jnp.float32)
-    flops = POINTS * decoder_flops(model, PROMPT_TOKENS)
-    return on_one(devices, attend, variables, embedding, points), flops
-
-
-def lower_upscale(config: TrainConfig, devices: list):
-    """Everything mode: the masks of as many points as are made at a time."""
-    model, n = config.model, UPSCALED["tpu"]
-    gh, gw = (side // model.patch_size for side in model.image_size)
-    variables, _ = _encoded(model)
-    upscale = functools.partial(model.apply, gh=gh, method="upscale")
-    c = model.prompt_dim
-    image = jax.ShapeDtypeStruct((1, n, gh * gw, c), jnp.dtype(model.dtype))
-    hyper = jax.ShapeDtypeStruct((1, n, NUM_MASKS, c // 8), jnp.dtype(model.dtype))
-    return on_one(devices, upscale, variables, image, hyper), 0
-
-
-def lower_measure(config: TrainConfig, devices: list):
-    """Everything mode: as many tiles of masks of an image as are measured at a time."""
-    model = config.model
-    low = tuple(4 * side // model.patch_size for side in model.image_size)
-    like = lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
-    tiling = jax.tree.map(like, tile_image((1500, 2250), low, model.image_size))
-    matrices = jax.eval_shape(make_matrices, tiling)
-    logits = jax.ShapeDtypeStruct((3 * POINTS, *low), jnp.float32)
-    numbers = [jax.ShapeDtypeStruct((BATCH["tpu"],), jnp.int32)] * 3
-    measure = functools.partial(measure_tiles, offset=1.0)
-    return on_one(devices, measure, logits, *numbers, tiling, matrices), 0
-
-
 def on_one(devices: list, f, *args):
     """f lowered for the first device alone."""
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
