@@ -17,6 +17,38 @@ def point_grid(per_side):
     return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
 
 
+def make_grids(per_side, layers, factor):
+    """Grids of points for the image, and for layers of crops that have `factor` fewer a side each.
+
+    Raises:
+      ValueError: if none are left.
+    """
+    sides = [int(per_side / factor**layer) for layer in range(layers + 1)]
+    if min(sides) < 1:
+        raise ValueError(f"points_per_side must leave a point for each layer of crops; got {sides}")
+    return [point_grid(n) for n in sides]
+
+
+def checked_grids(grids, layers):
+    """Checks grids 'n 2' of points in [0, 1], one for the image and one for each layer of crops.
+
+    Raises:
+      ValueError: if one has another shape, or points outside, or if there are too few.
+    """
+    grids = [np.asarray(grid, np.float64) for grid in grids]
+    for grid in grids:
+        if grid.ndim != 2 or grid.shape[1] != 2 or not len(grid):
+            raise ValueError(f"point_grids must be arrays 'n 2' of (x, y); got {grid.shape}")
+        if not ((grid >= 0) & (grid <= 1)).all():
+            raise ValueError(f"point_grids must be in [0, 1]; got {grid.min()} to {grid.max()}")
+    if len(grids) <= layers:
+        raise ValueError(
+            f"point_grids must have a grid for the image and each of {layers} layers of crops; "
+            f"got {len(grids)}"
+        )
+    return grids
+
+
 @dataclasses.dataclass(frozen=True)
 class Crop:
     """A part of an image.

@@ -60,22 +60,21 @@ def start_drawing(model, variables, embedding, points, masks, boxes, tiling, chu
     return drawings
 
 
-def finish_drawing(drawing, crop_box, size):
+def finish_drawing(drawing, corner, size):
     """Waits for a `Drawing` -> the run lengths of each mask, by its number in `Candidates`.
 
     Args:
-      crop_box: (x0, y0, x1, y1) of the crop in the image; size: (height, width) of the image.
+      corner: (x, y) of the crop in the image; size: (height, width) of the image.
     """
     bits = np.concatenate(jax.device_get(drawing.bits))
-    x0, y0 = crop_box[:2]
     step_y, step_x = int(drawing.tiling.rows.step), int(drawing.tiling.columns.step)
     runs, start = {}, 0
     for mask, ((row, column), (down, across)) in zip(drawing.masks, drawing.tiles, strict=True):
         part = bits[start : start + down * across, : step_y // 8, :step_x]
         start += down * across
         part = rearrange(part, "(down across) i j -> (across j) (down i)", down=down)
-        corner = (x0 + int(column) * step_x, y0 + int(row) * step_y)
-        runs[int(mask)] = rle.encode_bits(part, corner, size)
+        place = (corner[0] + int(column) * step_x, corner[1] + int(row) * step_y)
+        runs[int(mask)] = rle.encode_bits(part, place, size)
     return runs
 
 

@@ -10,7 +10,6 @@ Masks of more than 95 % of the image, and masks of small parts alone, can be dro
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,40 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.masks import rle
-from sam_jax.masks.boxes import box_of_mask, non_maximum_suppression, xyxy_to_xywh
-from sam_jax.masks.regions import remove_small_regions
+from sam_jax.masks.boxes import xyxy_to_xywh
 from sam_jax.model.platform import platform
 from sam_jax.model.sam import Sam
 from sam_jax.predict.candidates import NUM_MASKS, Limits, find_candidates
-from sam_jax.predict.crops import plan_crops, point_grid
+from sam_jax.predict.crops import checked_grids, make_grids, plan_crops
 from sam_jax.predict.drawing import finish_drawing, start_drawing
+from sam_jax.predict.kept import clean, drop_duplicates_of_crops, float32_below, in_order
 from sam_jax.predict.predictor import check_image, encode_images
 from sam_jax.predict.tiles import MAX_SIDE, tile_image
 from sam_jax.predict.transforms import image_to_frame, points_to_frame
 
-RLE = dict[str, Any]
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 CPU_CHUNK = 4  # points at a time: what they need stays in the cache
 ENCODED = 8  # images at a time, on accelerators
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Mask:
-    """A mask that is kept.
-
-    Attributes:
-      crop: the index of the crop that it was found in; number: its index in `Candidates`.
-      box: '4' int, (left, top, right, bottom), inclusive, in pixels of the image.
-      iou: predicted; stability: its score.
-      segmentation: its run lengths in the image, once it is drawn.
-    """
-
-    crop: int
-    number: int
-    box: np.ndarray
-    iou: float
-    stability: float
-    segmentation: RLE | None = None
 
 
 class SamAutomaticMaskGenerator:
@@ -117,21 +96,8 @@ class SamAutomaticMaskGenerator:
             raise ValueError(f"max_image_share must be above 0, up to 1; got {max_image_share}")
         if point_grids is None:
             _check_at_least(1, crop_n_points_downscale_factor=crop_n_points_downscale_factor)
-            sides = [
-                int(points_per_side / crop_n_points_downscale_factor**layer)
-                for layer in range(crop_n_layers + 1)
-            ]
-            if min(sides) < 1:
-                raise ValueError(
-                    f"points_per_side must leave a point for each layer of crops; got {sides}"
-                )
-            point_grids = [point_grid(n) for n in sides]
-        self.point_grids = [_checked_grid(grid) for grid in point_grids]
-        if len(self.point_grids) <= crop_n_layers:
-            raise ValueError(
-                f"point_grids must have a grid for the image and each of {crop_n_layers} layers of "
-                f"crops; got {len(self.point_grids)}"
-            )
+            point_grids = make_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
+        self.point_grids = checked_grids(point_grids, crop_n_layers)
         self.model = model
         self.variables = jax.tree.map(jnp.asarray, variables)
         self._device = next(iter(jax.tree.leaves(self.variables)[0].devices()))
@@ -140,7 +106,7 @@ class SamAutomaticMaskGenerator:
             stability=np.float32(stability_score_thresh if stability_score_thresh > 0 else -np.inf),
             offset=np.float32(stability_score_offset),
             area=np.float32(np.inf),
-            box_iou=_float32_below(box_nms_thresh),
+            box_iou=float32_below(box_nms_thresh),
         )
         self.box_nms_thresh = box_nms_thresh
         self.crop_n_layers = crop_n_layers
@@ -182,10 +148,19 @@ class SamAutomaticMaskGenerator:
     def _generate(self, image, crops, size):
         embeddings = self._encode([crop.cut(image) for crop in crops])
         found = [self._find(*pair, size) for pair in zip(crops, embeddings, strict=True)]
-        masks = self._choose(crops, jax.device_get(found))
+        masks = in_order(crops, jax.device_get(found))
+        capacity = len(crops) * self._num_points * NUM_MASKS
+        if len(crops) > 1:
+            masks = drop_duplicates_of_crops(masks, crops, self.crop_nms_thresh, capacity)
         masks = self._draw(masks, crops, embeddings, size)
         if self.min_mask_region_area:
-            masks = self._clean(masks)
+            masks = clean(
+                masks,
+                self.min_mask_region_area,
+                not self.remove_small_masks,
+                max(self.box_nms_thresh, self.crop_nms_thresh),
+                capacity,
+            )
         return [self._record(mask, crops[mask.crop]) for mask in masks]
 
     def _encode(self, images):
@@ -220,21 +195,6 @@ class SamAutomaticMaskGenerator:
             chunk=self._chunk,
         )
 
-    def _choose(self, crops, found):
-        """The `Mask`s to return, in order, of the `Candidates` of each crop."""
-        masks, scores = [], []
-        for i, (crop, candidates) in enumerate(zip(crops, found, strict=True)):
-            kept = np.flatnonzero(candidates.kept)
-            kept = kept[np.argsort(-candidates.iou[kept], kind="stable")]
-            boxes = candidates.box[kept] + np.tile(crop.corner, 2)
-            for number, box in zip(kept, boxes, strict=True):
-                iou, stability = candidates.iou[number], candidates.stability[number]
-                masks.append(Mask(i, int(number), box, float(iou), float(stability)))
-            scores += [1 / np.float32(math.prod(crop.size))] * len(kept)
-        if len(crops) == 1:
-            return masks
-        return self._without_duplicates(masks, scores, self.crop_nms_thresh)
-
     def _draw(self, masks, crops, embeddings, size):
         """The `Mask`s with their run lengths in the image of (height, width)."""
         drawings = []
@@ -264,41 +224,6 @@ class SamAutomaticMaskGenerator:
             dataclasses.replace(mask, segmentation=runs[mask.crop, mask.number]) for mask in masks
         ]
 
-    def _clean(self, masks):
-        """The `Mask`s without small parts and holes, and without what are duplicates then."""
-        with ThreadPoolExecutor() as pool:
-            cleaned = pool.map(self._clean_mask, masks)
-            left = [(mask, changed) for mask, changed in cleaned if mask.segmentation]
-        threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-        scores = [float(not changed) for _, changed in left]
-        return self._without_duplicates([mask for mask, _ in left], scores, threshold)
-
-    def _clean_mask(self, mask):
-        """A `Mask` cleaned, without run lengths if nothing is left, and whether it has changed."""
-        pixels, changed = remove_small_regions(
-            rle.decode(mask.segmentation),
-            self.min_mask_region_area,
-            keep_largest=not self.remove_small_masks,
-        )
-        if not changed:
-            return mask, False
-        segmentation = rle.encode(pixels) if pixels.any() else None
-        return dataclasses.replace(mask, box=box_of_mask(pixels), segmentation=segmentation), True
-
-    def _without_duplicates(self, masks, scores, threshold):
-        """The `Mask`s whose boxes do not overlap those of better ones, the best first."""
-        capacity = self._num_points * NUM_MASKS * sum(4**i for i in range(self.crop_n_layers + 1))
-        padded = lambda values, shape: np.resize(np.array(values, np.float32), shape)
-        is_kept = non_maximum_suppression(
-            padded([mask.box for mask in masks], (capacity, 4)),
-            padded(scores, capacity),
-            np.arange(capacity) < len(masks),
-            _float32_below(threshold),
-        )
-        kept = np.flatnonzero(is_kept)
-        best = kept[np.argsort(-np.array(scores, np.float32)[kept], kind="stable")]
-        return [masks[i] for i in best]
-
     def _points_in_frame(self, crop):
         """The points of a crop 'n 2' float32 in pixels of the frame, padded to a fixed number."""
         points = np.zeros((self._num_points, 2), np.float32)
@@ -314,7 +239,7 @@ class SamAutomaticMaskGenerator:
 
     def _record(self, mask, crop):
         point = self.point_grids[crop.layer][mask.number // NUM_MASKS] * crop.size[::-1]
-        write: dict[str, Callable[[RLE], Any]] = {
+        write: dict[str, Callable[[dict], Any]] = {
             "binary_mask": rle.decode,
             "uncompressed_rle": rle.uncompress,
             "coco_rle": rle.compress,
@@ -350,22 +275,7 @@ def sa1b_preset() -> dict[str, Any]:
     )
 
 
-def _checked_grid(grid):
-    grid = np.asarray(grid, np.float64)
-    if grid.ndim != 2 or grid.shape[1] != 2 or not len(grid):
-        raise ValueError(f"point_grids must be arrays 'n 2' of (x, y); got {grid.shape}")
-    if not ((grid >= 0) & (grid <= 1)).all():
-        raise ValueError(f"point_grids must be in [0, 1]; got {grid.min()} to {grid.max()}")
-    return grid
-
-
 def _check_at_least(least, **arguments):
     for name, value in arguments.items():
         if not value >= least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
-
-
-def _float32_below(threshold):
-    """The largest float32 that is not above: a float32 exceeds both or neither."""
-    nearest = np.float32(threshold)
-    return nearest if nearest <= threshold else np.nextafter(nearest, np.float32(-np.inf))
