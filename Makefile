@@ -48,6 +48,7 @@ bench: .venv/reference
 	$(BIN)/python -m tests.benchmarks.predict
 	$(BIN)/python -m tests.benchmarks.train
 	$(BIN)/python -m tests.benchmarks.loader
+	$(BIN)/python -m tests.benchmarks.everything
 
 clean:
 	rm -rf .venv build dist *.egg-info

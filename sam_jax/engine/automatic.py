@@ -22,6 +22,7 @@ from sam_jax.data import files
 from sam_jax.data.check import Finding
 from sam_jax.data.example import BadSample, Source
 from sam_jax.engine.folder import OVERLAYS, write_file, write_json
+from sam_jax.predict.images import ImageError
 from sam_jax.predict.overlay import draw_masks
 
 Generate = Callable[[np.ndarray], list[dict[str, Any]]]  # of a SamAutomaticMaskGenerator
@@ -114,9 +115,10 @@ def _label_image(
 
 def _masks(generate: Generate, image: np.ndarray) -> list[dict[str, Any]]:
     try:
-        return generate(image)
-    except ValueError as error:
+        records = generate(image)
+    except ImageError as error:
         raise BadSample("refused image", str(error)) from error
+    return [record for record in records if record["area"]]  # no reader takes empty masks
 
 
 def _jpeg(data: bytes | None, image: np.ndarray) -> bytes:

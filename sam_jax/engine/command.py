@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-PACKAGES = ("jax", "numpy", "scipy", "pillow")  # whose code has a part in the results
+PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "pillow")  # whose code has a part in the results
 
 # Options that are arguments of `SamAutomaticMaskGenerator`, with the names of the official amg.py.
 OPTIONS = {
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         SamAutomaticMaskGenerator(model, jax.device_put(variables, device), **options).generate
         for device in jax.local_devices()
     ]
-    folder, process, processes = Path(args.out), args.process, args.processes
+    folder, process, processes = Path(args.out).expanduser(), args.process, args.processes
     settings = _settings(args, images, model, variables, options)
     claim(folder, settings, process=process, processes=processes)
 
@@ -110,7 +110,7 @@ def _check(args):
         raise ValueError(f"--out must be a folder on a disk; got {args.out}")
     for place in (args.images, args.images.partition(":")[2]):
         if place and Path(place).expanduser().is_dir():
-            inner, outer = Path(args.out).resolve(), Path(place).expanduser().resolve()
+            inner, outer = Path(args.out).expanduser().resolve(), Path(place).expanduser().resolve()
             if inner.is_relative_to(outer):
                 raise ValueError(f"--out must not lie in {place}, among the images that are read")
 
@@ -146,7 +146,8 @@ def _settings(args, images, model, variables, options):
     return {
         "sam_jax": sam_jax.__version__,
         **{package: importlib.metadata.version(package) for package in PACKAGES},
-        "images": args.images,
+        "device": jax.local_devices()[0].device_kind,
+        "images": _resolved(args.images),
         "index": args.index,
         "number of images": len(source),
         "checksum of their names": names,
@@ -154,8 +155,15 @@ def _settings(args, images, model, variables, options):
         "checksum of the weights": weights,
         "dtype": model.dtype,
         "overlays": args.overlays,
-        **of_generator.arguments,
+        **{name: x for name, x in of_generator.arguments.items() if name != "points_per_batch"},
     }
+
+
+def _resolved(place):
+    """A place by one name, however it is written."""
+    kind, colon, path = place.rpartition(":")
+    path = Path(path).expanduser()
+    return f"{kind}{colon}{path.resolve()}" if path.exists() else place
 
 
 def _follow(findings, done, total):

@@ -22,7 +22,9 @@ SETTINGS = "everything.json"
 OVERLAYS = "overlays"
 FINISHED = re.compile(r"sa_([0-9]+)\.json")
 SKIPPED = re.compile(r"skipped_([0-9]+)\.json")
-UNFINISHED = re.compile(r"\.([0-9]+)\.[a-z]+[_0-9]*\.(?:jpg|json|png)")
+UNFINISHED = re.compile(
+    r"\.([0-9]+)\.(?:sa_[0-9]+\.(?:jpg|json|png)|(?:skipped_[0-9]+|instances|everything)\.json)"
+)
 
 
 def claim(folder: Path, settings: dict[str, Any], *, process: int = 0, processes: int = 1) -> None:
@@ -39,12 +41,7 @@ def claim(folder: Path, settings: dict[str, Any], *, process: int = 0, processes
     folder.mkdir(parents=True, exist_ok=True)
     visible = [name for name in os.listdir(folder) if not name.startswith(".")]
     if SETTINGS in visible:
-        before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        if found := _differences(before, json.loads(json.dumps(settings))):
-            raise ValueError(
-                f"{folder} was begun with other settings: {'; '.join(found)}. Choose another "
-                "--out, or the same values"
-            )
+        _check_settings(folder, settings)
     elif visible:
         raise ValueError(f"{folder} is neither empty nor of such a run: choose another --out")
     for place in (folder, folder / OVERLAYS):
@@ -69,7 +66,7 @@ def skipped(folder: Path) -> set[int]:
 
 def write_json(path: Path, value: Any, *, process: int, indent: int | None = None) -> None:
     """Writes a value as JSON, see `write_file`."""
-    text = json.dumps(value, indent=indent) + "\n"
+    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
     write_file(path, [text.encode()], process=process)
 
 
@@ -85,6 +82,21 @@ def write_file(path: Path, chunks: Iterable[bytes], *, process: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError unless the folder's settings are these."""
+    try:
+        before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{folder / SETTINGS} is not of such a run: choose another --out")
+    if found := _differences(before, json.loads(json.dumps(settings))):
+        raise ValueError(
+            f"{folder} was begun with other settings: {'; '.join(found)}. Choose another --out, or "
+            "the same values"
+        )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

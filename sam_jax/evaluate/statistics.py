@@ -15,6 +15,7 @@ import numpy as np
 
 from sam_jax.data.check import Finding, summarize
 from sam_jax.data.example import RLE, BadSample, Source
+from sam_jax.evaluate.pairs import read_masks
 from sam_jax.masks import rle
 from sam_jax.masks.geometry import center, hull_area
 
@@ -40,7 +41,7 @@ def measure(source: Source, indices: Sequence[int]) -> Iterator[Measured]:
     for index in indices:
         name = source.name(index)
         try:
-            values = [measure_mask(i, mask) for i, mask in enumerate(source[index].masks)]
+            values = [measure_mask(i, mask) for i, mask in enumerate(read_masks(source, index))]
         except BadSample as error:
             yield Measured(index, name, reason=error.reason, detail=error.detail)
         else:

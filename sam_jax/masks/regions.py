@@ -1,8 +1,9 @@
 """Small parts and small holes of masks.
 
 Source: segment-anything `utils/amg.py` (remove_small_regions), which needs OpenCV; SciPy here.
-Differences: only the surroundings of the mask are looked at; masks of small parts alone may be
-emptied, as the paper does, instead of keeping the largest one, as the released code does.
+Differences: only the surroundings of the mask are looked at; of parts that are equally large the
+first by rows is the largest, where OpenCV takes the first by blocks of 2 x 2; masks of small parts
+alone may be emptied, as the paper does, instead of keeping the largest one, as the released code.
 """
 
 import numpy as np

@@ -118,7 +118,9 @@ class MaskDecoder(nn.Module):
         # TPUs move numbers within a row slowest, and most quickly by a product, which is exact.
         logits = rearrange(logits, "b n m (i j) (gh gw) -> b n m (gh i) (j gw)", i=4, gh=gh)
         order = rearrange(np.arange(logits.shape[-1]), "(gw j) -> (j gw)", j=4)
-        return jnp.matmul(logits, np.eye(len(order))[order], precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(
+            logits, np.eye(len(order), dtype=np.float32)[order], precision=jax.lax.Precision.HIGHEST
+        )
 
 
 class Upscaling(nn.Module):

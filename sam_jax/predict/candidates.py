@@ -28,7 +28,7 @@ NEAR = 20  # pixels from the side of a crop at which a mask may have been cut
 
 @flax.struct.dataclass
 class Limits:
-    """What a mask must be like to be kept; -inf is no limit.
+    """What a mask must be like to be kept; an infinite limit is none.
 
     Attributes:
       iou: its predicted IoU must be above; stability: its stability must reach.
@@ -82,15 +82,15 @@ def find_candidates(
         start = i * chunk
         there = start + jnp.arange(chunk) < count
         some = judge(jax.lax.dynamic_slice_in_dim(points, start, chunk), there)
-        put = lambda all, part: jax.lax.dynamic_update_slice_in_dim(
-            all, part, start * NUM_MASKS, axis=0
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(
+            whole, part, start * NUM_MASKS, axis=0
         )
         return jax.tree.map(put, found, some)
 
     n = len(points) * NUM_MASKS
     found = Candidates(
-        iou=jnp.zeros(n),
-        stability=jnp.zeros(n),
+        iou=jnp.zeros(n, jnp.float32),
+        stability=jnp.zeros(n, jnp.float32),
         box=jnp.zeros((n, 4), jnp.int32),
         kept=jnp.zeros(n, bool),
     )
@@ -108,7 +108,7 @@ def _judge(model, variables, embedding, points, there, tiles, limits):
     logits = _upscale(model, variables, embedding.shape[1], attended, is_good.any(axis=1))
     tiling, matrices = tiles
     measures = measure(logits, is_good.ravel(), tiling, matrices, limits.offset)
-    stability = measures.above / measures.below
+    stability = measures.above.astype(jnp.float32) / measures.below
     # Without a limit even 0 / 0 is kept.
     is_stable = (limits.stability == -jnp.inf) | (stability >= limits.stability)
     kept = is_good.ravel() & is_stable & (measures.area < limits.area)
@@ -132,7 +132,7 @@ def _upscale(model, variables, gh, attended, wanted):
         return i + 1, logits.at[some].set(upscale(some))
 
     shape = jax.eval_shape(upscale, order[:step]).shape[1:]
-    start = jnp.int32(0), jnp.zeros((n, *shape))
+    start = jnp.int32(0), jnp.zeros((n, *shape), jnp.float32)
     more = lambda state: state[0] * step < jnp.sum(wanted)
     _, logits = jax.lax.while_loop(more, upscale_next, start)
     return rearrange(logits, "n m lh lw -> (n m) lh lw")

@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+from sam_jax.predict.images import ImageError
+
 
 def point_grid(per_side):
     """Points (x, y) in the middle of `per_side` x `per_side` cells of [0, 1], x fastest: 'n 2'."""
@@ -85,7 +87,7 @@ def plan_crops(size, layers, overlap_ratio):
       overlap_ratio: of the shorter side, by how much crops of the first layer overlap; half of it
         for those of the second, and so on.
     Raises:
-      ValueError: if the image is too small.
+      ImageError: if the image is too small.
     """
     height, width = size
     crops = [Crop((0, 0, width, height), 0)]
@@ -97,7 +99,7 @@ def plan_crops(size, layers, overlap_ratio):
             box = (x, y, min(x + lengths[0], width), min(y + lengths[1], height))
             crops.append(Crop(box, layer))
     if any(min(crop.size) < 1 for crop in crops):
-        raise ValueError(f"image must be large enough for {layers} layers of crops; got {size}")
+        raise ImageError(f"image must be large enough for {layers} layers of crops; got {size}")
     return crops
 
 

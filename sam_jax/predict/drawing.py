@@ -12,7 +12,7 @@ from einops import rearrange
 
 from sam_jax.masks import rle
 from sam_jax.predict.candidates import NUM_MASKS, prompts_of
-from sam_jax.predict.tiles import UNUSED, Tiling, pack
+from sam_jax.predict.tiles import UNUSED, Tiling, make_matrices, pack
 
 TILES = 64  # painted at a time
 
@@ -47,6 +47,7 @@ def start_drawing(model, variables, embedding, points, masks, boxes, tiling, chu
       A list of `Drawing`s, which may still be under way.
     """
     drawings = []
+    matrices = make_matrices(tiling)
     prompts = np.unique(masks // NUM_MASKS)
     for some in np.split(prompts, range(chunk, len(prompts), chunk)):
         padded = np.resize(some, chunk)
@@ -56,26 +57,30 @@ def start_drawing(model, variables, embedding, points, masks, boxes, tiling, chu
             np.searchsorted(some, masks[here] // NUM_MASKS) * NUM_MASKS + masks[here] % NUM_MASKS
         )
         tiles = _tiles_of(boxes[here], tiling)
-        drawings.append(Drawing(masks[here], tiles, _pack(logits, place, tiles, tiling), tiling))
+        drawings.append(
+            Drawing(masks[here], tiles, _pack(logits, place, tiles, tiling, matrices), tiling)
+        )
     return drawings
 
 
 def finish_drawing(drawing, corner, size):
-    """Waits for a `Drawing` -> the run lengths of each mask, by its number in `Candidates`.
+    """Waits for a `Drawing`.
 
     Args:
       corner: (x, y) of the crop in the image; size: (height, width) of the image.
+    Returns:
+      {number in `Candidates`: (run lengths, '4' int box (left, top, right, bottom))} in the image.
     """
     bits = np.concatenate(jax.device_get(drawing.bits))
     step_y, step_x = int(drawing.tiling.rows.step), int(drawing.tiling.columns.step)
-    runs, start = {}, 0
+    masks, start = {}, 0
     for mask, ((row, column), (down, across)) in zip(drawing.masks, drawing.tiles, strict=True):
         part = bits[start : start + down * across, : step_y // 8, :step_x]
         start += down * across
         part = rearrange(part, "(down across) i j -> (across j) (down i)", down=down)
         place = (corner[0] + int(column) * step_x, corner[1] + int(row) * step_y)
-        runs[int(mask)] = rle.encode_bits(part, place, size)
-    return runs
+        masks[int(mask)] = rle.encode_bits(part, place, size), _box_of_bits(part, place)
+    return masks
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -85,6 +90,15 @@ def _decode(model, variables, embedding, points):
     return rearrange(logits[0, :, -NUM_MASKS:], "n m lh lw -> (n m) lh lw")
 
 
+def _box_of_bits(bits, corner):
+    """The box of bits 'w h/8', whose corner is (x, y); zeros if there are none."""
+    columns = np.flatnonzero(bits.any(axis=1))
+    rows = np.flatnonzero(np.unpackbits(np.bitwise_or.reduce(bits, axis=0), bitorder="little"))
+    if not len(rows):
+        return np.zeros(4, int)
+    return np.array([columns[0], rows[0], columns[-1], rows[-1]]) + np.tile(corner, 2)
+
+
 def _tiles_of(boxes, tiling):
     """The tiles that boxes 'n 4' reach into, see `Drawing`."""
     step = np.array([tiling.rows.step, tiling.columns.step])
@@ -92,7 +106,7 @@ def _tiles_of(boxes, tiling):
     return np.stack([first, last - first + 1], axis=1)
 
 
-def _pack(logits, places, tiles, tiling):
+def _pack(logits, places, tiles, tiling, matrices):
     """The bits of the tiles of masks at some places in the logits."""
     items = [
         (place, row + i, column + j)
@@ -102,4 +116,4 @@ def _pack(logits, places, tiles, tiling):
     ]
     items += [(0, UNUSED, UNUSED)] * (-len(items) % TILES)
     batches = np.array(items, np.int32).reshape(-1, TILES, 3)
-    return [pack(logits, *batch.T, tiling) for batch in batches]
+    return [pack(logits, *batch.T, tiling, matrices) for batch in batches]

@@ -3,10 +3,11 @@
 Source: segment-anything `automatic_mask_generator.py`, whose parameters, records and order are
 kept; Kirillov et al. 2023, appendix B, for what the released code lacks.
 
-Differences: no mask is painted but those that are returned. First all are judged on the device
-(`candidates.py`) by measures that are taken tile by tile; then the few that are left are decoded
-once more and leave the device as bits, within their boxes. Ties between duplicates go to the first.
-Masks of more than 95 % of the image, and masks of small parts alone, can be dropped.
+Differences: only the masks that are left when duplicates are gone are painted. First all are judged
+on the device (`candidates.py`) by measures that are taken tile by tile; then the few that are left
+are decoded once more and leave the device as bits, within their boxes. Ties between duplicates go
+to the first. Images have at most MAX_SIDE pixels a side. Masks of more than 95 % of the image, and
+masks of small parts alone, can be dropped.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from sam_jax.model.sam import Sam
 from sam_jax.predict.candidates import NUM_MASKS, Limits, find_candidates
 from sam_jax.predict.crops import checked_grids, make_grids, plan_crops
 from sam_jax.predict.drawing import finish_drawing, start_drawing
+from sam_jax.predict.images import ImageError
 from sam_jax.predict.kept import clean, drop_duplicates_of_crops, float32_below, in_order
 from sam_jax.predict.predictor import check_image, encode_images
 from sam_jax.predict.tiles import MAX_SIDE, tile_image
@@ -64,10 +66,10 @@ class SamAutomaticMaskGenerator:
         Args:
           model, variables: as from `sam_jax.load`; the device that holds the variables computes.
           points_per_side: of the grid of points; or None, if point_grids are given.
-          points_per_batch: points at a time, at most; on CPUs few are always the fastest.
-          pred_iou_thresh: the predicted IoU of a mask must be above; 0 is no limit.
+          points_per_batch: points at a time, at most; on CPUs a few are the fastest.
+          pred_iou_thresh: the predicted IoU of a mask must be above; 0 and less are no limit.
           stability_score_thresh: its stability, the IoU of the masks of two levels of its logits,
-            must reach this; 0 is no limit.
+            must reach this; 0 and less are no limit.
           stability_score_offset: what the levels differ by from 0.
           box_nms_thresh: in a crop, a mask is dropped whose box overlaps a better one's by more.
           crop_n_layers: layers of crops, of 2 x 2, 4 x 4, ..., that are looked at too.
@@ -90,8 +92,9 @@ class SamAutomaticMaskGenerator:
             raise ValueError(f"output_mode must be one of {OUTPUT_MODES}; got {output_mode!r}")
         _check_at_least(0, crop_n_layers=crop_n_layers, min_mask_region_area=min_mask_region_area)
         _check_at_least(0, stability_score_offset=stability_score_offset)
-        _check_at_least(0, crop_overlap_ratio=crop_overlap_ratio)
         _check_at_least(1, points_per_batch=points_per_batch)
+        if not 0 <= crop_overlap_ratio <= 1:
+            raise ValueError(f"crop_overlap_ratio must be 0 to 1; got {crop_overlap_ratio}")
         if max_image_share is not None and not 0 < max_image_share <= 1:
             raise ValueError(f"max_image_share must be above 0, up to 1; got {max_image_share}")
         if point_grids is None:
@@ -117,7 +120,9 @@ class SamAutomaticMaskGenerator:
         self.max_image_share = max_image_share
         self.remove_small_masks = remove_small_masks
         most = max(map(len, self.point_grids))
-        self._chunk = min(most, CPU_CHUNK if platform() == "cpu" else points_per_batch)
+        with jax.default_device(self._device):
+            at_once = CPU_CHUNK if platform() == "cpu" else points_per_batch
+        self._chunk = min(most, points_per_batch, at_once)
         self._num_points = -(-most // self._chunk) * self._chunk
 
     def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
@@ -126,7 +131,8 @@ class SamAutomaticMaskGenerator:
         Args:
           image: 'h w 3' uint8 RGB.
         Returns:
-          A record for each mask, the best first (with crops, those of smaller ones first):
+          A record for each mask: those of smaller crops first, and of a crop the best first. With
+            min_mask_region_area, those that had nothing to be removed come before all others.
           segmentation: see output_mode;
           area: int, in pixels;
           bbox: [x, y, w, h], where w is the last column less the first one, so one less than their
@@ -135,12 +141,15 @@ class SamAutomaticMaskGenerator:
           point_coords: [[x, y]], the point that gave it;
           crop_box: [x, y, w, h] of the crop that it was found in.
         Raises:
-          ValueError: if the image has another shape or type, or is too small for crops or too
-            large.
+          ValueError: if the image has another shape or type.
+          ImageError: if it is too small for crops, or too large.
         """
         size = check_image(image).shape[:2]
-        if max(size) > MAX_SIDE:
-            raise ValueError(f"image must have sides of at most {MAX_SIDE} pixels; got {size}")
+        if max(size) > MAX_SIDE or size[0] * size[1] > rle.MAX_PIXELS:
+            raise ImageError(
+                f"image must have sides of at most {MAX_SIDE} pixels, and at most "
+                f"{rle.MAX_PIXELS} in all; got {size}"
+            )
         crops = plan_crops(size, self.crop_n_layers, self.crop_overlap_ratio)
         with jax.default_device(self._device):
             return self._generate(image, crops, size)
@@ -215,14 +224,12 @@ class SamAutomaticMaskGenerator:
         with ThreadPoolExecutor() as pool:
             finish = lambda i, drawing: finish_drawing(drawing, crops[i].corner, size)
             finished = pool.map(finish, *zip(*drawings, strict=True)) if drawings else ()
-            runs = {
-                (i, number): segmentation
-                for (i, _), drawn in zip(drawings, finished, strict=True)
-                for number, segmentation in drawn.items()
+            drawn = {
+                (i, number): mask
+                for (i, _), masks_of_one in zip(drawings, finished, strict=True)
+                for number, mask in masks_of_one.items()
             }
-        return [
-            dataclasses.replace(mask, segmentation=runs[mask.crop, mask.number]) for mask in masks
-        ]
+        return [mask.drawn(*drawn[mask.crop, mask.number]) for mask in masks]
 
     def _points_in_frame(self, crop):
         """The points of a crop 'n 2' float32 in pixels of the frame, padded to a fixed number."""

@@ -10,6 +10,10 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 1 << 26  # of an image, known from its header before it is decoded
 
 
+class ImageError(ValueError):
+    """An image that is too large, or too small, for what is asked."""
+
+
 def read_image(
     source: str | os.PathLike[str] | bytes, reduce_to: tuple[int, int] | None = None
 ) -> np.ndarray:

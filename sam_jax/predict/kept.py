@@ -14,6 +14,8 @@ from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, non_maximum_suppression
 from sam_jax.masks.regions import remove_small_regions
 
+THREADS = 4  # each needs some ten bytes a pixel of the image
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
@@ -32,6 +34,10 @@ class Mask:
     iou: float
     stability: float
     segmentation: dict[str, Any] | None = None
+
+    def drawn(self, segmentation, box):
+        """The same with what it is seen to be."""
+        return dataclasses.replace(self, segmentation=segmentation, box=box)
 
 
 def in_order(crops, found):
@@ -62,7 +68,7 @@ def clean(masks, min_area, keep_largest, threshold, capacity):
     Returns:
       The masks that had nothing small first.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         cleaned = pool.map(lambda mask: _clean(mask, min_area, keep_largest), masks)
         left = [(mask, changed) for mask, changed in cleaned if mask.segmentation]
     scores = [float(not changed) for _, changed in left]
@@ -83,7 +89,7 @@ def _clean(mask, min_area, keep_largest):
     if not changed:
         return mask, False
     segmentation = rle.encode(pixels) if pixels.any() else None
-    return dataclasses.replace(mask, box=box_of_mask(pixels), segmentation=segmentation), True
+    return mask.drawn(segmentation, box_of_mask(pixels)), True
 
 
 def _drop_duplicates(masks, scores, threshold, capacity):

@@ -3,7 +3,7 @@
 Both bilinear resizes of a mask are linear and separable, and a pixel depends on few logits: a tile
 of pixels is a product of three small matrices, of its rows, of a window of the logits and of its
 columns. What is wanted is taken of a tile at once: counts, sides of boxes, or bits. Sizes of images
-are data, not shapes, so that one program serves all.
+are data, not shapes, so that one program serves all whose sides have more than some 70 pixels.
 
 A pixel lies between the logits around it. So tiles are visited only where a logit may make a pixel
 of the mask, which for most masks is a small part of the image.
@@ -95,6 +95,7 @@ def tile_image(size, low, frame):
     return Tiling(rows=rows, columns=columns)
 
 
+@jax.jit
 def make_matrices(tiling):
     """What windows of logits are multiplied with: 't i k' of rows and of columns."""
     return tuple(_dense(axis) for axis in (tiling.rows, tiling.columns))
@@ -157,15 +158,16 @@ def measure_tiles(logits, mask, row, column, tiling, matrices, offset):
 
 
 @jax.jit
-def pack(logits, mask, row, column, tiling):
+def pack(logits, mask, row, column, tiling, matrices):
     """Paints tiles as bits.
 
     Args:
       logits: 'n lh lw' float32; mask, row, column: 'b' int32 of each tile.
+      tiling: of their image, and its matrices.
     Returns:
       'b i/8 j' uint8, lower rows in higher bits.
     """
-    pixels, inside = _paint(logits, mask, row, column, tiling, make_matrices(tiling))
+    pixels, inside = _paint(logits, mask, row, column, tiling, matrices)
     return jnp.packbits(inside & (pixels > 0), axis=1, bitorder="little")
 
 

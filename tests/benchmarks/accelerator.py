@@ -2,22 +2,28 @@
 
 What the chip reaches in a plain product and a copy comes first, as a scale; then, in bfloat16 and
 with random weights: the image encoder, beside transformers' with PyTorch's fused attention, eager
-and compiled, in turns, where PyTorch sees the chip too; 64 prompts on one embedding; and a whole
-training step of 64 masks and eleven rounds. Medians. Model FLOPs utilisation (MFU) counts the
-reference's operations (`train.flops`) over the chip's peak.
+and compiled, in turns, where PyTorch sees the chip too; 64 prompts on one embedding; everything in
+a photo from 1024 points, with thresholds as in `tests.benchmarks.everything`, run lengths included,
+two photos at a time as `sam-jax everything` has them; and a whole training step of 64 masks and
+eleven rounds. Medians. Model FLOPs utilisation (MFU) counts the reference's operations
+(`train.flops`) over the chip's peak.
 """
 
 import argparse
 import functools
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import sam_jax
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import sam_vit_b, sam_vit_h, sam_vit_l
 from sam_jax.weights.convert import initialize
+from tests.benchmarks.everything import thresholds_of
 from train.config import Interactive, Optimizer
 from train.flops import decoder_flops, encoder_flops, peak_flops, step_flops
 from train.interactive import make_interactive
@@ -35,6 +41,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--everything", nargs="*", choices=SIZES, default=["b", "h"])
     parser.add_argument("--train", nargs="*", choices=SIZES, default=["b", "h"])
     parser.add_argument("--train-images", type=int, default=1)
     parser.add_argument("--chunks", nargs="+", type=int, default=[64])
@@ -50,6 +57,8 @@ def main():
         for batch in args.batches:
             time_encoder(size, batch, args.torch, peak)
         time_decoder(size, peak)
+    for size in args.everything:
+        time_everything(size)
     for size in args.train:
         for chunk in args.chunks:
             time_step(size, args.train_images, chunk, peak)
@@ -162,6 +171,31 @@ def time_decoder(size, peak, n=64):
     )
 
 
+def time_everything(size, photos=8):
+    model, variables = model_of(size)
+    photo = np.random.default_rng(0).integers(0, 256, (1500, 2250, 3), np.uint8)
+    iou, stability = thresholds_of(model, variables, photo)
+    generator = sam_jax.SamAutomaticMaskGenerator(
+        model,
+        variables,
+        pred_iou_thresh=iou,
+        stability_score_thresh=stability,
+        box_nms_thresh=1.0,
+        output_mode="coco_rle",
+    )
+    count = len(generator.generate(photo))
+
+    def run():
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(generator.generate, [photo] * photos))
+
+    seconds = median_of({"ours": run})["ours"] / photos
+    say(
+        f"everything {size}, 1024 points, {count} masks: {1e3 * seconds:.0f} ms, "
+        f"{1 / seconds:.1f} images/s"
+    )
+
+
 def time_step(size, images, chunk, peak):
     rates = {"drop_path": 0.4, "dropout": 0.1}
     model = SIZES[size](remat="none", dtype="bfloat16", **rates)
@@ -195,8 +229,6 @@ def time_step(size, images, chunk, peak):
 
 def random_batch(model, images, masks):
     """A `Batch` of discs on noise."""
-    import numpy as np
-
     from sam_jax.data.framed import Batch
 
     rng = np.random.default_rng(0)

@@ -62,26 +62,28 @@ def prepare(folder):
     predictor = sam_jax.SamPredictor(model, variables)
     predictor.set_image(photo)
     embedding = predictor.get_image_embedding()
-    every = sam_jax.SamAutomaticMaskGenerator(
+    thresholds = thresholds_of(model, variables, photo)
+    np.savez(folder / "inputs.npz", photo=photo, embedding=embedding, thresholds=thresholds)
+
+
+def thresholds_of(model, variables, photo):
+    """The predicted IoU and the stability that GOOD and STABLE masks have."""
+    import sam_jax
+
+    masks = sam_jax.SamAutomaticMaskGenerator(
         model,
         variables,
         points_per_side=8,
-        pred_iou_thresh=-1.0,
+        pred_iou_thresh=0.0,
         stability_score_thresh=0.0,
         box_nms_thresh=1.0,
         output_mode="coco_rle",
     ).generate(photo)
     iou, stability = (
-        np.array([mask[name] for mask in every]) for name in ("predicted_iou", "stability_score")
+        np.array([mask[name] for mask in masks]) for name in ("predicted_iou", "stability_score")
     )
     least_iou = np.quantile(iou, 1 - GOOD)
-    least_stability = np.quantile(stability[iou > least_iou], 1 - STABLE)
-    np.savez(
-        folder / "inputs.npz",
-        photo=photo,
-        embedding=embedding,
-        thresholds=[least_iou, least_stability],
-    )
+    return least_iou, np.quantile(stability[iou > least_iou], 1 - STABLE)
 
 
 def measure(folder, side, rounds):

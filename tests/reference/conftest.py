@@ -277,18 +277,23 @@ def _box_area(boxes):
 
 
 def _batched_nms(boxes, scores, idxs, iou_threshold):
-    """Indices of the boxes 'n 4' that no better box of the same category overlaps, best first."""
+    """Indices of the boxes 'n 4' that no better box of the same category overlaps, best first.
+
+    As torchvision's on CPUs: ratios in float32, compared with a double.
+    """
     import torch
 
     order = torch.argsort(scores, descending=True, stable=True)
-    boxes, idxs = boxes[order].double().numpy(), idxs[order].numpy()
+    boxes, idxs = boxes[order].numpy(), idxs[order].numpy()
     area = _box_area(boxes)
     kept = np.zeros(len(boxes), bool)
     for i, box in enumerate(boxes):
         sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
         overlap = sides.clip(0).prod(axis=1)
         rivals = kept & (idxs == idxs[i])
-        kept[i] = not (overlap > iou_threshold * (area + area[i] - overlap))[rivals].any()
+        with np.errstate(invalid="ignore"):
+            iou = overlap / (area + area[i] - overlap)
+        kept[i] = not (iou > np.float64(iou_threshold))[rivals].any()
     return order[torch.from_numpy(kept)]
 
 

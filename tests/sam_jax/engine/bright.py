@@ -20,13 +20,14 @@ from sam_jax.engine.folder import claim, finished, write_json
 from sam_jax.engine.instances import write_instances
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
+from sam_jax.predict.images import ImageError
 
 
 def generate(image):
     """The records of an image, in the form of `SamAutomaticMaskGenerator.generate`."""
     height, width = image.shape[:2]
     if min(height, width) < 8:
-        raise ValueError(f"image must have sides of at least 8 pixels; got {height} x {width}")
+        raise ImageError(f"image must have sides of at least 8 pixels; got {height} x {width}")
     labels, count = ndimage.label(image[..., 0] > image[..., 0].mean())
     masks = [labels == i + 1 for i in range(count)]
     return [

@@ -138,6 +138,19 @@ def test_an_image_without_masks_is_finished_too(tmp_path):
         open_source(f"sa1b:{tmp_path / 'out'}")[0]
 
 
+def test_empty_masks_are_left_out(tmp_path):
+    """Everything mode returns them where no stability is asked for."""
+
+    def with_an_empty_one(image):
+        record = {"segmentation": rle.encode(np.zeros(image.shape[:2], bool)), "area": 0}
+        return [*generate(image), record | {"stability_score": float("nan")}]
+
+    scenes = open_source("scenes:40x60")
+    label(scenes, tmp_path, [2], [with_an_empty_one])
+    masks = open_source(f"sa1b:{tmp_path}")[0].masks
+    assert masks == [record["segmentation"] for record in generate(scenes.image(2))]
+
+
 def test_overlays_are_not_taken_for_images(tmp_path):
     scenes = open_source("scenes:40x60")
     label(scenes, tmp_path, [5, 6], overlays=True)
@@ -177,11 +190,12 @@ def test_every_generator_works_on_two_images_at_once_and_few_are_waiting(tmp_pat
         list(found)
 
 
-def test_a_failure_that_is_not_the_image_s_ends_the_run(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_failure_that_is_not_the_image_s_ends_the_run(error, tmp_path):
     def fail(image):
-        raise RuntimeError("out of memory")
+        raise error("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(error, match="out of memory"):
         label(open_source("scenes:40x60"), tmp_path, itertools.count(), [fail])
     (tmp_path / ".0.sa_3.jpg").mkdir()
     found = label_images(open_source("scenes:40x60"), [3], [generate], tmp_path)
@@ -196,6 +210,10 @@ def test_a_folder_is_its_run_s_own(tmp_path):
     message = "was begun with other settings: points_per_side was 32 and is 16; more was None and "
     with pytest.raises(ValueError, match=message):
         claim(out, {"points_per_side": 16, "pair": (1, 2), "more": True})
+    for strange in (b"[1]", b"", b'{"points'):
+        (out / "everything.json").write_bytes(strange)
+        with pytest.raises(ValueError, match=r"everything\.json is not of such a run: choose"):
+            claim(out, {})
     (tmp_path / "photo.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="is neither empty nor of such a run: choose another"):
         claim(tmp_path, {})
@@ -211,15 +229,17 @@ def test_what_killed_processes_left_is_cleared_away_by_their_successors(tmp_path
             path = tmp_path / name
             path.with_name(f".{process}.{path.name}").write_bytes(b"cut sh")
         write_json(tmp_path / f"skipped_{process}.json", [{"index": process}], process=process)
-    (tmp_path / ".DS_Store").write_bytes(b"")
+    for name in (".DS_Store", ".0.holiday.png", ".1.photo_2.jpg"):
+        (tmp_path / name).write_bytes(b"not ours")
     assert skipped(tmp_path) == {0, 1, 2, 3}
     claim(tmp_path, {}, process=1, processes=3)
     assert skipped(tmp_path) == {0, 2, 3}
-    left = {path.name.split(".")[1] for path in tmp_path.rglob(".*.*")}
+    left = {path.name.split(".")[1] for path in tmp_path.rglob(".[0-9].sa_7.*")}
     assert left == {"0", "2", "3"}
     for process in (0, 2):
         claim(tmp_path, {}, process=process, processes=3)
-    assert sorted(content(tmp_path)) == [".DS_Store", "everything.json"]
+    foreign = [".0.holiday.png", ".1.photo_2.jpg", ".DS_Store"]
+    assert sorted(content(tmp_path)) == [*foreign, "everything.json"]
 
 
 def test_instances_are_read_as_coco_with_the_images_beside_them(tmp_path):

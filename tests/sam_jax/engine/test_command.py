@@ -140,6 +140,9 @@ def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
     assert run(photos, out, "--preset", "sa1b", "--dtype", "bfloat16", "--overlays") == 1
     error = capsys.readouterr().err
     assert "begun with other settings: overlays was False and is True; crop_n_layers was 1" in error
+    again = ["--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16"]
+    assert run(photos / ".." / photos.name, out, *again, "--points-per-batch", "16") == 0
+    capsys.readouterr()
     (photos / "aa.png").write_bytes((photos / "c.png").read_bytes())
     assert run(photos, out, "--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16") == 1
     assert "number of images was 5 and is 6; checksum of their names was" in capsys.readouterr().err

@@ -101,6 +101,14 @@ def test_what_cannot_be_used_is_reported_and_skipped():
     assert "1 masks in 1 of 4 images" in table(found)
 
 
+def test_images_without_masks_count():
+    source = Images([BadSample("no masks", ""), example(SQUARE), example(SQUARE, SQUARE)])
+    found = collect(measure(source, range(3)))
+    assert (found["usable"], found["masks"]) == (3, 3)
+    assert found["masks_per_image"]["mean"] == 1.0
+    assert found["masks_per_image"]["images"][0] == 3
+
+
 def test_no_mask_at_all_is_an_error():
     with pytest.raises(ValueError, match="no mask to measure in 2 images"):
         collect(measure(Images([example(), BadSample("no masks", "")]), [0, 1]))

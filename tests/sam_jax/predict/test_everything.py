@@ -1,5 +1,6 @@
 """Everything mode: what a record says, what is dropped, and that nothing compiles anew."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,8 +8,9 @@ import sam_jax
 from sam_jax.data.scenes import Scenes
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
-from sam_jax.predict import candidates, drawing, everything, tiles
+from sam_jax.predict import candidates, drawing, everything, kept, tiles
 from sam_jax.predict.everything import SamAutomaticMaskGenerator, sa1b_preset
+from sam_jax.predict.kept import float32_below
 
 LOOSE = dict(points_per_side=8, pred_iou_thresh=0.3, stability_score_thresh=0.5, box_nms_thresh=0.9)
 IMAGE = Scenes((150, 200)).image(1)
@@ -79,6 +81,30 @@ def test_no_size_compiles_anew(generator):
     assert [program._cache_size() for program in programs] == before
 
 
+def test_the_device_of_the_variables_computes(generator, masks, monkeypatch):
+    device, seen = jax.devices()[3], []
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            seen.extend(x.devices() for x in jax.tree.leaves(result))
+            return result
+
+        monkeypatch.setattr(module, name, call)
+
+    watch(everything, "encode_images")
+    watch(everything, "find_candidates")
+    watch(kept, "non_maximum_suppression")
+    watch(drawing, "pack")
+    variables = jax.device_put(generator().variables, device)
+    there = SamAutomaticMaskGenerator(generator().model, variables, **LOOSE, crop_n_layers=1)
+    there.generate(IMAGE)
+    assert len(seen) > 10
+    assert all(devices == {device} for devices in seen)
+
+
 def test_duplicates_are_dropped_across_crops(generator):
     crops = dict(crop_n_layers=1, crop_n_points_downscale_factor=2)
     kept = generator(**crops, crop_nms_thresh=0.5).generate(IMAGE)
@@ -93,7 +119,9 @@ def test_duplicates_are_dropped_across_crops(generator):
 
 def test_masks_cut_by_a_crop_are_dropped(generator):
     """Within 20 pixels of a side of the crop that is not one of the image."""
-    for mask in generator(crop_n_layers=1).generate(IMAGE):
+    masks = generator(crop_n_layers=1).generate(IMAGE)
+    assert any(mask["crop_box"] != [0, 0, 200, 150] for mask in masks)
+    for mask in masks:
         x, y, width, height = mask["bbox"]
         crop_x, crop_y, crop_width, crop_height = mask["crop_box"]
         for side, of_crop, of_image in (
@@ -128,6 +156,24 @@ def test_nothing_is_found(generator):
     assert nothing.generate(IMAGE) == []
 
 
+def test_stability_is_that_of_two_levels(generator):
+    predictor = sam_jax.SamPredictor(generator().model, generator().variables)
+    predictor.set_image(IMAGE)
+    for mask in generator(stability_score_offset=0.4).generate(IMAGE)[::7]:
+        point = np.array(mask["point_coords"]), np.array([1])
+        logits, scores, _ = predictor.predict(*point, return_logits=True)
+        best = logits[np.argmin(np.abs(scores - mask["predicted_iou"]))]
+        stability = np.sum(best > 0.4) / np.sum(best > -0.4)
+        assert np.isclose(mask["stability_score"], stability, atol=1e-3)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.7, 0.88, 0.95, 1.0])
+def test_a_float32_is_above_a_threshold_as_it_was_meant(threshold):
+    rounded, step = float32_below(threshold), np.float32(np.inf)
+    for value in (rounded, np.nextafter(rounded, step), np.nextafter(rounded, -step)):
+        assert (value > rounded) == (float(value) > threshold)
+
+
 def test_sa1b_preset(generator):
     """Twenty crops of an image: the whole paper's settings, with thresholds for a tiny model."""
     options = sa1b_preset() | LOOSE | dict(points_per_side=4)
@@ -159,6 +205,7 @@ def test_sa1b_preset(generator):
         (dict(points_per_batch=0), "points_per_batch must be at least 1; got 0"),
         (dict(crop_n_layers=-1), "crop_n_layers must be at least 0; got -1"),
         (dict(min_mask_region_area=-1), "min_mask_region_area must be at least 0; got -1"),
+        (dict(crop_overlap_ratio=1.5), "crop_overlap_ratio must be 0 to 1; got 1.5"),
         (dict(stability_score_offset=-1.0), "stability_score_offset must be at least 0"),
         (dict(max_image_share=0.0), "max_image_share must be above 0, up to 1; got 0.0"),
     ],
@@ -174,6 +221,7 @@ def test_bad_options(generator, options, message):
         (np.zeros((4, 4), np.uint8), "image must have shape"),
         (np.zeros((4, 4, 3)), "image must be a numpy array of uint8"),
         (np.zeros((1, 20_000, 3), np.uint8), "sides of at most 16256 pixels"),
+        (np.broadcast_to(np.uint8(0), (9000, 8000, 3)), "and at most 67108864 in all; got"),
         (np.zeros((1, 1, 3), np.uint8), "image must be large enough for 2 layers of crops"),
     ],
 )

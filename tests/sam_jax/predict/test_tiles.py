@@ -55,9 +55,8 @@ def test_bits_are_those_of_whole_masks(logits, size):
     down, across = (int(np.sum(axis.used > 0)) for axis in (tiling.rows, tiling.columns))
     items = [(m, i, j) for m in range(len(logits)) for i in range(down) for j in range(across)]
     items += [(0, UNUSED, UNUSED)] * (-len(items) % 64)
-    tiles = np.concatenate(
-        [pack(logits, *np.array(items[i : i + 64]).T, tiling) for i in range(0, len(items), 64)]
-    )
+    batches, matrices = np.array(items).reshape(-1, 64, 3), make_matrices(tiling)
+    tiles = np.concatenate([pack(logits, *batch.T, tiling, matrices) for batch in batches])
     tiles = np.unpackbits(tiles, axis=1, bitorder="little")
     assert tiles.shape[1:] == (TILE, TILE)
     step = int(tiling.rows.step), int(tiling.columns.step)
