@@ -53,7 +53,7 @@ BELOW = {
     "sam_jax.data": ("sam_jax.masks", "sam_jax.predict.transforms", "sam_jax.predict.images"),
     "sam_jax.evaluate": USES,
     "sam_jax.export": USES,
-    "sam_jax.engine": USES,
+    "sam_jax.engine": (*USES, "sam_jax.predict.images"),
     "sam_jax.engine.command": ("sam_jax", "sam_jax.engine", *USES),
     "sam_jax": LIBRARY,  # the public names
     "sam_jax.info": ("sam_jax", *LIBRARY),

@@ -128,6 +128,7 @@ def _settings(args, images, model, variables, options):
     """All that the results depend on: a run with other settings must not go on in the folder."""
     import importlib.metadata
     import inspect
+    import os
     import zlib
 
     import jax
@@ -138,7 +139,8 @@ def _settings(args, images, model, variables, options):
 
     source, names, weights = images.source, 0, 0
     for index in range(len(source)):  # a file more or less would give others other numbers
-        names = zlib.crc32(source.name(index).encode("utf-8", "surrogatepass"), names)
+        name = os.path.basename(source.name(index))
+        names = zlib.crc32(name.encode("utf-8", "surrogatepass"), names)
     for leaf in jax.tree.leaves(variables):  # the path does not say what is there
         weights = zlib.crc32(np.asarray(leaf).tobytes(), weights)
     of_generator = inspect.signature(SamAutomaticMaskGenerator).bind_partial(**options)

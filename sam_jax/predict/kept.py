@@ -78,7 +78,7 @@ def clean(masks, min_area, keep_largest, threshold, capacity):
 def float32_below(threshold: float) -> np.float32:
     """The largest float32 that is not above: a float32 exceeds both or neither."""
     nearest = np.float32(threshold)
-    return nearest if nearest <= threshold else np.nextafter(nearest, np.float32(-np.inf))
+    return nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf))
 
 
 def _clean(mask, min_area, keep_largest):

@@ -119,7 +119,8 @@ torch.save(randomize(model.eval()).state_dict(), sys.argv[1])
 
 
 def environment(extra):
-    return os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.getcwd()} | extra
+    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}  # no other's libraries in memory
+    return os.environ | {"OMP_NUM_THREADS": str(THREADS)} | ours | extra
 
 
 def start(name, weights):

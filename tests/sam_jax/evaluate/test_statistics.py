@@ -170,9 +170,11 @@ def test_the_command_names_what_cannot_be_used(labels, tmp_path, capsys):
     first, second = (labels(name, (0, 0, 9, 9)) for name in ("first", "second"))
     broken = tmp_path / "first" / "b" / "images"
     broken.mkdir(parents=True)
+    (broken.parent / "masks").mkdir()
+    (broken.parent / "masks" / "0.png").write_bytes(b"text")
     assert main(["data", "stats", first]) == 0
     line, *rest = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{broken / 'b.png'}: no masks: ")
+    assert line.startswith(f"{broken / 'b.png'}: broken mask: ")
     assert rest[0] == "1 masks in 1 of 2 images, on average"
     assert main(["data", "stats", first, "--against", second]) == 1
     assert "got 2 images and 1" in capsys.readouterr().err
