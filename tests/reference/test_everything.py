@@ -1,5 +1,7 @@
 """Everything mode against segment-anything's: the same masks, in the same order."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -9,9 +11,11 @@ from sam_jax.data.scenes import Scenes
 from sam_jax.masks import rle
 from sam_jax.masks.regions import remove_small_regions
 from sam_jax.predict.everything import SamAutomaticMaskGenerator
+from sam_jax.predict.images import read_image
 
 pytestmark = pytest.mark.reference
 
+TRUCK = Path(__file__).parents[3] / "shared" / "realdata" / "sam_images" / "truck.jpg"
 LANDSCAPE, PORTRAIT = (180, 270), (290, 190)
 CROPS = dict(crop_n_layers=1, crop_n_points_downscale_factor=2)
 ALL = dict(box_nms_thresh=1.0, crop_nms_thresh=1.0)  # nothing is a duplicate
@@ -77,6 +81,17 @@ def test_trained_weights(segment_anything, trained_pair, size, options):
     assert len({tuple(mask["crop_box"]) for mask in masks}) == (
         5 if "crop_n_layers" in options else 1
     )
+
+
+@pytest.mark.parametrize("upright", [False, True], ids=["landscape", "portrait"])
+def test_real_photo(segment_anything, random_pair, upright):
+    if not TRUCK.is_file():
+        pytest.skip(f"no photo at {TRUCK}")
+    image = read_image(TRUCK)
+    image = np.ascontiguousarray(image.swapaxes(0, 1)) if upright else image
+    limits = dict(points_per_side=7, pred_iou_thresh=-1.0, stability_score_thresh=0.2)
+    masks = _compare(segment_anything, random_pair, image, limits | ALL)
+    assert len(masks) > 30
 
 
 def test_unequal_thresholds(segment_anything, trained_pair):
