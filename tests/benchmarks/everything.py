@@ -83,6 +83,7 @@ def thresholds_of(model, variables, photo):
         np.array([mask[name] for mask in masks]) for name in ("predicted_iou", "stability_score")
     )
     least_iou = np.quantile(iou, 1 - GOOD)
+    assert least_iou > 0, "these weights predict IoUs below 0, which is no limit"
     return least_iou, np.quantile(stability[iou > least_iou], 1 - STABLE)
 
 

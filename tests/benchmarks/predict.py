@@ -113,6 +113,7 @@ def write_weights(path):
 WRITE_WEIGHTS = """
 import sys, torch
 from tests.reference.conftest import import_segment_anything, randomize
+torch.manual_seed(0)
 model = import_segment_anything().sam_model_registry["vit_b"]()
 torch.save(randomize(model.eval()).state_dict(), sys.argv[1])
 """
