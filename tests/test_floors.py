@@ -123,8 +123,6 @@ HOMES = {
     "torch": (),
     "tqdm": (
         "sam_jax.weights.download",
-        "sam_jax.predict.everything",
-        "sam_jax.engine.command",
         "sam_jax.cli",
         "train",
     ),

@@ -20,7 +20,8 @@ def remove_small_regions(
       mask: 'h w' bool; min_area: in pixels.
       keep_largest: keep the largest part where all are small; of several the first by rows.
     Returns:
-      The mask, and whether anything was small, though it be the largest part, which stays.
+      The mask 'h w' bool, and whether anything was small, though it be the largest part, which
+      stays.
     """
     if not mask.any():
         return mask, False

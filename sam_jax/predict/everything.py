@@ -28,12 +28,11 @@ from sam_jax.predict.crops import checked_grids, make_grids, plan_crops
 from sam_jax.predict.drawing import finish_drawing, start_drawing
 from sam_jax.predict.images import ImageError
 from sam_jax.predict.kept import clean, drop_duplicates_of_crops, float32_below, in_order
-from sam_jax.predict.predictor import check_image, encode_images
+from sam_jax.predict.predictor import CHUNK, check_image, encode_images
 from sam_jax.predict.tiles import MAX_SIDE, tile_image
 from sam_jax.predict.transforms import image_to_frame, points_to_frame
 
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-CPU_CHUNK = 4  # points at a time: what they need stays in the cache
 ENCODED = 8  # images at a time, on accelerators
 
 
@@ -121,7 +120,7 @@ class SamAutomaticMaskGenerator:
         self.remove_small_masks = remove_small_masks
         most = max(map(len, self.point_grids))
         with jax.default_device(self._device):
-            at_once = CPU_CHUNK if platform() == "cpu" else points_per_batch
+            at_once = CHUNK if platform() == "cpu" else points_per_batch
         self._chunk = min(most, points_per_batch, at_once)
         self._num_points = -(-most // self._chunk) * self._chunk
 
@@ -241,6 +240,7 @@ class SamAutomaticMaskGenerator:
         return points
 
     def _tiling(self, crop):
+        """The `Tiling` of a crop."""
         frame, patch = self.model.image_size, self.model.patch_size
         return tile_image(crop.size, (4 * frame[0] // patch, 4 * frame[1] // patch), frame)
 

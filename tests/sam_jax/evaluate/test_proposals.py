@@ -7,32 +7,13 @@ import pytest
 from PIL import Image
 
 from sam_jax.cli import main
-from sam_jax.data.example import BadSample, Example
+from sam_jax.data.example import BadSample
 from sam_jax.data.sa1b import open_sa1b
 from sam_jax.data.scenes import Scenes
 from sam_jax.data.source import select
 from sam_jax.evaluate.proposals import evaluate_proposals, find, pair_images, sizes_of, table
 from sam_jax.masks import rle
-
-
-class Images(list):
-    """A source of the masks of images, or of what reading them raises."""
-
-    def __getitem__(self, index):
-        value = super().__getitem__(index)
-        if isinstance(value, Exception):
-            raise value
-        return Example(image=np.zeros((1, 1, 3), np.uint8), masks=value)
-
-    def name(self, index):
-        return f"{index}.jpg"
-
-
-def columns(first, last, size=(4, 100)):
-    """A mask of the columns from `first` to before `last`."""
-    painted = np.zeros(size, bool)
-    painted[:, first:last] = True
-    return rle.encode(painted)
+from tests.sam_jax.evaluate.toys import Images, columns
 
 
 def one(recall):

@@ -66,7 +66,7 @@ def test_output_modes(generator, masks):
 def test_masks_do_not_depend_on_how_many_points_are_decoded_at_a_time(
     generator, masks, monkeypatch
 ):
-    monkeypatch.setattr(everything, "CPU_CHUNK", 5)
+    monkeypatch.setattr(everything, "CHUNK", 5)
     monkeypatch.setitem(candidates.UPSCALED, "cpu", 3)
     _assert_same(generator(points_per_batch=64).generate(IMAGE), masks)
 
