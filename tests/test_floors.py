@@ -121,11 +121,7 @@ HOMES = {
     "tensorboardX": ("train.metrics",),
     "tensorflow_datasets": ("sam_jax.data.tfds",),
     "torch": (),
-    "tqdm": (
-        "sam_jax.weights.download",
-        "sam_jax.cli",
-        "train",
-    ),
+    "tqdm": ("sam_jax.weights.download", "sam_jax.engine.command", "sam_jax.cli", "train"),
     "uvicorn": ("sam_jax.engine",),
 }
 
