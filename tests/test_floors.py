@@ -46,14 +46,14 @@ STEPS = (*PARTS, *FILES, *USERS, *TASKS)
 BELOW = {
     "sam_jax.model": (),
     "sam_jax.masks": (),
-    "sam_jax.predict": (*NETWORKS, "sam_jax.predict.images", "sam_jax.predict.transforms"),
-    "sam_jax.predict.images": (),  # these two are for `data` too
-    "sam_jax.predict.transforms": (),
+    "sam_jax.predict": (*NETWORKS, "sam_jax.images.read", "sam_jax.images.resize"),
+    "sam_jax.images.read": (),  # these two are for `data` too
+    "sam_jax.images.resize": (),
     "sam_jax.weights": ("sam_jax.model",),
-    "sam_jax.data": ("sam_jax.masks", "sam_jax.predict.transforms", "sam_jax.predict.images"),
+    "sam_jax.data": ("sam_jax.masks", "sam_jax.images.resize", "sam_jax.images.read"),
     "sam_jax.evaluate": USES,
     "sam_jax.export": USES,
-    "sam_jax.engine": (*USES, "sam_jax.predict.images"),
+    "sam_jax.engine": (*USES, "sam_jax.images.read"),
     "sam_jax.engine.command": ("sam_jax", "sam_jax.engine", *USES),
     "sam_jax": LIBRARY,  # the public names
     "sam_jax.info": ("sam_jax", *LIBRARY),

@@ -16,8 +16,8 @@ from PIL import Image
 
 from sam_jax.data import places
 from sam_jax.data.example import RLE, BadSample
+from sam_jax.images.read import FORMATS, MAX_PIXELS, read_image
 from sam_jax.masks import rle
-from sam_jax.predict.images import FORMATS, MAX_PIXELS, read_image
 
 GRAY = ("1", "L", "I;16")  # Pillow's modes of one number a pixel
 

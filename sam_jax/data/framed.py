@@ -8,8 +8,8 @@ import flax.struct
 import numpy as np
 
 from sam_jax.data.example import BadSample, Example
+from sam_jax.images.resize import image_to_frame
 from sam_jax.masks import rle
-from sam_jax.predict.transforms import image_to_frame
 
 MAX_AREA = 0.9  # of the image; larger masks are left out. Kirillov et al. 2023, appendix A
 

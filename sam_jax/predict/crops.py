@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from sam_jax.predict.images import ImageError
+from sam_jax.images.read import ImageError
 
 
 def point_grid(per_side):

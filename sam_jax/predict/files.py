@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sam_jax.images.read import read_image
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
-from sam_jax.predict.images import read_image
 from sam_jax.predict.overlay import draw_overlay
 
 

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from einops import rearrange
 
+from sam_jax.images.resize import image_to_frame, masks_to_image
 from sam_jax.model.mask_decoder import choose_masks
 from sam_jax.model.sam import Sam, normalize
 from sam_jax.predict.prompts import check_prompt, mask_of, points_of, stack_prompts
-from sam_jax.predict.transforms import image_to_frame, masks_to_image
 
 Prompt = dict[str, Any]  # some of the first four arguments of `SamPredictor.predict`
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # masks, scores, low-resolution logits

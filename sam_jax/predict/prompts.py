@@ -6,8 +6,8 @@ a box is added here, the one place that builds prompts.
 
 import numpy as np
 
+from sam_jax.images.resize import points_to_frame
 from sam_jax.model.prompt_encoder import ABSENT, BOTTOM_RIGHT, NOT_A_POINT, TOP_LEFT, Prompts
-from sam_jax.predict.transforms import points_to_frame
 
 KEYS = ("point_coords", "point_labels", "box", "mask_input")
 

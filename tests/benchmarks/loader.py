@@ -22,9 +22,9 @@ from PIL import Image
 
 from sam_jax.data.example import Example
 from sam_jax.data.framed import MAX_AREA, Framed
+from sam_jax.images.read import read_image
+from sam_jax.images.resize import size_in_frame
 from sam_jax.masks import rle
-from sam_jax.predict.images import read_image
-from sam_jax.predict.transforms import size_in_frame
 
 FRAME = (1024, 1024)
 SIZE = (1500, 2250)

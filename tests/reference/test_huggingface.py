@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sam_jax
-from sam_jax.predict.transforms import image_to_frame
+from sam_jax.images.resize import image_to_frame
 from sam_jax.weights.names import HF_GAUSSIAN, HF_GAUSSIAN_TWIN, huggingface_name
 
 torch = pytest.importorskip("torch")

@@ -18,9 +18,9 @@ from sam_jax.data.source import open_source
 from sam_jax.engine.automatic import label_images
 from sam_jax.engine.folder import claim, finished, write_json
 from sam_jax.engine.instances import write_instances
+from sam_jax.images.read import ImageError
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
-from sam_jax.predict.images import ImageError
 
 
 def generate(image):

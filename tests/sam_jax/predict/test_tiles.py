@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from sam_jax.images.resize import masks_to_image
 from sam_jax.masks.boxes import box_of_mask
 from sam_jax.predict.tiles import (
     MAX_SIDE,
@@ -15,7 +16,6 @@ from sam_jax.predict.tiles import (
     pack,
     tile_image,
 )
-from sam_jax.predict.transforms import masks_to_image
 
 FRAME, LOW = (96, 128), (48, 64)  # patches of 8 pixels
 LARGE_FRAME, LARGE_LOW = (1024, 1024), (256, 256)

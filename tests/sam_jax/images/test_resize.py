@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.predict.transforms import (
+from sam_jax.images.resize import (
     image_to_frame,
     masks_to_image,
     points_to_frame,

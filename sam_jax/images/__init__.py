@@ -1,0 +1,1 @@
+"""Image files as RGB arrays, and their resize to the model's input."""
