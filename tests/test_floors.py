@@ -102,7 +102,7 @@ HOMES = {
     "faster_coco_eval": ("sam_jax.evaluate",),
     "absl": ("sam_jax.data.loader",),
     "etils": ("train.checkpoints", "train.outbox"),
-    "fsspec": ("sam_jax.data.places",),
+    "fsspec": ("sam_jax.io.storage",),
     "grain": ("sam_jax.data.loader",),
     "jax2onnx": ("sam_jax.export",),
     "matplotlib": (

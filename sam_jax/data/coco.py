@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import files, places
+from sam_jax.data import files
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
 from sam_jax.data.polygons import PolygonError, paint
+from sam_jax.io import storage
 from sam_jax.masks import rle
 
 MAX_JSON_BYTES = 1 << 31  # COCO's has 0.45 GB, that of LVIS 1.1 GB
@@ -72,7 +73,7 @@ def open_coco(folder: str, reduce_to: tuple[int, int] | None = None) -> Coco:
       SourceError: if the file is missing or broken, or there is no image with an object.
     """
     path = os.path.join(folder, "instances.json")
-    if not places.is_file(path):
+    if not storage.is_file(path):
         raise SourceError(
             f"coco: there is no {path}; the folder must hold the images and instances.json, "
             "which may be a link to annotations/instances_train2017.json"
@@ -114,7 +115,7 @@ def _dicts(content: Any, name: str, key: str, path: str) -> list[dict[str, Any]]
 def _image_path(folder: str, name: Any) -> str:
     inside = files.path_in(os.path.join(folder, "images"), name)
     beside = files.path_in(folder, name)
-    return beside if places.is_file(beside) and not places.is_file(inside) else inside
+    return beside if storage.is_file(beside) and not storage.is_file(inside) else inside
 
 
 def _mask(index: int, segmentation: Any, size: tuple[int, int]) -> RLE:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sam_jax.data import places
 from sam_jax.data.example import RLE, BadSample
 from sam_jax.images.read import FORMATS, MAX_PIXELS, read_image
+from sam_jax.io import storage
 from sam_jax.masks import rle
 
 GRAY = ("1", "L", "I;16")  # Pillow's modes of one number a pixel
@@ -41,10 +41,10 @@ def read_file(path: str, kind: Kind) -> bytes:
       BadSample: if it is missing, no regular file or too large.
     """
     try:
-        if not places.is_file(path):  # a pipe would be waited for
+        if not storage.is_file(path):  # a pipe would be waited for
             raise BadSample("missing file", f"there is no file {path}")
-        _check_bytes(path, places.version_of(path)[0], kind)
-        return places.read_part(path)
+        _check_bytes(path, storage.version_of(path)[0], kind)
+        return storage.read_part(path)
     except OSError as error:
         raise BadSample("missing file", f"{path} cannot be read: {error}") from error
 
@@ -57,7 +57,7 @@ def read_part(path: str, offset: int, size: int, kind: Kind) -> bytes:
     """
     _check_bytes(path, size, kind)
     try:
-        data = places.read_part(path, offset, size)
+        data = storage.read_part(path, offset, size)
     except OSError as error:
         raise BadSample("missing file", f"{path} cannot be read: {error}") from error
     if len(data) < size:

@@ -5,8 +5,9 @@ import os
 
 import numpy as np
 
-from sam_jax.data import files, places
+from sam_jax.data import files
 from sam_jax.data.example import Example, SourceError, check_index
+from sam_jax.io import storage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -50,11 +51,11 @@ def open_images(folder: str, reduce_to: tuple[int, int] | None = None) -> Images
     Raises:
       SourceError: if it is missing, or has no such file.
     """
-    if not places.is_folder(folder):
+    if not storage.is_folder(folder):
         raise SourceError(f"images: there is no folder {folder}")
     found = [
         os.path.relpath(os.path.join(place, name), folder)
-        for place, names in places.walk(folder)
+        for place, names in storage.walk(folder)
         for name in names
         if name.lower().endswith(SUFFIXES)
     ]

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import files, places
+from sam_jax.data import files
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
+from sam_jax.io import storage
 from sam_jax.masks import rle
 
 
@@ -102,10 +103,10 @@ def open_labels(folder: str, reduce_to: tuple[int, int] | None = None) -> LabelI
     Raises:
       SourceError: if it is missing or of neither layout, or has no images.
     """
-    if not places.is_folder(folder):
+    if not storage.is_folder(folder):
         raise SourceError(f"labels: there is no folder {folder}")
     path = os.path.join(folder, "index.json")
-    if places.is_file(path):
+    if storage.is_file(path):
         try:
             entries = files.parse_json(files.read_file(path, files.JSON))
         except BadSample as error:
@@ -115,7 +116,7 @@ def open_labels(folder: str, reduce_to: tuple[int, int] | None = None) -> LabelI
             raise SourceError(f"labels: {path} must hold a list of images; got {found}")
         return LabelImages(folder, tuple(entries), reduce_to)
     ids = sorted(
-        n for n in places.names_in(folder) if places.is_folder(os.path.join(folder, n, "images"))
+        n for n in storage.names_in(folder) if storage.is_folder(os.path.join(folder, n, "images"))
     )
     if not ids:
         raise SourceError(
@@ -147,7 +148,7 @@ def _example(path, masks, size, reduce_to):
 
 def _pngs(folder: str) -> list[str]:
     try:
-        names = sorted(name for name in places.names_in(folder) if name.lower().endswith(".png"))
+        names = sorted(name for name in storage.names_in(folder) if name.lower().endswith(".png"))
     except OSError:
         return []
     return [os.path.join(folder, name) for name in names]

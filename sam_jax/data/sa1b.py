@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import files, places, tar
+from sam_jax.data import files
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
+from sam_jax.io import storage, tar_index
 
 FILE = re.compile(r"(?:.*/)?sa_([0-9]{1,15})\.(jpg|json)", re.DOTALL)
 KINDS = (("jpg", files.IMAGE), ("json", files.JSON))
@@ -100,9 +101,9 @@ def open_sa1b(path: str, reduce_to: tuple[int, int] | None = None) -> Sa1b:
     Raises:
       SourceError: if there is none, or a tar is damaged.
     """
-    if places.is_file(path):
+    if storage.is_file(path):
         found = {path: index_tar(path)}
-    elif places.is_folder(path):
+    elif storage.is_folder(path):
         found, tars = _walk(path)
         found |= {name: index_tar(name) for name in tars}
     else:
@@ -143,18 +144,18 @@ def index_tar(path: str) -> np.ndarray:
     Raises:
       SourceError: if it is no tar, or damaged.
     """
-    stamp = np.array([INDEX_VERSION, *places.version_of(path)])
+    stamp = np.array([INDEX_VERSION, *storage.version_of(path)])
     cache = f"{path}.index.npz"
     rows = _load_index(cache, stamp)
     if rows is None:
-        rows = _rows((m.name, m.offset, m.size) for m in tar.members(path))
+        rows = _rows((m.name, m.offset, m.size) for m in tar_index.members(path))
         _save_index(cache, stamp, rows)
     return rows
 
 
 def _load_index(cache: str, stamp: np.ndarray) -> np.ndarray | None:
     try:
-        data = io.BytesIO(places.read_part(cache))
+        data = io.BytesIO(storage.read_part(cache))
         with np.load(data, allow_pickle=False) as saved:
             rows, before = saved["rows"], saved["stamp"]
     except Exception:  # whatever is wrong with it, it is made anew
@@ -174,8 +175,8 @@ def _save_index(cache: str, stamp: np.ndarray, rows: np.ndarray) -> None:
     np.savez(data, stamp=stamp, rows=rows)
     part = f"{cache}.{secrets.token_hex(8)}.part"  # others may be writing the same index
     try:
-        if places.is_address(cache):
-            places.write_whole(cache, data.getvalue())
+        if storage.is_address(cache):
+            storage.write_whole(cache, data.getvalue())
             return
         with open(part, "xb") as file:
             file.write(data.getvalue())
@@ -188,7 +189,7 @@ def _save_index(cache: str, stamp: np.ndarray, rows: np.ndarray) -> None:
 def _walk(path: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """The rows of each folder, and the tars, both by path."""
     folders, tars = {}, []
-    for folder, names in places.walk(path):
+    for folder, names in storage.walk(path):
         rows = _rows((name, WHOLE_FILE, 0) for name in names)
         if len(rows):
             folders[folder] = rows

@@ -15,8 +15,8 @@ import re
 
 import numpy as np
 
-from sam_jax.data import places
 from sam_jax.data.example import Example, Source, SourceError, check_index
+from sam_jax.io import storage
 
 KINDS = {
     "sa1b": "sa1b:PATH",  # a folder of sa_*.jpg with sa_*.json or of tars of them, or one tar
@@ -107,7 +107,7 @@ def _open(name: str, reduce_to: tuple[int, int] | None) -> Source:
     try:
         return _open_files(kind, os.path.expanduser(place), reduce_to)
     except OSError as error:
-        if not places.is_address(place):
+        if not storage.is_address(place):
             raise
         raise SourceError(f"source {name!r} cannot be read: {error}") from error
 

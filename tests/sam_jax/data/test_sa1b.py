@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data import sa1b, tar
+from sam_jax.data import sa1b
 from sam_jax.data.example import BadSample, SourceError
 from sam_jax.data.sa1b import open_sa1b
+from sam_jax.io import tar_index
 from sam_jax.masks import rle
 
 SIZE = (24, 36)
@@ -253,7 +254,7 @@ def test_too_large_a_file_is_not_read(folder, packed):
 
 def test_a_tar_cut_short(folder, tmp_path):
     path = pack(folder, tmp_path / "a.tar")
-    members = list(tar.members(path))
+    members = list(tar_index.members(path))
     last = members[-1]
     os.truncate(path, last.offset + last.size // 2)
     source = open_sa1b(path)
@@ -299,8 +300,8 @@ def test_a_hostile_tar_writes_nothing_and_gives_only_what_is_in_it(tmp_path, mon
 
 def indices_read(monkeypatch):
     """The tars whose headers are read from now on."""
-    read, members = [], tar.members
-    monkeypatch.setattr(tar, "members", lambda path: [read.append(path), *members(path)][1:])
+    read, members = [], tar_index.members
+    monkeypatch.setattr(tar_index, "members", lambda path: [read.append(path), *members(path)][1:])
     return read
 
 

@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sam_jax.data import places
 from sam_jax.data.example import SourceError
+from sam_jax.io import storage
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of an extended header: names and numbers
@@ -62,8 +62,8 @@ def members(path: str) -> Iterator[Member]:
 @contextlib.contextmanager
 def open_parts(path: str) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
     """A file's reader, f(offset, size) -> bytes, and its end."""
-    if places.is_address(path):
-        yield functools.partial(places.read_part, path), places.version_of(path)[0]
+    if storage.is_address(path):
+        yield functools.partial(storage.read_part, path), storage.version_of(path)[0]
         return
     with open(path, "rb", buffering=0) as file:
 

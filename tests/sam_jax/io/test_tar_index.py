@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from sam_jax.data import tar
 from sam_jax.data.example import SourceError
+from sam_jax.io import tar_index
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -29,7 +29,7 @@ def contents(path):
     """(name, content) of the regular files, read by their offsets."""
     with open(path, "rb") as file:
         data = file.read()
-    return [(m.name, data[m.offset : m.offset + m.size]) for m in tar.members(path)]
+    return [(m.name, data[m.offset : m.offset + m.size]) for m in tar_index.members(path)]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -44,7 +44,7 @@ def test_files_lie_where_tarfile_says(tmp_path, format):
     assert contents(path) == [(name, content) for name, content, _ in entries]
     with tarfile.open(path) as archive:
         expected = [(m.name, m.offset_data, m.size) for m in archive.getmembers()]
-    assert list(tar.members(path)) == expected
+    assert list(tar_index.members(path)) == expected
 
 
 def test_what_is_no_file_is_passed_over(tmp_path):
@@ -61,7 +61,7 @@ def test_a_sparse_file_is_not_taken_for_its_content(tmp_path):
     assert contents(pack(tmp_path / "a.tar", entries)) == [("sa_2.jpg", b"two")]
     path = pack(tmp_path / "b.tar", [("a", b"", {"type": b"S"})], tarfile.GNU_FORMAT)
     with pytest.raises(SourceError, match="sparse"):
-        list(tar.members(path))
+        list(tar_index.members(path))
 
 
 def test_a_size_beyond_octal_digits(tmp_path):
@@ -69,9 +69,9 @@ def test_a_size_beyond_octal_digits(tmp_path):
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[124:136] = b"\x80" + (9 * 2**30).to_bytes(11, "big")
     (tmp_path / "a.tar").write_bytes(with_sum(data))
-    assert [m.size for m in tar.members(path)] == [9 * 2**30]
+    assert [m.size for m in tar_index.members(path)] == [9 * 2**30]
     path = pack(tmp_path / "b.tar", [("a", b"", {"pax_headers": {"size": str(2**62)}})])
-    assert [m.size for m in tar.members(path)] == [2**62]
+    assert [m.size for m in tar_index.members(path)] == [2**62]
 
 
 def with_sum(data):
@@ -88,7 +88,7 @@ def test_a_negative_size_is_damage(tmp_path):
         data[124:136] = size
         (tmp_path / "b.tar").write_bytes(with_sum(data))
         with pytest.raises(SourceError, match=r"b\.tar is no tar"):
-            list(tar.members(str(tmp_path / "b.tar")))
+            list(tar_index.members(str(tmp_path / "b.tar")))
     assert len(contents(path)) == 1
 
 
@@ -100,13 +100,13 @@ def test_damage_and_other_formats_are_named(tmp_path):
     with pytest.raises(
         SourceError, match=r"header at byte 1536 is damaged: .* fetch the file again"
     ):
-        list(tar.members(str(path)))
+        list(tar_index.members(str(path)))
     for content in (b"", b"short", b"\x1f\x8b" + os.urandom(2000)):
         path.write_bytes(content)
         with pytest.raises(SourceError, match="is no tar"):
-            list(tar.members(str(path)))
+            list(tar_index.members(str(path)))
     path.write_bytes(bytes(1024))
-    assert not list(tar.members(str(path)))
+    assert not list(tar_index.members(str(path)))
 
 
 def test_a_tar_cut_short_ends_there(tmp_path):
@@ -115,7 +115,9 @@ def test_a_tar_cut_short_ends_there(tmp_path):
     whole = path.read_bytes()
     for length in range(600, len(whole), 300):
         path.write_bytes(whole[:length])
-        assert [m.name for m in tar.members(str(path))] == list("abc")[: -(-(length - 511) // 1536)]
+        assert [m.name for m in tar_index.members(str(path))] == list("abc")[
+            : -(-(length - 511) // 1536)
+        ]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -129,7 +131,7 @@ def test_any_change_of_a_byte_ends_and_stays_in_the_file(tmp_path, seed):
             data[rng.integers(len(data))] = rng.integers(256)
         (tmp_path / "b.tar").write_bytes(data)
         try:
-            found = list(tar.members(str(tmp_path / "b.tar")))
+            found = list(tar_index.members(str(tmp_path / "b.tar")))
         except SourceError:
             continue
         assert all(0 < m.offset <= len(data) and m.size >= 0 for m in found)
@@ -142,8 +144,8 @@ def test_a_damaged_extended_header(tmp_path):
         block = header.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + bytes(1024)
         (tmp_path / "a.tar").write_bytes(block)
         with pytest.raises(SourceError):
-            list(tar.members(str(tmp_path / "a.tar")))
+            list(tar_index.members(str(tmp_path / "a.tar")))
     header.size = 2**30
     (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
     with pytest.raises(SourceError, match="no tar"):
-        list(tar.members(str(tmp_path / "a.tar")))
+        list(tar_index.members(str(tmp_path / "a.tar")))

@@ -97,7 +97,7 @@ def test_a_tar_is_indexed_once_here_or_there(bucket, tmp_path, monkeypatch):
     open_source(f"sa1b:{tmp_path}")  # leaves an index on the disk
     (bucket / "second" / index).write_bytes((tmp_path / index).read_bytes())
     (bucket / "second" / "sa_000000.tar").write_bytes((tmp_path / "sa_000000.tar").read_bytes())
-    monkeypatch.delattr("sam_jax.data.tar.members")
+    monkeypatch.delattr("sam_jax.io.tar_index.members")
     for place in (f"gs://bucket/{tar}", "gs://bucket/second/sa_000000.tar"):
         found = open_source(f"sa1b:{place}")
         assert found[0].masks == made[0].masks
