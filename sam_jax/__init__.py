@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sam_jax.everything.generator import SamAutomaticMaskGenerator, sa1b_preset
     from sam_jax.model.mask_decoder import Masks, choose_masks
     from sam_jax.model.prompt_encoder import Prompts
     from sam_jax.model.sam import Sam, normalize, sam_tiny, sam_vit_b, sam_vit_h, sam_vit_l
-    from sam_jax.predict.everything import SamAutomaticMaskGenerator, sa1b_preset
     from sam_jax.predict.predictor import SamPredictor
     from sam_jax.weights.formats import load, save
 
@@ -18,12 +18,12 @@ _HOMES = {
     "Masks": "sam_jax.model.mask_decoder",
     "Prompts": "sam_jax.model.prompt_encoder",
     "Sam": "sam_jax.model.sam",
-    "SamAutomaticMaskGenerator": "sam_jax.predict.everything",
+    "SamAutomaticMaskGenerator": "sam_jax.everything.generator",
     "SamPredictor": "sam_jax.predict.predictor",
     "choose_masks": "sam_jax.model.mask_decoder",
     "load": "sam_jax.weights.formats",
     "normalize": "sam_jax.model.sam",
-    "sa1b_preset": "sam_jax.predict.everything",
+    "sa1b_preset": "sam_jax.everything.generator",
     "sam_tiny": "sam_jax.model.sam",
     "sam_vit_b": "sam_jax.model.sam",
     "sam_vit_h": "sam_jax.model.sam",

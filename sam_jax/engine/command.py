@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from sam_jax.data.source import open_pictures, select
     from sam_jax.engine.automatic import label_images
     from sam_jax.engine.folder import claim, finished, write_json
-    from sam_jax.predict.everything import SamAutomaticMaskGenerator
+    from sam_jax.everything.generator import SamAutomaticMaskGenerator
     from sam_jax.weights.formats import load
 
     _check(args)
@@ -117,7 +117,7 @@ def _check(args):
 
 def _options(args):
     """The keyword arguments of the generator: of the preset, and over these what was given."""
-    from sam_jax.predict.everything import sa1b_preset
+    from sam_jax.everything.generator import sa1b_preset
 
     preset = sa1b_preset() if args.preset == "sa1b" else {}
     given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
@@ -135,7 +135,7 @@ def _settings(args, images, model, variables, options):
     import numpy as np
 
     import sam_jax
-    from sam_jax.predict.everything import SamAutomaticMaskGenerator
+    from sam_jax.everything.generator import SamAutomaticMaskGenerator
 
     source, names, weights = images.source, 0, 0
     for index in range(len(source)):  # a file more or less would give others other numbers

@@ -8,10 +8,10 @@ from scipy import ndimage
 
 import sam_jax
 from sam_jax.data.scenes import Scenes
+from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.images.read import read_image
 from sam_jax.masks import rle
 from sam_jax.masks.regions import remove_small_regions
-from sam_jax.predict.everything import SamAutomaticMaskGenerator
 
 pytestmark = pytest.mark.reference
 

@@ -11,14 +11,14 @@ from PIL import Image
 
 from sam_jax.cli import main
 from sam_jax.data.source import open_source
+from sam_jax.everything import generator
 from sam_jax.masks import rle
-from sam_jax.predict import everything
 from tests.sam_jax.engine import bright
 
 SCENE = Path(__file__).parents[2] / "data" / "scene.png"
 
 
-class Bright(everything.SamAutomaticMaskGenerator):
+class Bright(generator.SamAutomaticMaskGenerator):
     """Takes the same arguments, and looks for what is bright."""
 
     generate = staticmethod(bright.generate)
@@ -26,7 +26,7 @@ class Bright(everything.SamAutomaticMaskGenerator):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(everything, "SamAutomaticMaskGenerator", Bright)
+    monkeypatch.setattr(generator, "SamAutomaticMaskGenerator", Bright)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out, "--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16") == 0
     settings = json.loads((out / "everything.json").read_text())
-    preset = everything.sa1b_preset() | {"crop_n_layers": 1, "output_mode": "coco_rle"}
+    preset = generator.sa1b_preset() | {"crop_n_layers": 1, "output_mode": "coco_rle"}
     assert {name: settings[name] for name in preset} == preset
     assert (settings["dtype"], settings["overlays"]) == ("bfloat16", False)
     capsys.readouterr()

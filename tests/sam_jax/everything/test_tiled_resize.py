@@ -4,9 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sam_jax.images.resize import masks_to_image
-from sam_jax.masks.boxes import box_of_mask
-from sam_jax.predict.tiles import (
+from sam_jax.everything.tiled_resize import (
     MAX_SIDE,
     MAX_TILES,
     TILE,
@@ -16,6 +14,8 @@ from sam_jax.predict.tiles import (
     pack,
     tile_image,
 )
+from sam_jax.images.resize import masks_to_image
+from sam_jax.masks.boxes import box_of_mask
 
 FRAME, LOW = (96, 128), (48, 64)  # patches of 8 pixels
 LARGE_FRAME, LARGE_LOW = (1024, 1024), (256, 256)

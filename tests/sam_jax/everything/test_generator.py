@@ -6,11 +6,11 @@ import pytest
 
 import sam_jax
 from sam_jax.data.scenes import Scenes
+from sam_jax.everything import candidates, filtering, generator, rasterize, tiled_resize
+from sam_jax.everything.filtering import float32_below
+from sam_jax.everything.generator import SamAutomaticMaskGenerator, sa1b_preset
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
-from sam_jax.predict import candidates, drawing, everything, kept, tiles
-from sam_jax.predict.everything import SamAutomaticMaskGenerator, sa1b_preset
-from sam_jax.predict.kept import float32_below
 
 LOOSE = dict(points_per_side=8, pred_iou_thresh=0.3, stability_score_thresh=0.5, box_nms_thresh=0.9)
 IMAGE = Scenes((150, 200)).image(1)
@@ -66,7 +66,7 @@ def test_output_modes(generator, masks):
 def test_masks_do_not_depend_on_how_many_points_are_decoded_at_a_time(
     generator, masks, monkeypatch
 ):
-    monkeypatch.setattr(everything, "CHUNK", 5)
+    monkeypatch.setattr(generator, "CHUNK", 5)
     monkeypatch.setitem(candidates.UPSCALED, "cpu", 3)
     _assert_same(generator(points_per_batch=64).generate(IMAGE), masks)
 
@@ -74,7 +74,12 @@ def test_masks_do_not_depend_on_how_many_points_are_decoded_at_a_time(
 def test_no_size_compiles_anew(generator):
     generate = generator(crop_n_layers=1, min_mask_region_area=20).generate
     generate(IMAGE)
-    programs = (everything.encode_images, candidates.find_candidates, drawing._decode, tiles.pack)
+    programs = (
+        generator.encode_images,
+        candidates.find_candidates,
+        rasterize._decode,
+        tiled_resize.pack,
+    )
     before = [program._cache_size() for program in programs]
     for size in [(90, 60), (20, 333), (800, 500)]:
         generate(Scenes((800, 800)).image(0)[: size[0], : size[1]])
@@ -94,10 +99,10 @@ def test_the_device_of_the_variables_computes(generator, masks, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    watch(everything, "encode_images")
-    watch(everything, "find_candidates")
-    watch(kept, "non_maximum_suppression")
-    watch(drawing, "pack")
+    watch(generator, "encode_images")
+    watch(generator, "find_candidates")
+    watch(filtering, "non_maximum_suppression")
+    watch(rasterize, "pack")
     variables = jax.device_put(generator().variables, device)
     there = SamAutomaticMaskGenerator(generator().model, variables, **LOOSE, crop_n_layers=1)
     there.generate(IMAGE)
@@ -109,7 +114,7 @@ def test_duplicates_are_dropped_across_crops(generator):
     crops = dict(crop_n_layers=1, crop_n_points_downscale_factor=2)
     kept = generator(**crops, crop_nms_thresh=0.5).generate(IMAGE)
     every = generator(**crops, crop_nms_thresh=1.0).generate(IMAGE)
-    assert len(kept) < len(every)
+    assert len(filtering) < len(every)
     areas = [mask["crop_box"][2] * mask["crop_box"][3] for mask in kept]
     assert areas == sorted(areas)  # zoomed-in crops first
     every = {str((mask["crop_box"], mask["point_coords"], mask["bbox"])) for mask in every}
@@ -145,7 +150,7 @@ def test_small_masks_are_dropped(generator, masks):
     limit = sorted(mask["area"] for mask in masks)[len(masks) // 2]
     kept = generator(min_mask_region_area=limit).generate(IMAGE)
     left = generator(min_mask_region_area=limit, remove_small_masks=True).generate(IMAGE)
-    assert min(mask["area"] for mask in kept) < limit
+    assert min(mask["area"] for mask in filtering) < limit
     assert left
     assert min(mask["area"] for mask in left) >= limit
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from sam_jax.everything.tiled_resize import make_matrices, measure
 from sam_jax.masks.boxes import non_maximum_suppression
 from sam_jax.model.platform import platform
 from sam_jax.model.prompt_encoder import FOREGROUND, NOT_A_POINT, Prompts
-from sam_jax.predict.tiles import make_matrices, measure
 
 NUM_MASKS = 3  # of a point, which may mean several things
 UPSCALED = {"cpu": 1, "gpu": 8, "tpu": 8}  # prompts at a time

@@ -19,18 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax.everything.candidates import NUM_MASKS, Limits, find_candidates
+from sam_jax.everything.crops import checked_grids, make_grids, plan_crops
+from sam_jax.everything.filtering import clean, drop_duplicates_of_crops, float32_below, in_order
+from sam_jax.everything.rasterize import finish_drawing, start_drawing
+from sam_jax.everything.tiled_resize import MAX_SIDE, tile_image
 from sam_jax.images.read import ImageError
 from sam_jax.images.resize import image_to_frame, points_to_frame
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import xyxy_to_xywh
 from sam_jax.model.platform import platform
 from sam_jax.model.sam import Sam
-from sam_jax.predict.candidates import NUM_MASKS, Limits, find_candidates
-from sam_jax.predict.crops import checked_grids, make_grids, plan_crops
-from sam_jax.predict.drawing import finish_drawing, start_drawing
-from sam_jax.predict.kept import clean, drop_duplicates_of_crops, float32_below, in_order
 from sam_jax.predict.predictor import CHUNK, check_image, encode_images
-from sam_jax.predict.tiles import MAX_SIDE, tile_image
 
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 ENCODED = 8  # images at a time, on accelerators

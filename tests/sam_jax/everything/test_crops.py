@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.predict.crops import plan_crops, point_grid
+from sam_jax.everything.crops import plan_crops, point_grid
 
 
 def test_grid():

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from einops import rearrange
 
+from sam_jax.everything.candidates import NUM_MASKS, prompts_of
+from sam_jax.everything.tiled_resize import UNUSED, Tiling, make_matrices, pack
 from sam_jax.masks import rle
-from sam_jax.predict.candidates import NUM_MASKS, prompts_of
-from sam_jax.predict.tiles import UNUSED, Tiling, make_matrices, pack
 
 TILES = 64  # painted at a time
 
