@@ -251,7 +251,7 @@ def _data_stats(args):
 
     if args.out:
         try:
-            from sam_jax.evaluate import plots
+            from sam_jax.visualize import dataset_plots
         except ImportError as error:
             raise ValueError(f'--out draws plots: {error}; pip install "sam_jax[viz]"') from error
     images = select(open_source(args.source, reduce_to=SMALL), args.index)
@@ -267,7 +267,7 @@ def _data_stats(args):
         print(quality.table(agreement))
         result["against"] = {"source": args.against, **agreement}
     if args.out:
-        plots.save_plots(args.out, result)
+        dataset_plots.save_plots(args.out, result)
         path = Path(args.out) / "statistics.json"
         path.write_text(json.dumps(result) + "\n", encoding="utf-8")
         print(f"statistics.json and plots are in {args.out}")

@@ -106,7 +106,7 @@ HOMES = {
     "grain": ("sam_jax.data.loader",),
     "jax2onnx": ("sam_jax.export",),
     "matplotlib": (
-        "sam_jax.evaluate.plots",
+        "sam_jax.visualize.dataset_plots",
         "train.plots",
         "train.examples",
         "train.page",

@@ -12,10 +12,10 @@ from matplotlib.patheffects import withStroke
 
 from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.evaluate.clicks import mask_iou, paint_masks, rounds_of
-from sam_jax.evaluate.plots import BLUE, GREEN, ORANGE, RED, new_figure
 from sam_jax.masks import rle
 from sam_jax.masks.clicks import click_on_error, farthest_click
 from sam_jax.predict.predictor import SamPredictor
+from sam_jax.visualize.dataset_plots import BLUE, GREEN, ORANGE, RED, new_figure
 from train.plots import count_of
 
 EXAMPLES = 8

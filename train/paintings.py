@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from sam_jax.data.cropped import check_sides, crop, middle_box, resize
 from sam_jax.data.example import BadSample, Source
-from sam_jax.evaluate.plots import new_figure
 from sam_jax.model.mae import MaskedAutoencoder, mean_and_deviation, patches_of
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize_colors
+from sam_jax.visualize.dataset_plots import new_figure
 from train.config import Painting
 from train.metrics import read_rows
 from train.page import items, table, write_page

@@ -23,7 +23,7 @@ from sam_jax.data.check import Finding
 from sam_jax.data.example import BadSample, Source
 from sam_jax.engine.folder import OVERLAYS, write_file, write_json
 from sam_jax.images.read import ImageError
-from sam_jax.predict.overlay import draw_masks
+from sam_jax.visualize.overlay import draw_masks
 
 Generate = Callable[[np.ndarray], list[dict[str, Any]]]  # of a SamAutomaticMaskGenerator
 

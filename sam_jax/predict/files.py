@@ -9,7 +9,7 @@ from PIL import Image
 from sam_jax.images.read import read_image
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
-from sam_jax.predict.overlay import draw_overlay
+from sam_jax.visualize.overlay import draw_overlay
 
 
 def predict_file(predictor, image_path, folder, *, points=(), labels=(), box=None, num_masks=None):

@@ -186,7 +186,7 @@ def test_the_command_names_what_cannot_be_used(labels, tmp_path, capsys):
 
 def test_without_matplotlib_the_extra_is_named(labels, tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(sam_jax.evaluate, "plots", raising=False)
-    monkeypatch.setitem(sys.modules, "sam_jax.evaluate.plots", None)
+    monkeypatch.setitem(sys.modules, "sam_jax.visualize.dataset_plots", None)
     out = tmp_path / "out"
     assert main(["data", "stats", labels("first", (0, 0, 9, 9)), "--out", str(out)]) == 1
     assert 'pip install "sam_jax[viz]"' in capsys.readouterr().err

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sam_jax.masks import rle
-from sam_jax.predict.overlay import draw_masks
+from sam_jax.visualize.overlay import draw_masks
 
 SIZE = (60, 90)
 IMAGE = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)

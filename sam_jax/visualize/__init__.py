@@ -1,0 +1,1 @@
+"""Pictures of masks and plots of data sets."""
