@@ -54,7 +54,7 @@ def open_pictures(name: str) -> Source:
     Raises:
       SourceError: if it is none of these, or there is no image in it.
     """
-    from sam_jax.data.images import Images, open_images
+    from sam_jax.data.sources.images import Images, open_images
 
     path = os.path.expanduser(name)
     if os.path.isfile(path):
@@ -95,13 +95,13 @@ def _open(name: str, reduce_to: tuple[int, int] | None) -> Source:
     if kind not in KINDS:
         raise SourceError(_unknown(name, kind))
     if kind == "scenes":
-        from sam_jax.data.scenes import Scenes
+        from sam_jax.data.sources.synthetic import Scenes
 
         return Scenes(_scene_size(place)) if place else Scenes()
     if not place:
         raise SourceError(f"source {name!r} names no place; it must be {KINDS[kind]}")
     if kind == "tfds":
-        from sam_jax.data.tfds import open_tfds
+        from sam_jax.data.sources.tfds import open_tfds
 
         return open_tfds(place, reduce_to)
     try:
@@ -114,18 +114,18 @@ def _open(name: str, reduce_to: tuple[int, int] | None) -> Source:
 
 def _open_files(kind, place, reduce_to):
     if kind == "sa1b":
-        from sam_jax.data.sa1b import open_sa1b
+        from sam_jax.data.sources.sa1b import open_sa1b
 
         return open_sa1b(place, reduce_to)
     if kind == "coco":
-        from sam_jax.data.coco import open_coco
+        from sam_jax.data.sources.coco import open_coco
 
         return open_coco(place, reduce_to)
     if kind == "images":
-        from sam_jax.data.images import open_images
+        from sam_jax.data.sources.images import open_images
 
         return open_images(place, reduce_to)
-    from sam_jax.data.labels import open_labels
+    from sam_jax.data.sources.label_images import open_labels
 
     return open_labels(place, reduce_to)
 

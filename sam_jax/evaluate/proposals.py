@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sam_jax.data.example import RLE, BadSample, Source
-from sam_jax.data.sa1b import Sa1b
 from sam_jax.data.source import Selection
+from sam_jax.data.sources.sa1b import Sa1b
 from sam_jax.evaluate.pairs import iou_of_both, read_masks
 from sam_jax.masks import rle
 

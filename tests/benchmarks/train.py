@@ -66,7 +66,7 @@ torch.save({name: torch.tensor(x) for name, x in state.items()}, f"{sys.argv[1]}
 def scenes(images, masks):
     """The arrays of a `Batch`: the first generated scenes that have so many masks."""
     from sam_jax.data.framed import Framed
-    from sam_jax.data.scenes import Scenes
+    from sam_jax.data.sources.synthetic import Scenes
     from sam_jax.model.sam import sam_tiny
 
     prepare, source = Framed(sam_tiny().image_size, masks), Scenes()

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 import sam_jax
-from sam_jax.data.scenes import Scenes
+from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.images.read import read_image
 from sam_jax.masks import rle

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sam_jax.data.polygons import paint
+from sam_jax.masks.polygons import paint
 
 coco = pytest.importorskip("pycocotools.mask")
 

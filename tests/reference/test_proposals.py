@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sam_jax.data.example import Example
-from sam_jax.data.polygons import paint
 from sam_jax.evaluate import proposals
 from sam_jax.masks import rle
+from sam_jax.masks.polygons import paint
 
 coco = pytest.importorskip("pycocotools.coco")
 cocoeval = pytest.importorskip("pycocotools.cocoeval")

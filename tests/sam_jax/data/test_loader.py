@@ -12,7 +12,7 @@ import scipy.stats
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.framed import Batch, Framed
 from sam_jax.data.loader import Loader
-from sam_jax.data.scenes import Scenes
+from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.masks import rle
 
 FRAME = (48, 56)

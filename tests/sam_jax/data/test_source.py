@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.example import REASONS, BadSample, SourceError
-from sam_jax.data.scenes import Scenes
 from sam_jax.data.source import (
     Selection,
     Unmasked,
@@ -18,6 +17,7 @@ from sam_jax.data.source import (
     parse_slice,
     select,
 )
+from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.masks import rle
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import sam_jax
-from sam_jax.data.scenes import Scenes
+from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.everything import candidates, filtering, generator, rasterize, tiled_resize
 from sam_jax.everything.filtering import float32_below
 from sam_jax.everything.generator import SamAutomaticMaskGenerator, sa1b_preset

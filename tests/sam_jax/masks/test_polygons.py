@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.data.polygons import PolygonError, paint
+from sam_jax.masks.polygons import PolygonError, paint
 
 
 def box(x0, y0, x1, y1):

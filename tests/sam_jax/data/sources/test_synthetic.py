@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from sam_jax.data import scenes as scenes_module
-from sam_jax.data.scenes import MIN_AREA, Scenes
+from sam_jax.data.sources import synthetic as scenes_module
+from sam_jax.data.sources.synthetic import MIN_AREA, Scenes
 from sam_jax.masks import rle
 
 NUM_SCENES = 150

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.example import BadSample, SourceError
-from sam_jax.data.labels import open_labels
+from sam_jax.data.sources.label_images import open_labels
 from sam_jax.masks import rle
 
 REAL = Path(__file__).parents[4] / "shared" / "realdata" / "dsb2018_dev"

@@ -1,7 +1,7 @@
 """COCO's instance annotations: `instances.json` and the images, as COCO, LVIS and many others have.
 
 Source: the data format at cocodataset.org. Polygons are painted as pycocotools paints them, see
-`sam_jax.data.polygons`. Deliberate differences: crowd annotations are left out, they are many
+`sam_jax.masks.polygons`. Deliberate differences: crowd annotations are left out, they are many
 objects at once; so are images without any other annotation; a polygon of two corners is an error.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 
 from sam_jax.data import files
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
-from sam_jax.data.polygons import PolygonError, paint
 from sam_jax.io import storage
 from sam_jax.masks import rle
+from sam_jax.masks.polygons import PolygonError, paint
 
 MAX_JSON_BYTES = 1 << 31  # COCO's has 0.45 GB, that of LVIS 1.1 GB
 

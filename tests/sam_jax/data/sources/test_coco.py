@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data.coco import open_coco
 from sam_jax.data.example import BadSample, SourceError
+from sam_jax.data.sources.coco import open_coco
 from sam_jax.masks import rle
 
 REAL = Path(__file__).parents[4] / "shared" / "realdata" / "coco_tiny_train"

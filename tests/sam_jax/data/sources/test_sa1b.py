@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data import sa1b
 from sam_jax.data.example import BadSample, SourceError
-from sam_jax.data.sa1b import open_sa1b
+from sam_jax.data.sources import sa1b
+from sam_jax.data.sources.sa1b import open_sa1b
 from sam_jax.io import tar_index
 from sam_jax.masks import rle
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sam_jax.data.example import BadSample, SourceError
 from sam_jax.data.files import decode_image
-from sam_jax.data.tfds import open_tfds
+from sam_jax.data.sources.tfds import open_tfds
 from sam_jax.masks import rle
 
 tfds = pytest.importorskip("tensorflow_datasets")
