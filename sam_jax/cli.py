@@ -199,7 +199,7 @@ def _evaluate(args):
 def _evaluate_clicks(args):
     from tqdm import tqdm
 
-    from sam_jax.data.source import open_source, select
+    from sam_jax.data.open import open_source, select
     from sam_jax.evaluate.clicks import evaluate_clicks, table
     from sam_jax.predict.predictor import SamPredictor
     from sam_jax.weights.formats import load
@@ -213,7 +213,7 @@ def _evaluate_clicks(args):
 def _evaluate_proposals(args):
     from tqdm import tqdm
 
-    from sam_jax.data.source import open_source, select
+    from sam_jax.data.open import open_source, select
     from sam_jax.evaluate.proposals import evaluate_proposals, pair_images, table
 
     truths = select(open_source(args.source, reduce_to=SMALL), args.index)
@@ -228,8 +228,8 @@ def _evaluate_proposals(args):
 def _data_check(args):
     import json
 
-    from sam_jax.data.check import check, summarize
-    from sam_jax.data.source import open_source
+    from sam_jax.data.open import open_source
+    from sam_jax.data.validate import check, summarize
 
     source = open_source(args.source)
     result = {"source": args.source, **summarize(_shown(check(source), len(source)))}
@@ -246,7 +246,7 @@ def _data_check(args):
 def _data_stats(args):
     import json
 
-    from sam_jax.data.source import open_source, select
+    from sam_jax.data.open import open_source, select
     from sam_jax.evaluate import quality, statistics
 
     if args.out:

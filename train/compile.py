@@ -27,7 +27,7 @@ import numpy as np
 
 from sam_jax.data.example import SourceError
 from sam_jax.data.loader import Loader
-from sam_jax.data.source import open_source
+from sam_jax.data.open import open_source
 from train.config import ConfigError, TrainConfig, is_painting
 from train.lowering import LOWER, analyse, devices_of
 from train.modelled import CHIPS, GIB

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.data.framed import Batch
+from sam_jax.data.segmentation_batch import Batch
 from sam_jax.model.sam import Sam
 from sam_jax.predict.predictor import encode_images
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sam_jax.data.cropped import Cropped, Crops
-from sam_jax.data.source import Selection
+from sam_jax.data.crop_batch import Cropped, Crops
+from sam_jax.data.open import Selection
 from sam_jax.weights import mae
 from train.config import TrainConfig
 from train.flops import painting_flops

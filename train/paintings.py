@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from matplotlib.figure import Figure
 
-from sam_jax.data.cropped import check_sides, crop, middle_box, resize
+from sam_jax.data.crop_batch import check_sides, crop, middle_box, resize
 from sam_jax.data.example import BadSample, Source
 from sam_jax.model.mae import MaskedAutoencoder, mean_and_deviation, patches_of
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize_colors

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.data.framed import Batch
+from sam_jax.data.segmentation_batch import Batch
 from sam_jax.model.mask_decoder import choose_masks
 from sam_jax.model.prompt_encoder import BACKGROUND, Prompts
 from sam_jax.model.sam import Sam, normalize

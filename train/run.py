@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 import sam_jax
 from sam_jax.data.loader import Loader
-from sam_jax.data.source import Selection, leave_out, open_source, select
+from sam_jax.data.open import Selection, leave_out, open_source, select
 from train.checkpoints import KEPT, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sam_jax.data.framed import Batch, Framed
-from sam_jax.data.source import Selection
+from sam_jax.data.open import Selection
+from sam_jax.data.segmentation_batch import Batch, Framed
 from sam_jax.evaluate.clicks import evaluate_clicks, table
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights.convert import initialize

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sam_jax.data.loader import Prepare
-from sam_jax.data.source import Selection
+from sam_jax.data.open import Selection
 from train.config import TrainConfig, is_painting
 from train.mae_task import MaeTask
 from train.sam_task import SamTask

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam_jax.data import files
-from sam_jax.data.check import Finding
+from sam_jax.data import decode
 from sam_jax.data.example import BadSample, Source
+from sam_jax.data.validate import Finding
 from sam_jax.engine.folder import OVERLAYS, write_file, write_json
 from sam_jax.images.read import ImageError
 from sam_jax.visualize.overlay import draw_masks
@@ -93,7 +93,7 @@ def _label_image(
     name = source.name(index)
     try:
         data = source.encoded(index)
-        image = source.image(index) if data is None else files.decode_image(data, None)
+        image = source.image(index) if data is None else decode.decode_image(data, None)
         jpeg = _jpeg(data, image)
         records = _masks(generate, image)
     except BadSample as error:

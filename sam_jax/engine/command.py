@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from sam_jax.data.source import open_pictures, select
+    from sam_jax.data.open import open_pictures, select
     from sam_jax.engine.automatic import label_images
     from sam_jax.engine.folder import claim, finished, write_json
     from sam_jax.everything.generator import SamAutomaticMaskGenerator

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sam_jax.data.example import RLE, BadSample, Source
-from sam_jax.data.source import Selection
+from sam_jax.data.open import Selection
 from sam_jax.data.sources.sa1b import Sa1b
 from sam_jax.evaluate.pairs import iou_of_both, read_masks
 from sam_jax.masks import rle

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from sam_jax.data.check import Finding, summarize
 from sam_jax.data.example import BadSample, Source
+from sam_jax.data.validate import Finding, summarize
 from sam_jax.evaluate.pairs import iou_of_both, read_masks
 from sam_jax.evaluate.statistics import BOUNDS
 
@@ -72,7 +72,7 @@ def collect(compared: Iterable[Compared]) -> dict:
     """How well pairs agree, fit for JSON.
 
     Returns:
-      {"samples", "usable": how many images, "reasons", "bad": see `sam_jax.data.check.summarize`,
+      {"samples", "usable": how many images, "reasons", "bad": see `sam_jax.data.validate.summarize`,
       "pairs": how many, "alone": [in the first source, in the second], "above": {"0.9": share of
       the pairs, "0.75": share}, "mean_iou", "iou": {"bounds", "pairs": how many in each bin}}.
     Raises:

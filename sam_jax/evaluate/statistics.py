@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from sam_jax.data.check import Finding, summarize
 from sam_jax.data.example import RLE, BadSample, Source
+from sam_jax.data.validate import Finding, summarize
 from sam_jax.evaluate.pairs import read_masks
 from sam_jax.masks import rle
 from sam_jax.masks.geometry import center, hull_area
@@ -74,7 +74,7 @@ def collect(measured: Iterable[Measured]) -> dict:
     """Histograms of what was measured, fit for JSON.
 
     Returns:
-      What `sam_jax.data.check.summarize` does, and {"masks_per_image": {"mean", "bins", "images"},
+      What `sam_jax.data.validate.summarize` does, and {"masks_per_image": {"mean", "bins", "images"},
       "relative_size" and "concavity": {"mean", "bounds", "masks"}, "center": {"mean": [x, y],
       "bounds", "masks": a list for each bin of y, of a number for each bin of x}}, where "images"
       and "masks" are how many are in each bin.

@@ -229,7 +229,7 @@ def time_step(size, images, chunk, peak):
 
 def random_batch(model, images, masks):
     """A `Batch` of discs on noise."""
-    from sam_jax.data.framed import Batch
+    from sam_jax.data.segmentation_batch import Batch
 
     rng = np.random.default_rng(0)
     h, w = model.image_size

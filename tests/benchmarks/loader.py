@@ -21,7 +21,7 @@ import pycocotools.mask
 from PIL import Image
 
 from sam_jax.data.example import Example
-from sam_jax.data.framed import MAX_AREA, Framed
+from sam_jax.data.segmentation_batch import MAX_AREA, Framed
 from sam_jax.images.read import read_image
 from sam_jax.images.resize import size_in_frame
 from sam_jax.masks import rle

@@ -65,7 +65,7 @@ torch.save({name: torch.tensor(x) for name, x in state.items()}, f"{sys.argv[1]}
 
 def scenes(images, masks):
     """The arrays of a `Batch`: the first generated scenes that have so many masks."""
-    from sam_jax.data.framed import Framed
+    from sam_jax.data.segmentation_batch import Framed
     from sam_jax.data.sources.synthetic import Scenes
     from sam_jax.model.sam import sam_tiny
 
@@ -199,7 +199,7 @@ def our_step(folder, images, points, extra_rounds):
     import jax
 
     import sam_jax
-    from sam_jax.data.framed import Batch
+    from sam_jax.data.segmentation_batch import Batch
     from sam_jax.model.sam import sam_tiny
     from train.config import Interactive, Optimizer
     from train.interactive import make_interactive

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from sam_jax.data.source import KINDS
+from sam_jax.data.open import KINDS
 from train.config import Interactive, is_painting
 from train.optimizer import make_optimizer
 from train.settings import load_config

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.data.source import open_source
+from sam_jax.data.open import open_source
 from sam_jax.engine.automatic import label_images
 from sam_jax.engine.instances import write_instances
 from sam_jax.masks import rle

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from sam_jax.data.framed import Batch
+from sam_jax.data.segmentation_batch import Batch
 from sam_jax.weights.convert import from_torch, to_torch
 from train import interactive
 from train.config import Interactive, Optimizer

@@ -18,7 +18,7 @@ import optax
 import pytest
 import scipy.stats
 
-from sam_jax.data.framed import Batch
+from sam_jax.data.segmentation_batch import Batch
 from sam_jax.model.mask_decoder import Masks
 from sam_jax.model.prompt_encoder import (
     ABSENT,

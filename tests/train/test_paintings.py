@@ -9,7 +9,7 @@ import pytest
 
 from configs.mae_tiny import config as tiny
 from sam_jax.data.example import BadSample
-from sam_jax.data.source import open_source, select
+from sam_jax.data.open import open_source, select
 from sam_jax.model.mae import mae_tiny, normalize_patches
 from sam_jax.weights import mae
 from train import paintings

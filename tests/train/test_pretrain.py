@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.mae_tiny import config as tiny
-from sam_jax.data.cropped import Crops
+from sam_jax.data.crop_batch import Crops
 from sam_jax.model.mae import Painted, mae_tiny
 from train.config import Painting
 from train.pretrain import make_painting, painting_losses

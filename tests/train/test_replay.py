@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sam_jax.data.framed import Batch
+from sam_jax.data.segmentation_batch import Batch
 from train.config import Interactive
 from train.interactive import make_interactive
 from train.replay import replay

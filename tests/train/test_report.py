@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from configs.sam_tiny import config
 from sam_jax.data.example import BadSample, Example
-from sam_jax.data.source import select
+from sam_jax.data.open import select
 from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.masks import rle
 from train import examples, page, plots, report

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sam_jax.data.framed import Batch, Framed
 from sam_jax.data.loader import Loader
-from sam_jax.data.source import open_source
+from sam_jax.data.open import open_source
+from sam_jax.data.segmentation_batch import Batch, Framed
 from sam_jax.model.sam import sam_tiny
 from sam_jax.weights.convert import initialize
 from train.config import ConfigError, Interactive, Optimizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import files
+from sam_jax.data import decode
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
 from sam_jax.io import storage
 from sam_jax.masks import rle
@@ -42,18 +42,18 @@ class Coco:
     def __getitem__(self, index: int) -> Example:
         check_index(index, len(self))
         name, height, width, segmentations = json.loads(self.records[index])
-        size = files.check_size(height, width)
+        size = decode.check_size(height, width)
         masks = [_mask(i, s, size) for i, s in enumerate(segmentations)]
-        data = files.read_file(_image_path(self.folder, name), files.IMAGE)
-        image = files.decode_image(data, size, self.reduce_to)
-        return Example(image=image, masks=files.check_masks(masks, size))
+        data = decode.read_file(_image_path(self.folder, name), decode.IMAGE)
+        image = decode.decode_image(data, size, self.reduce_to)
+        return Example(image=image, masks=decode.check_masks(masks, size))
 
     def image(self, index: int) -> np.ndarray:
-        return files.decode_image(self.encoded(index), None, self.reduce_to)
+        return decode.decode_image(self.encoded(index), None, self.reduce_to)
 
     def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
-        return files.read_file(self.name(index), files.IMAGE)
+        return decode.read_file(self.name(index), decode.IMAGE)
 
     def name(self, index: int) -> str:
         try:
@@ -79,8 +79,8 @@ def open_coco(folder: str, reduce_to: tuple[int, int] | None = None) -> Coco:
             "which may be a link to annotations/instances_train2017.json"
         )
     try:
-        content = files.parse_json(
-            files.read_file(path, files.JSON._replace(max_bytes=MAX_JSON_BYTES))
+        content = decode.parse_json(
+            decode.read_file(path, decode.JSON._replace(max_bytes=MAX_JSON_BYTES))
         )
     except BadSample as error:
         raise SourceError(f"coco: {path} cannot be used: {error.detail}") from error
@@ -113,8 +113,8 @@ def _dicts(content: Any, name: str, key: str, path: str) -> list[dict[str, Any]]
 
 
 def _image_path(folder: str, name: Any) -> str:
-    inside = files.path_in(os.path.join(folder, "images"), name)
-    beside = files.path_in(folder, name)
+    inside = decode.path_in(os.path.join(folder, "images"), name)
+    beside = decode.path_in(folder, name)
     return beside if storage.is_file(beside) and not storage.is_file(inside) else inside
 
 

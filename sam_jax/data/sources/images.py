@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from sam_jax.data import files
+from sam_jax.data import decode
 from sam_jax.data.example import Example, SourceError, check_index
 from sam_jax.io import storage
 
@@ -32,11 +32,11 @@ class Images:
         return Example(image=self.image(index), masks=[])
 
     def image(self, index: int) -> np.ndarray:
-        return files.decode_image(self.encoded(index), None, self.reduce_to)
+        return decode.decode_image(self.encoded(index), None, self.reduce_to)
 
     def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
-        return files.read_file(self.name(index), files.IMAGE)
+        return decode.read_file(self.name(index), decode.IMAGE)
 
     def name(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import files
+from sam_jax.data import decode
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
 from sam_jax.io import storage
 from sam_jax.masks import rle
@@ -38,15 +38,15 @@ class LabelImages:
     def __getitem__(self, index: int) -> Example:
         check_index(index, len(self))
         image, label = self._named(index, "image"), self._named(index, "label")
-        labels = files.decode_labels(files.read_file(label, files.MASK))
+        labels = decode.decode_labels(decode.read_file(label, decode.MASK))
         return _example(image, _masks_of(labels), labels.shape, self.reduce_to)
 
     def image(self, index: int) -> np.ndarray:
-        return files.decode_image(self.encoded(index), None, self.reduce_to)
+        return decode.decode_image(self.encoded(index), None, self.reduce_to)
 
     def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
-        return files.read_file(self._named(index, "image"), files.IMAGE)
+        return decode.read_file(self._named(index, "image"), decode.IMAGE)
 
     def name(self, index: int) -> str:
         try:
@@ -56,7 +56,7 @@ class LabelImages:
 
     def _named(self, index: int, key: str) -> str:
         entry = self.entries[index]
-        return files.path_in(self.folder, entry.get(key) if isinstance(entry, dict) else None)
+        return decode.path_in(self.folder, entry.get(key) if isinstance(entry, dict) else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +80,15 @@ class MaskFolders:
         paths = _pngs(os.path.join(self.folder, self.ids[index], "masks"))
         if not paths:
             raise BadSample("no masks", f"there are no PNGs in masks of {self.ids[index]}")
-        masks = [rle.encode(files.decode_mask(files.read_file(p, files.MASK))) for p in paths]
+        masks = [rle.encode(decode.decode_mask(decode.read_file(p, decode.MASK))) for p in paths]
         return _example(self.name(index), masks, tuple(masks[0]["size"]), self.reduce_to)
 
     def image(self, index: int) -> np.ndarray:
-        return files.decode_image(self.encoded(index), None, self.reduce_to)
+        return decode.decode_image(self.encoded(index), None, self.reduce_to)
 
     def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
-        return files.read_file(self.name(index), files.IMAGE)
+        return decode.read_file(self.name(index), decode.IMAGE)
 
     def name(self, index: int) -> str:
         name = self.ids[index]
@@ -108,11 +108,11 @@ def open_labels(folder: str, reduce_to: tuple[int, int] | None = None) -> LabelI
     path = os.path.join(folder, "index.json")
     if storage.is_file(path):
         try:
-            entries = files.parse_json(files.read_file(path, files.JSON))
+            entries = decode.parse_json(decode.read_file(path, decode.JSON))
         except BadSample as error:
             raise SourceError(f"labels: {path} cannot be used: {error.detail}") from error
         if not isinstance(entries, list) or not entries:
-            found = files.short(entries)
+            found = decode.short(entries)
             raise SourceError(f"labels: {path} must hold a list of images; got {found}")
         return LabelImages(folder, tuple(entries), reduce_to)
     ids = sorted(
@@ -142,8 +142,8 @@ def _masks_of(labels: np.ndarray) -> list[RLE]:
 
 
 def _example(path, masks, size, reduce_to):
-    image = files.decode_image(files.read_file(path, files.IMAGE), size, reduce_to)
-    return Example(image=image, masks=files.check_masks(masks, size))
+    image = decode.decode_image(decode.read_file(path, decode.IMAGE), size, reduce_to)
+    return Example(image=image, masks=decode.check_masks(masks, size))
 
 
 def _pngs(folder: str) -> list[str]:

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import files
+from sam_jax.data import decode
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
 from sam_jax.io import storage, tar_index
 
 FILE = re.compile(r"(?:.*/)?sa_([0-9]{1,15})\.(jpg|json)", re.DOTALL)
-KINDS = (("jpg", files.IMAGE), ("json", files.JSON))
+KINDS = (("jpg", decode.IMAGE), ("json", decode.JSON))
 MISSING, WHOLE_FILE = -1, -2  # instead of an offset
 INDEX_VERSION = 1
 
@@ -55,12 +55,12 @@ class Sa1b:
 
     def __getitem__(self, index: int) -> Example:
         check_index(index, len(self))
-        size, masks = parse_record(files.parse_json(self._read(index, 1)))
-        image = files.decode_image(self._read(index, 0), size, self.reduce_to)
+        size, masks = parse_record(decode.parse_json(self._read(index, 1)))
+        image = decode.decode_image(self._read(index, 0), size, self.reduce_to)
         return Example(image=image, masks=masks)
 
     def image(self, index: int) -> np.ndarray:
-        return files.decode_image(self.encoded(index), None, self.reduce_to)
+        return decode.decode_image(self.encoded(index), None, self.reduce_to)
 
     def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
@@ -84,9 +84,9 @@ class Sa1b:
         if offset == MISSING:
             raise BadSample("missing file", f"there is no {path}")
         if offset == WHOLE_FILE:
-            return files.read_file(path, KINDS[kind][1])
+            return decode.read_file(path, KINDS[kind][1])
         place = self.places[self.place[index]]
-        return files.read_part(place, offset, int(self.size[index, kind]), KINDS[kind][1])
+        return decode.read_part(place, offset, int(self.size[index, kind]), KINDS[kind][1])
 
 
 def open_sa1b(path: str, reduce_to: tuple[int, int] | None = None) -> Sa1b:
@@ -127,13 +127,13 @@ def parse_record(record: Any) -> tuple[tuple[int, int], list[RLE]]:
     annotations = record.get("annotations") if isinstance(record, dict) else None
     if not isinstance(image, dict) or not isinstance(annotations, list):
         raise BadSample("broken json", "it must hold 'image', a dict, and 'annotations', a list")
-    size = files.check_size(image.get("height"), image.get("width"))
+    size = decode.check_size(image.get("height"), image.get("width"))
     for annotation in annotations:
         if not isinstance(annotation, dict) or "segmentation" not in annotation:
             raise BadSample(
                 "broken json", "each of 'annotations' must be a dict with 'segmentation'"
             )
-    return size, files.check_masks([a["segmentation"] for a in annotations], size)
+    return size, decode.check_masks([a["segmentation"] for a in annotations], size)
 
 
 def index_tar(path: str) -> np.ndarray:

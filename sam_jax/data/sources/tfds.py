@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import files
+from sam_jax.data import decode
 from sam_jax.data.example import BadSample, Example, SourceError, check_index
 from sam_jax.masks import rle
 
@@ -53,7 +53,7 @@ class Tfds:
         return _segment_anything(features, self.reduce_to)
 
     def image(self, index: int) -> np.ndarray:
-        return files.decode_image(self.encoded(index), None, self.reduce_to)
+        return decode.decode_image(self.encoded(index), None, self.reduce_to)
 
     def encoded(self, index: int) -> bytes:
         check_index(index, len(self))
@@ -126,7 +126,9 @@ def _features(records: Any, index: int) -> Any:
 
 
 def _segment_anything(features: Any, reduce_to: tuple[int, int] | None) -> Example:
-    size = files.check_size(_one(features, "image/height", int), _one(features, "image/width", int))
+    size = decode.check_size(
+        _one(features, "image/height", int), _one(features, "image/width", int)
+    )
     counts = _all(features, "annotations/segmentation/counts", bytes)
     sizes = _all(features, "annotations/segmentation/size", int)
     if len(sizes) != 2 * len(counts):
@@ -137,19 +139,21 @@ def _segment_anything(features: Any, reduce_to: tuple[int, int] | None) -> Examp
         {"size": sizes[2 * i : 2 * i + 2], "counts": text.decode("ascii", "replace")}
         for i, text in enumerate(counts)
     ]
-    checked = files.check_masks(masks, size)
-    image = files.decode_image(_one(features, "image/content", bytes), size, reduce_to)
+    checked = decode.check_masks(masks, size)
+    image = decode.decode_image(_one(features, "image/content", bytes), size, reduce_to)
     return Example(image=image, masks=checked)
 
 
 def _lvis(features: Any, reduce_to: tuple[int, int] | None) -> Example:
     content = _one(features, "image", bytes)
-    masks = [files.decode_mask(data) for data in _all(features, "objects/segmentation", bytes)]
+    masks = [decode.decode_mask(data) for data in _all(features, "objects/segmentation", bytes)]
     if not masks:
         raise BadSample("no masks", "the image has no annotations")
     size = masks[0].shape
-    image = files.decode_image(content, size, reduce_to)
-    return Example(image=image, masks=files.check_masks([rle.encode(mask) for mask in masks], size))
+    image = decode.decode_image(content, size, reduce_to)
+    return Example(
+        image=image, masks=decode.check_masks([rle.encode(mask) for mask in masks], size)
+    )
 
 
 def _one(features: Any, name: str, kind: type) -> Any:

@@ -10,8 +10,8 @@ import scipy.ndimage
 import scipy.stats
 
 from sam_jax.data.example import BadSample, Example
-from sam_jax.data.framed import Batch, Framed
 from sam_jax.data.loader import Loader
+from sam_jax.data.segmentation_batch import Batch, Framed
 from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.masks import rle
 

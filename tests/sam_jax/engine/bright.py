@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from sam_jax.data.source import open_source
+from sam_jax.data.open import open_source
 from sam_jax.engine.automatic import label_images
 from sam_jax.engine.folder import claim, finished, write_json
 from sam_jax.engine.instances import write_instances

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.example import BadSample
-from sam_jax.data.framed import Framed
 from sam_jax.data.loader import Loader
-from sam_jax.data.source import open_source
+from sam_jax.data.open import open_source
+from sam_jax.data.segmentation_batch import Framed
 from sam_jax.engine.automatic import label_images
 from sam_jax.engine.folder import claim, finished, skipped, write_json
 from sam_jax.engine.instances import write_instances

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sam_jax.cli import main
-from sam_jax.data.source import open_source
+from sam_jax.data.open import open_source
 from sam_jax.everything import generator
 from sam_jax.masks import rle
 from tests.sam_jax.engine import bright

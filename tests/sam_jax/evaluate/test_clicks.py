@@ -7,7 +7,7 @@ import pytest
 
 from sam_jax.cli import main
 from sam_jax.data.example import BadSample, Example
-from sam_jax.data.source import open_source, select
+from sam_jax.data.open import open_source, select
 from sam_jax.evaluate.clicks import evaluate_clicks, mask_iou, one_click_ceiling, rounds_of, table
 from sam_jax.masks import rle
 from sam_jax.predict.predictor import SamPredictor

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sam_jax.cli import main
 from sam_jax.data.example import BadSample
-from sam_jax.data.source import select
+from sam_jax.data.open import select
 from sam_jax.data.sources.sa1b import open_sa1b
 from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.evaluate.proposals import evaluate_proposals, find, pair_images, sizes_of, table

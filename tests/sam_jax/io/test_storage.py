@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.example import BadSample, SourceError
-from sam_jax.data.source import open_source
+from sam_jax.data.open import open_source
 from sam_jax.masks import rle
 from tests import object_store
 

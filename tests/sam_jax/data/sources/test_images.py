@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.example import BadSample, SourceError
-from sam_jax.data.source import Unmasked, open_source
+from sam_jax.data.open import Unmasked, open_source
 
 RAMP = np.arange(24 * 20, dtype=np.uint16).reshape(24, 20) * 130
 

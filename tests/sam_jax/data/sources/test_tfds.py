@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam_jax.data.decode import decode_image
 from sam_jax.data.example import BadSample, SourceError
-from sam_jax.data.files import decode_image
 from sam_jax.data.sources.tfds import open_tfds
 from sam_jax.masks import rle
 
@@ -175,7 +175,7 @@ def test_images_can_be_read_alone(folder, name):
 def test_tensorflow_is_not_imported(folder):
     code = f"""
 import sys
-from sam_jax.data.source import open_source
+from sam_jax.data.open import open_source
 for name in ("segment_anything", "lvis/validation"):
     source = open_source("tfds:" + name + "@{folder}", reduce_to=(8, 8))
     print(source[1].image.shape, len(source[1].masks))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.example import REASONS, BadSample, SourceError
-from sam_jax.data.source import (
+from sam_jax.data.open import (
     Selection,
     Unmasked,
     leave_out,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data.cropped import ASPECT, Cropped, Crops, crop, draw_box, middle_box, resize
+from sam_jax.data.crop_batch import ASPECT, Cropped, Crops, crop, draw_box, middle_box, resize
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.loader import Loader
-from sam_jax.data.source import Unmasked, open_source
+from sam_jax.data.open import Unmasked, open_source
 
 FRAME = (32, 48)
 

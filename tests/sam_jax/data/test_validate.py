@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sam_jax.data.check import Finding, check, printable, summarize
 from sam_jax.data.example import BadSample, Example
+from sam_jax.data.validate import Finding, check, printable, summarize
 from sam_jax.masks import rle
 
 MASK = rle.encode(np.ones((4, 6), bool))
