@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from sam_jax.model.image_encoder import Block
-from sam_jax.model.platform import traced_for
+from sam_jax.model.ops.platform import traced_for
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.weights.convert import initialize
 from train.config import ConfigError, TrainConfig, is_painting

@@ -18,7 +18,7 @@ from einops import rearrange
 
 from sam_jax.everything.tiled_resize import make_matrices, measure
 from sam_jax.masks.boxes import non_maximum_suppression
-from sam_jax.model.platform import platform
+from sam_jax.model.ops.platform import platform
 from sam_jax.model.prompt_encoder import FOREGROUND, NOT_A_POINT, Prompts
 
 NUM_MASKS = 3  # of a point, which may mean several things

@@ -28,7 +28,7 @@ from sam_jax.images.read import ImageError
 from sam_jax.images.resize import image_to_frame, points_to_frame
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import xyxy_to_xywh
-from sam_jax.model.platform import platform
+from sam_jax.model.ops.platform import platform
 from sam_jax.model.sam import Sam
 from sam_jax.predict.predictor import CHUNK, check_image, encode_images
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.images.resize import size_in_frame, taps
-from sam_jax.model.platform import platform
+from sam_jax.model.ops.platform import platform
 
 TILE = 128  # pixels of a side
 # Logits of a side that a tile may depend on, or all of them, as in images that are tiny. TPUs take

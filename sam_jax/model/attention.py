@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
-from sam_jax.model import flash_attention
-from sam_jax.model.kernels import token_attention, window_attention
 from sam_jax.model.layers import xavier_uniform
-from sam_jax.model.platform import platform
+from sam_jax.model.ops import flash_attention, token_attention, window_attention
+from sam_jax.model.ops.platform import platform
 
 QUERIES_PER_STEP = 256  # of one head; a step's logits over 4096 keys take 4 MiB
 

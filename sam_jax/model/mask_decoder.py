@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from sam_jax.model.kernels import upscaling
-from sam_jax.model.kernels.blocks import has_kernels, over_objects
 from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform, gelu, layer_norm
+from sam_jax.model.ops import upscaling
+from sam_jax.model.ops.blocks import has_kernels, over_objects
 from sam_jax.model.two_way_transformer import TwoWayTransformer
 
 NUM_MASKS = 4  # 0 is the single-mask output; 1 to 3 are those of an ambiguous prompt

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sam_jax.model.kernels import token_to_image
-from sam_jax.model.kernels.blocks import BYTES, has_kernels, over_objects
-from sam_jax.model.kernels.image_to_token import NEVER, Tokens, growth, kept_by, update
 from sam_jax.model.layers import Mlp, NormWeights, Projection, layer_norm, linear
+from sam_jax.model.ops import token_to_image
+from sam_jax.model.ops.blocks import BYTES, has_kernels, over_objects
+from sam_jax.model.ops.image_to_token import NEVER, Tokens, growth, kept_by, update
 
 CROSS_DOWNSAMPLE = 2  # channels over the inner channels of the attention between tokens and image
 

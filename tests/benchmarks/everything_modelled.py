@@ -27,7 +27,7 @@ import sam_jax
 from sam_jax.everything.candidates import UPSCALED, prompts_of
 from sam_jax.everything.tiled_resize import BATCH, make_matrices, measure_tiles, tile_image
 from sam_jax.model.mask_decoder import NUM_MASKS
-from sam_jax.model.platform import traced_for
+from sam_jax.model.ops.platform import traced_for
 from sam_jax.weights.convert import initialize
 from train.lowering import devices_of, on_one
 from train.modelled import model_program

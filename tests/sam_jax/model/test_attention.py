@@ -13,7 +13,7 @@ from sam_jax.model.attention import (
     split_windows,
     weigh,
 )
-from sam_jax.model.platform import traced_for
+from sam_jax.model.ops.platform import traced_for
 
 TOLERANCE = 1e-5  # of the largest magnitude
 

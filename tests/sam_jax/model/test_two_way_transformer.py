@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sam_jax.model import two_way_transformer
-from sam_jax.model.kernels import image_to_token
+from sam_jax.model.ops import image_to_token
 from sam_jax.model.two_way_transformer import (
     ImageToToken,
     SelfAttention,

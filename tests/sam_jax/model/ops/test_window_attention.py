@@ -6,7 +6,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.model.attention import attend_folded, relative_positions
-from sam_jax.model.kernels import window_attention
+from sam_jax.model.ops import window_attention
 
 SIDE, HEADS, D, WINDOWS = 5, 3, 8, 4
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sam_jax.model.kernels.blocks import (
+from sam_jax.model.ops.blocks import (
     add,
     like,
     pixels_at_once,

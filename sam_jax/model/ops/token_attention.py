@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sam_jax.model.kernels.blocks import product
-from sam_jax.model.kernels.window_attention import heads_of, window_of
-from sam_jax.model.platform import platform
+from sam_jax.model.ops.blocks import product
+from sam_jax.model.ops.platform import platform
+from sam_jax.model.ops.window_attention import heads_of, window_of
 
 MOST_TOKENS = 512  # whose pairs' weights, of a head, are sure to fit
 

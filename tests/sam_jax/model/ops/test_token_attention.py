@@ -7,8 +7,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.model.attention import attend_without_positions
-from sam_jax.model.kernels import token_attention
-from sam_jax.model.platform import traced_for
+from sam_jax.model.ops import token_attention
+from sam_jax.model.ops.platform import traced_for
 
 IMAGES, TOKENS, HEADS, D = 3, 13, 2, 8
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from sam_jax.model.kernels import image_to_token, token_to_image, upscaling
-from sam_jax.model.kernels.blocks import over_objects, pixels_at_once
 from sam_jax.model.mask_decoder import MaskDecoder
-from sam_jax.model.platform import traced_for
+from sam_jax.model.ops import image_to_token, token_to_image, upscaling
+from sam_jax.model.ops.blocks import over_objects, pixels_at_once
+from sam_jax.model.ops.platform import traced_for
 from sam_jax.model.prompt_encoder import PromptFeatures
 
 PIXELS, CHANNELS, HEADS, TOKENS = 1024, 16, 2, 5  # four steps; tokens do not fill a tile

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.model import flash_attention
 from sam_jax.model.attention import attend_plainly
-from sam_jax.model.platform import platform, traced_for
+from sam_jax.model.ops import flash_attention
+from sam_jax.model.ops.platform import platform, traced_for
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sam_jax.model.kernels.blocks import (
+from sam_jax.model.ops.blocks import (
     BYTES,
     add,
     like,

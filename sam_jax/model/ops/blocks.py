@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sam_jax.model.platform import platform
+from sam_jax.model.ops.platform import platform
 
 PIXELS = (1024, 512, 256, 128)  # that a step may take, the best first
 BYTES = 4  # of a random word: a quarter of the pixels is dropped by each

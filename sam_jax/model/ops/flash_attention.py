@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sam_jax.model.platform import platform
+from sam_jax.model.ops.platform import platform
 
 LANES = 128  # of a TPU's registers: blocks of tokens are multiples of it
 QUERIES, KEYS = 512, 1024  # of a block: fastest of powers of two by the compiler's bundles

@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 from jax.experimental import pallas as pl
 
-from sam_jax.model.kernels.blocks import product, whole
+from sam_jax.model.ops.blocks import product, whole
 
 
 def attend_in_windows(qkv, rel_h, rel_w, num_heads):
