@@ -54,10 +54,10 @@ BELOW = {
     "sam_jax.evaluate": USES,
     "sam_jax.export": USES,
     "sam_jax.engine": (*USES, "sam_jax.images.read"),
-    "sam_jax.engine.command": ("sam_jax", "sam_jax.engine", *USES),
+    "sam_jax.cli.everything": ("sam_jax", "sam_jax.engine", *USES),
     "sam_jax": LIBRARY,  # the public names
-    "sam_jax.info": ("sam_jax", *LIBRARY),
-    "sam_jax.cli": ("sam_jax", "sam_jax.info", "sam_jax.engine.command", *LIBRARY),
+    "sam_jax.cli.info": ("sam_jax", *LIBRARY),
+    "sam_jax.cli": ("sam_jax", "sam_jax.cli.info", "sam_jax.cli.everything", *LIBRARY),
     "sam_jax.__main__": ("sam_jax.cli",),
     "train": (),
     "train.config": LIBRARY,
@@ -121,7 +121,7 @@ HOMES = {
     "tensorboardX": ("train.metrics",),
     "tensorflow_datasets": ("sam_jax.data.sources.tfds",),
     "torch": (),
-    "tqdm": ("sam_jax.weights.download", "sam_jax.engine.command", "sam_jax.cli", "train"),
+    "tqdm": ("sam_jax.weights.download", "sam_jax.cli.everything", "sam_jax.cli", "train"),
     "uvicorn": ("sam_jax.engine",),
 }
 

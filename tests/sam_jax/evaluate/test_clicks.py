@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sam_jax.cli import main
+from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.open import open_source, select
 from sam_jax.evaluate.clicks import evaluate_clicks, mask_iou, one_click_ceiling, rounds_of, table

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.cli import main
+from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample
 from sam_jax.data.open import select
 from sam_jax.data.sources.sa1b import open_sa1b

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import sam_jax.evaluate
-from sam_jax.cli import main
+from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
 from sam_jax.evaluate.statistics import Measured, collect, measure, table
 from sam_jax.masks import rle

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sam_jax.engine import command
+from sam_jax.cli import everything
 
 EXAMPLES = {
     "predict": "sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/",
@@ -73,8 +73,8 @@ def _add_predict(verbs):
 
 
 def _add_everything(verbs):
-    verb = _add_verb(verbs, "everything", "mask everything in images", command.run)
-    command.add_arguments(verb)
+    verb = _add_verb(verbs, "everything", "mask everything in images", everything.run)
+    everything.add_arguments(verb)
 
 
 def _add_convert(verbs):
@@ -148,7 +148,7 @@ def _add_data(verbs):
 def _predict(args):
     if not args.point and args.box is None:
         raise ValueError("nothing was asked for: give --point X,Y, --box X0,Y0,X1,Y1 or both")
-    from sam_jax.predict.files import predict_file
+    from sam_jax.cli.predict import predict_file
     from sam_jax.predict.predictor import SamPredictor
     from sam_jax.weights.formats import load
 
@@ -181,7 +181,7 @@ def _convert(args):
 
 
 def _info(args):
-    from sam_jax import info
+    from sam_jax.cli import info
 
     info.print_info(args.weights)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.cli import main
+from sam_jax.cli.main import main
 from sam_jax.data.open import open_source
 from sam_jax.everything import generator
 from sam_jax.masks import rle

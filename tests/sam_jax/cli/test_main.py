@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import sam_jax
-from sam_jax.cli import main
+from sam_jax.cli.main import main
 from sam_jax.masks import rle
 from sam_jax.model.mae import mae_tiny
 from sam_jax.weights import mae
