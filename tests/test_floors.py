@@ -24,13 +24,19 @@ LIBRARY = (*USES, "sam_jax.evaluate", "sam_jax.export", "sam_jax.engine")
 LEAVES = (
     *LIBRARY,
     "train.config",
-    "train.prompts",
-    "train.losses",
+    "train.objectives.prompt_sampling",
+    "train.objectives.losses",
     "train.sharding",
     "train.flops",
     "train.settings",
 )
-PARTS = (*LEAVES, "train.state", "train.interactive", "train.pretrain", "train.optimizer")
+PARTS = (
+    *LEAVES,
+    "train.state",
+    "train.objectives.interactive",
+    "train.objectives.reconstruction",
+    "train.optimizer",
+)
 FILES = (
     "train.checkpoints",
     "train.embeddings",
@@ -40,7 +46,13 @@ FILES = (
     "train.plots",
     "train.workdir",
 )
-USERS = ("train.step", "train.initial", "train.replay", "train.examples", "train.report")
+USERS = (
+    "train.step",
+    "train.initial",
+    "train.objectives.rollout",
+    "train.examples",
+    "train.report",
+)
 TASKS = ("train.paintings", "train.sam_task", "train.mae_task", "train.task")
 STEPS = (*PARTS, *FILES, *USERS, *TASKS)
 BELOW = {
@@ -62,16 +74,16 @@ BELOW = {
     "train": (),
     "train.config": LIBRARY,
     "train.settings": (*LIBRARY, "train.config"),
-    "train.prompts": (*LIBRARY, "train.config"),
-    "train.losses": (*LIBRARY, "train.config"),
+    "train.objectives.prompt_sampling": (*LIBRARY, "train.config"),
+    "train.objectives.losses": (*LIBRARY, "train.config"),
     "train.sharding": (*LIBRARY, "train.config"),
     "train.state": LEAVES,
-    "train.interactive": LEAVES,
-    "train.pretrain": LEAVES,
+    "train.objectives.interactive": LEAVES,
+    "train.objectives.reconstruction": LEAVES,
     "train.optimizer": LEAVES,
     "train.step": PARTS,
     "train.initial": ("sam_jax", *PARTS),
-    "train.replay": PARTS,
+    "train.objectives.rollout": PARTS,
     "train.checkpoints": LEAVES,
     "train.embeddings": LEAVES,
     "train.metrics": LEAVES,
@@ -114,7 +126,7 @@ HOMES = {
     ),
     "ml_dtypes": ("sam_jax.weights.torch_file",),
     "onnxruntime": ("sam_jax.export",),
-    "optax": ("train.optimizer", "train.losses", "train.step", "train.state"),
+    "optax": ("train.optimizer", "train.objectives.losses", "train.step", "train.state"),
     "orbax": ("train.checkpoints",),
     "safetensors": ("sam_jax.weights",),
     "starlette": ("sam_jax.engine",),
@@ -254,14 +266,22 @@ def test_shipped_files_keep_to_the_tables():
         ("sam_jax.weights.store", "import sam_jax.masks.rle", "imports sam_jax.masks"),
         ("sam_jax.weights.store", "from sam_jax.predict import predictor", "sam_jax.predict"),
         ("sam_jax.data.sources.sa1b", "from sam_jax.model.sam import Sam", "imports sam_jax.model"),
-        ("sam_jax.predict.predictor", "import train.losses", "imports train.losses"),
+        (
+            "sam_jax.predict.predictor",
+            "import train.objectives.losses",
+            "imports train.objectives.losses",
+        ),
         ("sam_jax.evaluate.clicks", "from sam_jax.export import onnx", "imports sam_jax.export"),
         ("sam_jax.engine.loop", "import sam_jax.cli", "imports sam_jax.cli"),
         ("sam_jax.cli", "import tests.conftest", "imports tests"),
         ("sam_jax.cli", "import importlib\nimportlib.import_module('train.run')", "train.run"),
-        ("train.losses", "from train import step", "imports train.step"),
+        ("train.objectives.losses", "from train import step", "imports train.step"),
         ("train.config", "from train.optimizer import Optimizer", "imports train.optimizer"),
-        ("train.state", "from train.interactive import x", "imports train.interactive"),
+        (
+            "train.state",
+            "from train.objectives.interactive import x",
+            "imports train.objectives.interactive",
+        ),
         ("train.run", "import configs.sam_tiny", "imports configs"),
         ("configs.sam_tiny", "from sam_jax.weights import formats", "imports sam_jax.weights"),
         ("colabs.predict", "import tests.conftest", "imports tests"),
@@ -299,7 +319,7 @@ def test_a_fault_is_found(module, source, fault):
         ("sam_jax.model.sam", "from sam_jax.model import layers\nimport jax, scipy.ndimage"),
         ("sam_jax.model.sam", "from . import layers"),
         ("sam_jax.cli", "from sam_jax import __version__\ndef f():\n  import sam_jax.engine.loop"),
-        ("train.losses", "import optax\nfrom train.config import TrainConfig"),
+        ("train.objectives.losses", "import optax\nfrom train.config import TrainConfig"),
         ("train.__main__", "from train.run import run"),
         (
             "configs.sam_tiny",

@@ -13,8 +13,8 @@ from sam_jax.data.open import Selection
 from sam_jax.weights import mae
 from train.config import TrainConfig
 from train.flops import painting_flops
+from train.objectives.reconstruction import make_painting
 from train.paintings import evaluate_paintings, write_paintings
-from train.pretrain import make_painting
 
 
 class MaeTask:

@@ -17,9 +17,9 @@ from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize_colors
 from sam_jax.visualize.dataset_plots import new_figure
 from train.config import Painting
 from train.metrics import read_rows
+from train.objectives.reconstruction import painting_losses
 from train.page import items, table, write_page
 from train.plots import draw_loss
-from train.pretrain import painting_losses
 
 SEED = 0  # of what is hidden of held-out images, together with their places in the source
 AT_ONCE = 16  # images

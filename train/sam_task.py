@@ -16,7 +16,7 @@ from sam_jax.weights.convert import initialize
 from train.config import TrainConfig, learns_encoder
 from train.embeddings import Embeddings
 from train.flops import step_flops
-from train.interactive import make_interactive
+from train.objectives.interactive import make_interactive
 from train.report import write_report
 
 

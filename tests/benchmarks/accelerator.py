@@ -26,7 +26,7 @@ from sam_jax.weights.convert import initialize
 from tests.benchmarks.everything import thresholds_of
 from train.config import Interactive, Optimizer
 from train.flops import decoder_flops, encoder_flops, peak_flops, step_flops
-from train.interactive import make_interactive
+from train.objectives.interactive import make_interactive
 from train.optimizer import make_optimizer
 from train.sharding import born_on, make_mesh
 from train.state import init_state

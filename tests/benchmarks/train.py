@@ -202,7 +202,7 @@ def our_step(folder, images, points, extra_rounds):
     from sam_jax.data.segmentation_batch import Batch
     from sam_jax.model.sam import sam_tiny
     from train.config import Interactive, Optimizer
-    from train.interactive import make_interactive
+    from train.objectives.interactive import make_interactive
     from train.optimizer import make_optimizer
     from train.sharding import born_on, make_mesh, split_batch
     from train.state import init_state

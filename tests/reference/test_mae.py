@@ -7,7 +7,7 @@ import pytest
 
 from sam_jax.model.mae import encode_positions, mae_tiny
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize
-from train.pretrain import painting_losses
+from train.objectives.reconstruction import painting_losses
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

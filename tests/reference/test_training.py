@@ -14,8 +14,8 @@ import pytest
 
 from sam_jax.data.segmentation_batch import Batch
 from sam_jax.weights.convert import from_torch, to_torch
-from train import interactive
 from train.config import Interactive, Optimizer
+from train.objectives import interactive
 from train.optimizer import make_optimizer
 
 torch = pytest.importorskip("torch")

@@ -14,7 +14,7 @@ from sam_jax.data.segmentation_batch import Batch, Framed
 from sam_jax.model.sam import sam_tiny
 from sam_jax.weights.convert import initialize
 from train.config import ConfigError, Interactive, Optimizer
-from train.interactive import make_interactive
+from train.objectives.interactive import make_interactive
 from train.optimizer import make_optimizer
 from train.sharding import born_on, gradients_over, layout_of, make_mesh, split_batch
 from train.state import init_state

@@ -2,7 +2,7 @@
 
 An image is a matrix 'c p' in them, channels in rows and pixels in lanes: a sum over channels is
 then a sum of rows, products need no transposes, and logits leave as training keeps them, pixels of
-a token apart (`train/interactive.py`, `by_token`).
+a token apart (`train/objectives/interactive.py`, `by_token`).
 """
 
 import jax

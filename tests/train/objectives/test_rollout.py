@@ -8,8 +8,8 @@ import pytest
 
 from sam_jax.data.segmentation_batch import Batch
 from train.config import Interactive
-from train.interactive import make_interactive
-from train.replay import replay
+from train.objectives.interactive import make_interactive
+from train.objectives.rollout import replay
 
 KEY = jax.random.key(3)
 BOX = (9, 7, 40, 33)

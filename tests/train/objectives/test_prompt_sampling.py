@@ -14,7 +14,7 @@ from sam_jax.model.prompt_encoder import (
     NOT_A_POINT,
     TOP_LEFT,
 )
-from train.prompts import Clicks, click_on_error, first_prompt, tight_box
+from train.objectives.prompt_sampling import Clicks, click_on_error, first_prompt, tight_box
 
 KEYS = jax.random.split(jax.random.key(0), 10_000)
 SIZE = (400, 600)  # of the image, in a frame that is larger

@@ -7,7 +7,7 @@ Source: Kirillov et al. 2023, appendix A. What it leaves unsaid:
   alarms together, at the resolution of the loss. Where nothing is wrong, a background click is
   drawn; where there is no background, one on the mask.
 
-Everything here is about one mask and is vmapped over masks by `train.interactive`.
+Everything here is about one mask and is vmapped over masks by `train.objectives.interactive`.
 """
 
 import flax.struct

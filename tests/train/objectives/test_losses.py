@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from train.losses import dice_loss, focal_loss, mask_iou
+from train.objectives.losses import dice_loss, focal_loss, mask_iou
 
 LN2, LN3 = np.log(2), np.log(3)
 

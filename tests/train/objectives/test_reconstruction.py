@@ -10,7 +10,7 @@ from configs.mae_tiny import config as tiny
 from sam_jax.data.crop_batch import Crops
 from sam_jax.model.mae import Painted, mae_tiny
 from train.config import Painting
-from train.pretrain import make_painting, painting_losses
+from train.objectives.reconstruction import make_painting, painting_losses
 from train.task import task_of
 
 MODEL = mae_tiny(image_size=(32, 32), depth=1)

@@ -1,6 +1,6 @@
 """The rounds of SAM's objective for one mask, one after the other, to be looked at.
 
-Clicks, masks and scores are those of `train.interactive`, without dropping paths or units.
+Clicks, masks and scores are those of `train.objectives.interactive`, without dropping paths or units.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from sam_jax.model.mask_decoder import choose_masks
 from sam_jax.model.prompt_encoder import BACKGROUND, Prompts
 from sam_jax.model.sam import Sam, normalize
 from train.config import Interactive
-from train.interactive import (
+from train.objectives.interactive import (
     begin,
     by_place,
     by_token,
@@ -26,7 +26,7 @@ from train.interactive import (
     resize_logits,
     split_masks,
 )
-from train.losses import mask_iou
+from train.objectives.losses import mask_iou
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from einops import rearrange, reduce
 
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import normalize
-from train.losses import dice_loss, focal_loss, mask_iou
-from train.prompts import FIRST_SLOTS, Clicks, click_on_error, first_prompt
+from train.objectives.losses import dice_loss, focal_loss, mask_iou
+from train.objectives.prompt_sampling import FIRST_SLOTS, Clicks, click_on_error, first_prompt
 
 # What a key is folded with: one number a purpose. Masks are numbered from 0.
 CLICK, DROPOUT, INSERTION = 0, 1, 2

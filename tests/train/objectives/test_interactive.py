@@ -1,7 +1,7 @@
 """SAM's objective against a plain loop over rounds and masks, and the rules of its rounds.
 
 `plain` is the specification once more: one mask after the other, no scan, no vmap, all gradients by
-`jax.grad`. With the objective it shares the model, the draws of `train.prompts`, and the rule of
+`jax.grad`. With the objective it shares the model, the draws of `train.objectives.prompt_sampling`, and the rule of
 the keys. `Toy` stands in for the model where the objective alone is in question.
 """
 
@@ -31,8 +31,8 @@ from sam_jax.model.prompt_encoder import (
 )
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
 from train.config import Interactive
-from train.interactive import CLICK, DROP_PATH, DROPOUT, INSERTION, make_interactive
-from train.prompts import click_on_error, first_prompt
+from train.objectives.interactive import CLICK, DROP_PATH, DROPOUT, INSERTION, make_interactive
+from train.objectives.prompt_sampling import click_on_error, first_prompt
 
 KEY = jax.random.key(5)
 TOLERANCE = 1e-5
