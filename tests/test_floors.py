@@ -42,18 +42,18 @@ FILES = (
     "train.embeddings",
     "train.metrics",
     "train.outbox",
-    "train.page",
-    "train.plots",
+    "train.report.html",
+    "train.report.curves",
     "train.workdir",
 )
 USERS = (
     "train.step",
     "train.initial",
     "train.objectives.rollout",
-    "train.examples",
+    "train.report.qualitative",
     "train.report",
 )
-TASKS = ("train.paintings", "train.sam_task", "train.mae_task", "train.task")
+TASKS = ("train.report.reconstruction", "train.sam_task", "train.mae_task", "train.task")
 STEPS = (*PARTS, *FILES, *USERS, *TASKS)
 BELOW = {
     "sam_jax.model": (),
@@ -89,13 +89,24 @@ BELOW = {
     "train.metrics": LEAVES,
     "train.outbox": LEAVES,
     "train.workdir": LEAVES,
-    "train.plots": LEAVES,
-    "train.examples": (*PARTS, "train.plots"),
-    "train.page": ("train.plots",),
-    "train.report": (*PARTS, "train.metrics", "train.page", "train.plots", "train.examples"),
-    "train.paintings": (*PARTS, "train.metrics", "train.page", "train.plots"),
+    "train.report.curves": LEAVES,
+    "train.report.qualitative": (*PARTS, "train.report.curves"),
+    "train.report.html": ("train.report.curves",),
+    "train.report": (
+        *PARTS,
+        "train.metrics",
+        "train.report.html",
+        "train.report.curves",
+        "train.report.qualitative",
+    ),
+    "train.report.reconstruction": (
+        *PARTS,
+        "train.metrics",
+        "train.report.html",
+        "train.report.curves",
+    ),
     "train.sam_task": (*PARTS, "train.embeddings", "train.report"),
-    "train.mae_task": (*PARTS, "train.paintings"),
+    "train.mae_task": (*PARTS, "train.report.reconstruction"),
     "train.task": (*LIBRARY, "train.config", "train.sam_task", "train.mae_task"),
     "train.run": ("sam_jax", *STEPS),
     "train.flops": (*LIBRARY, "train.config"),
@@ -119,10 +130,10 @@ HOMES = {
     "jax2onnx": ("sam_jax.export",),
     "matplotlib": (
         "sam_jax.visualize.dataset_plots",
-        "train.plots",
-        "train.examples",
-        "train.page",
-        "train.paintings",
+        "train.report.curves",
+        "train.report.qualitative",
+        "train.report.html",
+        "train.report.reconstruction",
     ),
     "ml_dtypes": ("sam_jax.weights.torch_file",),
     "onnxruntime": ("sam_jax.export",),

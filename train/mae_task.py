@@ -14,7 +14,7 @@ from sam_jax.weights import mae
 from train.config import TrainConfig
 from train.flops import painting_flops
 from train.objectives.reconstruction import make_painting
-from train.paintings import evaluate_paintings, write_paintings
+from train.report.reconstruction import evaluate_paintings, write_paintings
 
 
 class MaeTask:

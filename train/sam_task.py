@@ -17,7 +17,7 @@ from train.config import TrainConfig, learns_encoder
 from train.embeddings import Embeddings
 from train.flops import step_flops
 from train.objectives.interactive import make_interactive
-from train.report import write_report
+from train.report.segmentation import write_report
 
 
 class SamTask:

@@ -16,7 +16,7 @@ from sam_jax.masks import rle
 from sam_jax.masks.clicks import click_on_error, farthest_click
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.visualize.dataset_plots import BLUE, GREEN, ORANGE, RED, new_figure
-from train.plots import count_of
+from train.report.curves import count_of
 
 EXAMPLES = 8
 SHOWN = (1, 3, 9)  # clicks after which an example is shown

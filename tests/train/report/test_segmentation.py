@@ -15,7 +15,8 @@ from sam_jax.data.example import BadSample, Example
 from sam_jax.data.open import select
 from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.masks import rle
-from train import examples, page, plots, report
+from train import report
+from train.report import curves, html, qualitative
 from train.settings import to_dict
 
 EVALUATION = {
@@ -147,23 +148,23 @@ def test_report(tmp_path, source, steps, evaluated, objects):
 def test_the_fields_of_the_config_are_there(tmp_path):
     text = (write(tmp_path, select(Scenes((32, 32)), "7"), rows(2)) / "index.html").read_text()
     of_autoencoders = {"model.mask_ratio", "data.min_area"}
-    assert {name for name in page.MAIN if f">{name}<" not in text} == of_autoencoders
+    assert {name for name in html.MAIN if f">{name}<" not in text} == of_autoencoders
 
 
 def test_objects_are_of_all_sizes_and_of_different_images():
     source = select(Scenes((96, 96)), "::500")
-    chosen = list(examples.choose_objects(source))
-    assert len({name.split(",")[0] for name, _, _ in chosen}) == examples.EXAMPLES
+    chosen = list(qualitative.choose_objects(source))
+    assert len({name.split(",")[0] for name, _, _ in chosen}) == qualitative.EXAMPLES
     areas = [mask.mean() for _, _, mask in chosen]
-    assert min(areas) >= examples.MIN_AREA
+    assert min(areas) >= qualitative.MIN_AREA
     assert max(areas) > 4 * min(areas)
-    again = list(examples.choose_objects(source))
+    again = list(qualitative.choose_objects(source))
     assert [name for name, _, _ in again] == [name for name, _, _ in chosen]
     # Where there are only tiny ones, one of these.
     dot = np.zeros((100, 100), bool)
     dot[3, 4] = True
     tiny = [Example(np.zeros((100, 100, 3), np.uint8), [rle.encode(dot)])]
-    ((_, _, mask),) = examples.choose_objects(select(Listed(tiny), ":"))
+    ((_, _, mask),) = qualitative.choose_objects(select(Listed(tiny), ":"))
     np.testing.assert_array_equal(mask, dot)
 
 
@@ -175,7 +176,7 @@ class Listed(list):
 def test_clicks_are_where_the_answer_is_wrong():
     mask = np.zeros((80, 40), bool)
     mask[10:70] = True
-    shown = examples.play(Stub(), "", np.zeros((80, 40, 3), np.uint8), mask)
+    shown = qualitative.play(Stub(), "", np.zeros((80, 40, 3), np.uint8), mask)
     one, three, nine = shown.answers
     assert one.best == 1
     assert one.masks.shape == (3, 80, 40)
@@ -211,14 +212,14 @@ def scaled(factor, oracle=0.0):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: plots.draw_curves(rows(1), [{"step": 10} | EVALUATION]),
-        lambda: plots.draw_curves(rows(2000, 50), [{"step": 100_000} | EVALUATION]),
-        lambda: plots.draw_clicks(EVALUATION),
-        lambda: plots.draw_clicks(scaled(0.0)),
-        lambda: plots.draw_clicks(scaled(1.09)),
-        lambda: plots.draw_clicks(scaled(0.02, 0.01)),
-        lambda: examples.draw_examples(
-            [examples.play(Stub(), *chosen) for chosen in examples.choose_objects(Odd())]
+        lambda: curves.draw_curves(rows(1), [{"step": 10} | EVALUATION]),
+        lambda: curves.draw_curves(rows(2000, 50), [{"step": 100_000} | EVALUATION]),
+        lambda: curves.draw_clicks(EVALUATION),
+        lambda: curves.draw_clicks(scaled(0.0)),
+        lambda: curves.draw_clicks(scaled(1.09)),
+        lambda: curves.draw_clicks(scaled(0.02, 0.01)),
+        lambda: qualitative.draw_examples(
+            [qualitative.play(Stub(), *chosen) for chosen in qualitative.choose_objects(Odd())]
         ),
     ],
 )
@@ -237,5 +238,5 @@ def test_texts_are_whole_and_apart(draw, monkeypatch):
 
 def test_no_curve_is_lost_where_values_are_not_numbers():
     broken = [row | {"loss": float("nan")} for row in rows(3)]
-    figure = plots.draw_curves(broken, [{"step": 30} | EVALUATION])
+    figure = curves.draw_curves(broken, [{"step": 30} | EVALUATION])
     figure.canvas.draw()

@@ -18,8 +18,8 @@ from sam_jax.visualize.dataset_plots import new_figure
 from train.config import Painting
 from train.metrics import read_rows
 from train.objectives.reconstruction import painting_losses
-from train.page import items, table, write_page
-from train.plots import draw_loss
+from train.report.curves import draw_loss
+from train.report.html import items, table, write_page
 
 SEED = 0  # of what is hidden of held-out images, together with their places in the source
 AT_ONCE = 16  # images

@@ -12,8 +12,8 @@ from sam_jax.data.example import BadSample
 from sam_jax.data.open import open_source, select
 from sam_jax.model.mae import mae_tiny, normalize_patches
 from sam_jax.weights import mae
-from train import paintings
 from train.config import Painting
+from train.report import reconstruction
 from train.settings import to_dict
 
 MODEL = mae_tiny(image_size=(32, 48), depth=1)
@@ -43,7 +43,7 @@ class Bad:
 
 
 def evaluate(params, indices, source=SCENES):
-    return paintings.evaluate_paintings(MODEL, params, Painting(), source, indices)
+    return reconstruction.evaluate_paintings(MODEL, params, Painting(), source, indices)
 
 
 def test_an_images_loss_is_its_own_whatever_comes_with_it(params):
@@ -63,9 +63,9 @@ def test_bad_images_are_counted(params):
 
 
 def test_hidden_pixels_are_those_of_hidden_patches_and_paintings_have_their_scale(params):
-    image = np.stack([paintings.middle_of(SCENES.image(i), MODEL) for i in range(16)])
+    image = np.stack([reconstruction.middle_of(SCENES.image(i), MODEL) for i in range(16)])
     _, hidden, painted = map(
-        np.asarray, paintings.paint(MODEL, Painting(), params, np.arange(16), image)
+        np.asarray, reconstruction.paint(MODEL, Painting(), params, np.arange(16), image)
     )
     patches = hidden.reshape(16, 4, 8, 6, 8)
     assert (patches == patches[:, :, :1, :, :1]).all()
@@ -74,7 +74,7 @@ def test_hidden_pixels_are_those_of_hidden_patches_and_paintings_have_their_scal
     assert (painted <= 255).all()
     true = np.random.default_rng(0).uniform(-2, 2, (2, 3, 192)).astype(np.float32)
     np.testing.assert_allclose(
-        paintings.in_scale_of(true, normalize_patches(true)), true, atol=1e-5
+        reconstruction.in_scale_of(true, normalize_patches(true)), true, atol=1e-5
     )
 
 
@@ -85,7 +85,7 @@ def test_the_report(tmp_path, params, normalized):
     rows = "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(rows)
     evaluation = {"source": "scenes<script>", "index": "::9", "images": 4, "loss": 0.4321}
-    page = paintings.write_paintings(
+    page = reconstruction.write_paintings(
         tmp_path, MODEL, params, Painting(normalized), select(Bad(), ":"), evaluation
     )
     files = {path.name for path in page.parent.iterdir()}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from sam_jax.data.example import Source
 from sam_jax.predict.predictor import SamPredictor
-from train.examples import choose_objects, draw_examples, play
 from train.metrics import read_rows
-from train.page import items, table, write_page
-from train.plots import count_of, draw_clicks, draw_curves
+from train.report.curves import count_of, draw_clicks, draw_curves
+from train.report.html import items, table, write_page
+from train.report.qualitative import choose_objects, draw_examples, play
 
 
 def write_report(
