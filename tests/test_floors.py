@@ -53,7 +53,12 @@ USERS = (
     "train.report.qualitative",
     "train.report",
 )
-TASKS = ("train.report.reconstruction", "train.sam_task", "train.mae_task", "train.task")
+TASKS = (
+    "train.report.reconstruction",
+    "train.tasks.segmentation",
+    "train.tasks.reconstruction",
+    "train.tasks.base",
+)
 STEPS = (*PARTS, *FILES, *USERS, *TASKS)
 BELOW = {
     "sam_jax.model": (),
@@ -105,9 +110,14 @@ BELOW = {
         "train.report.html",
         "train.report.curves",
     ),
-    "train.sam_task": (*PARTS, "train.embeddings", "train.report"),
-    "train.mae_task": (*PARTS, "train.report.reconstruction"),
-    "train.task": (*LIBRARY, "train.config", "train.sam_task", "train.mae_task"),
+    "train.tasks.segmentation": (*PARTS, "train.embeddings", "train.report"),
+    "train.tasks.reconstruction": (*PARTS, "train.report.reconstruction"),
+    "train.tasks.base": (
+        *LIBRARY,
+        "train.config",
+        "train.tasks.segmentation",
+        "train.tasks.reconstruction",
+    ),
     "train.run": ("sam_jax", *STEPS),
     "train.flops": (*LIBRARY, "train.config"),
     "train.modelled": ("train.flops",),

@@ -32,7 +32,7 @@ from train.config import ConfigError, TrainConfig, is_painting
 from train.lowering import LOWER, analyse, devices_of
 from train.modelled import CHIPS, GIB
 from train.settings import load_config, override
-from train.task import task_of
+from train.tasks.base import task_of
 
 FSDP = (1, 8, 16)  # that a sweep tries
 MOST_IMAGES = 16  # a chip, likewise

@@ -20,7 +20,7 @@ from train.optimizer import make_optimizer
 from train.sharding import make_mesh
 from train.state import init_state
 from train.step import make_step
-from train.task import task_of
+from train.tasks.base import task_of
 
 PHASES = {  # patterns of scopes
     "gather": r"\bgather\b",

@@ -18,7 +18,7 @@ from train.outbox import Outbox
 from train.sharding import born_on, gather, make_mesh, split_batch, wait_for_all
 from train.state import TrainState, init_state
 from train.step import make_step
-from train.task import Task, task_of
+from train.tasks.base import Task, task_of
 from train.workdir import BadSamples, claim, write_json
 
 

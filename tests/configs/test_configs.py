@@ -12,7 +12,7 @@ from train.settings import load_config
 from train.sharding import make_mesh
 from train.state import init_state
 from train.step import make_step
-from train.task import task_of
+from train.tasks.base import task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -15,7 +15,7 @@ from sam_jax.model.sam import sam_tiny
 from sam_jax.weights import mae
 from train.config import ConfigError, Data, TrainConfig
 from train.initial import initial_variables
-from train.task import task_of
+from train.tasks.base import task_of
 
 MODEL = sam_tiny(position_scale=1.0)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))

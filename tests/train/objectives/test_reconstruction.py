@@ -11,7 +11,7 @@ from sam_jax.data.crop_batch import Crops
 from sam_jax.model.mae import Painted, mae_tiny
 from train.config import Painting
 from train.objectives.reconstruction import make_painting, painting_losses
-from train.task import task_of
+from train.tasks.base import task_of
 
 MODEL = mae_tiny(image_size=(32, 32), depth=1)
 

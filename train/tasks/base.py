@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from sam_jax.data.loader import Prepare
 from sam_jax.data.open import Selection
 from train.config import TrainConfig, is_painting
-from train.mae_task import MaeTask
-from train.sam_task import SamTask
+from train.tasks.reconstruction import MaeTask
+from train.tasks.segmentation import SamTask
 
 
 class Task(Protocol):
