@@ -120,9 +120,9 @@ BELOW = {
     ),
     "train.run": ("sam_jax", *STEPS),
     "train.flops": (*LIBRARY, "train.config"),
-    "train.modelled": ("train.flops",),
-    "train.lowering": (*STEPS, "train.modelled"),
-    "train.compile": (*STEPS, "train.modelled", "train.lowering"),
+    "train.aot.hlo_cost": ("train.flops",),
+    "train.aot.lower": (*STEPS, "train.aot.hlo_cost"),
+    "train.compile": (*STEPS, "train.aot.hlo_cost", "train.aot.lower"),
     "train.__main__": (*STEPS, "train.run"),
     "configs": ("train.config", "sam_jax.model"),
 }

@@ -29,8 +29,8 @@ from sam_jax.everything.tiled_resize import BATCH, make_matrices, measure_tiles,
 from sam_jax.model.mask_decoder import NUM_MASKS
 from sam_jax.model.ops.platform import traced_for
 from sam_jax.weights.convert import initialize
-from train.lowering import devices_of, on_one
-from train.modelled import model_program
+from train.aot.hlo_cost import model_program
+from train.aot.lower import devices_of, on_one
 
 SIZE = (1500, 2250)
 POINTS, CHUNK = 1024, 64

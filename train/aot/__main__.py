@@ -28,9 +28,9 @@ import numpy as np
 from sam_jax.data.example import SourceError
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
+from train.aot.hlo_cost import CHIPS, GIB
+from train.aot.lower import LOWER, analyse, devices_of
 from train.config import ConfigError, TrainConfig, is_painting
-from train.lowering import LOWER, analyse, devices_of
-from train.modelled import CHIPS, GIB
 from train.settings import load_config, override
 from train.tasks.base import task_of
 

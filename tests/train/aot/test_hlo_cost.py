@@ -4,7 +4,7 @@
 
 import pytest
 
-from train.modelled import CHIPS, bytes_of, model_program
+from train.aot.hlo_cost import CHIPS, bytes_of, model_program
 
 V5E = CHIPS["v5e"]
 SECOND = V5E.flops / V5E.flops_per_cycle  # cycles

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from configs.sam_tiny import config as tiny
-from train.compile import (
+from train.aot.__main__ import (
     MOST_IMAGES,
     describe,
     most_images,
     reading_rate,
     schedule,
 )
+from train.aot.lower import devices_of
 from train.config import ConfigError
-from train.lowering import devices_of
 from train.settings import override
 
 ROOT = Path(__file__).resolve().parents[2]

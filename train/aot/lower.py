@@ -13,9 +13,9 @@ from sam_jax.model.image_encoder import Block
 from sam_jax.model.ops.platform import traced_for
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.weights.convert import initialize
+from train.aot.hlo_cost import CHIPS, GIB, Chip, model_program
 from train.config import ConfigError, TrainConfig, is_painting
 from train.flops import block_flops, decoder_flops, encoder_flops
-from train.modelled import CHIPS, GIB, Chip, model_program
 from train.optimizer import make_optimizer
 from train.sharding import make_mesh
 from train.state import init_state
