@@ -10,8 +10,8 @@ import jax
 
 from sam_jax.data.example import SourceError
 from train.config import ConfigError
+from train.overrides import load_config, override, to_json
 from train.run import run
-from train.settings import load_config, override, to_json
 
 # Programs for accelerators take minutes to compile; the next run finds them here.
 COMPILED = Path.home() / ".cache" / "sam_jax" / "compiled"

@@ -92,7 +92,7 @@ class TrainConfig:
     num_steps: int = 90_000
     fsdp: int = 1  # devices over which each large array of the state is split
     init_from: str = ""  # weights to start from: whatever `sam_jax.load` takes, or an autoencoder's
-    match_attention: float = 0.0  # scale of matched first weights (`train.initial`); 0: none
+    match_attention: float = 0.0  # scale of matched first weights (`train.initialization`); 0: none
     train_only: tuple[str, ...] = ()  # parts that learn, by parameter path; none: all
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps

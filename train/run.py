@@ -11,10 +11,10 @@ from sam_jax.data.open import Selection, leave_out, open_source, select
 from train.checkpoints import KEPT, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops
-from train.initial import initial_variables
+from train.initialization import initial_variables
 from train.metrics import Metrics, summarize
 from train.optimizer import make_optimizer
-from train.outbox import Outbox
+from train.remote_workdir import Outbox
 from train.sharding import born_on, gather, make_mesh, split_batch, wait_for_all
 from train.state import TrainState, init_state
 from train.step import make_step

@@ -9,7 +9,7 @@ from typing import Any
 
 from sam_jax.data.loader import Problem
 from train.config import ConfigError, TrainConfig
-from train.settings import differences, to_dict
+from train.overrides import differences, to_dict
 
 # Fields that may differ when a run goes on: they change nothing that has been computed already.
 FREE = (

@@ -8,7 +8,7 @@ import pytest
 from sam_jax.data.open import KINDS
 from train.config import Interactive, is_painting
 from train.optimizer import make_optimizer
-from train.settings import load_config
+from train.overrides import load_config
 from train.sharding import make_mesh
 from train.state import init_state
 from train.step import make_step

@@ -15,7 +15,7 @@ from train.config import (
     TrainConfig,
     learns_encoder,
 )
-from train.settings import override
+from train.overrides import override
 
 MODEL = sam_tiny(image_size=(128, 128), patch_size=8, depth=4)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))

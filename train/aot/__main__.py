@@ -31,7 +31,7 @@ from sam_jax.data.open import open_source
 from train.aot.hlo_cost import CHIPS, GIB
 from train.aot.lower import LOWER, analyse, devices_of
 from train.config import ConfigError, TrainConfig, is_painting
-from train.settings import load_config, override
+from train.overrides import load_config, override
 from train.tasks.base import task_of
 
 FSDP = (1, 8, 16)  # that a sweep tries

@@ -14,7 +14,7 @@ from sam_jax.evaluate.clicks import evaluate_clicks, table
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights.convert import initialize
 from train.config import TrainConfig, learns_encoder
-from train.embeddings import Embeddings
+from train.embedding_cache import Embeddings
 from train.flops import step_flops
 from train.objectives.interactive import make_interactive
 from train.report.segmentation import write_report

@@ -20,7 +20,7 @@ from train.aot.__main__ import (
 )
 from train.aot.lower import devices_of
 from train.config import ConfigError
-from train.settings import override
+from train.overrides import override
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_tpu.json")

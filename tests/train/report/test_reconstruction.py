@@ -13,8 +13,8 @@ from sam_jax.data.open import open_source, select
 from sam_jax.model.mae import mae_tiny, normalize_patches
 from sam_jax.weights import mae
 from train.config import Painting
+from train.overrides import to_dict
 from train.report import reconstruction
-from train.settings import to_dict
 
 MODEL = mae_tiny(image_size=(32, 48), depth=1)
 SCENES = open_source("scenes:40x40", masks=False)

@@ -16,8 +16,8 @@ from sam_jax.data.open import select
 from sam_jax.data.sources.synthetic import Scenes
 from sam_jax.masks import rle
 from train import report
+from train.overrides import to_dict
 from train.report import curves, html, qualitative
-from train.settings import to_dict
 
 EVALUATION = {
     "source": "scenes",

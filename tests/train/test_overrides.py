@@ -8,7 +8,7 @@ import pytest
 from configs.mae_tiny import config as painting
 from sam_jax.model.sam import Sam, sam_tiny
 from train.config import ConfigError, Data, Interactive, Optimizer, TrainConfig
-from train.settings import differences, load_config, override, to_dict, to_json
+from train.overrides import differences, load_config, override, to_dict, to_json
 
 MODEL = sam_tiny(image_size=(128, 128), patch_size=8, depth=4)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))

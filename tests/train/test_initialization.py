@@ -14,7 +14,7 @@ from sam_jax.model.mae import mae_tiny
 from sam_jax.model.sam import sam_tiny
 from sam_jax.weights import mae
 from train.config import ConfigError, Data, TrainConfig
-from train.initial import initial_variables
+from train.initialization import initial_variables
 from train.tasks.base import task_of
 
 MODEL = sam_tiny(position_scale=1.0)

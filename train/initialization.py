@@ -15,7 +15,7 @@ from sam_jax.weights.formats import read_autoencoder
 from sam_jax.weights.tensors import WeightsError
 from train.config import ConfigError, TrainConfig, is_painting
 from train.optimizer import check_train_only
-from train.settings import differences, to_dict
+from train.overrides import differences, to_dict
 
 # Fields of the model that no parameter of given weights depends on.
 NOT_IN_WEIGHTS = (

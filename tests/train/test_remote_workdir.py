@@ -17,7 +17,7 @@ from tests.train.running import CONFIG, losses
 from train import __main__ as command
 from train.checkpoints import Checkpoints
 from train.config import ConfigError
-from train.outbox import Outbox
+from train.remote_workdir import Outbox
 
 RUN = "gs://bucket/runs/small"
 
