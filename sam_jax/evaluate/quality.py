@@ -72,7 +72,8 @@ def collect(compared: Iterable[Compared]) -> dict:
     """How well pairs agree, fit for JSON.
 
     Returns:
-      {"samples", "usable": how many images, "reasons", "bad": see `sam_jax.data.validate.summarize`,
+      {"samples", "usable": how many images, "reasons", "bad": see
+      `sam_jax.data.validate.summarize`,
       "pairs": how many, "alone": [in the first source, in the second], "above": {"0.9": share of
       the pairs, "0.75": share}, "mean_iou", "iou": {"bounds", "pairs": how many in each bin}}.
     Raises:

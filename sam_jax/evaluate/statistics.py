@@ -74,7 +74,8 @@ def collect(measured: Iterable[Measured]) -> dict:
     """Histograms of what was measured, fit for JSON.
 
     Returns:
-      What `sam_jax.data.validate.summarize` does, and {"masks_per_image": {"mean", "bins", "images"},
+      What `sam_jax.data.validate.summarize` does, and {"masks_per_image": {"mean", "bins",
+      "images"},
       "relative_size" and "concavity": {"mean", "bounds", "masks"}, "center": {"mean": [x, y],
       "bounds", "masks": a list for each bin of y, of a number for each bin of x}}, where "images"
       and "masks" are how many are in each bin.

@@ -4,7 +4,8 @@ It has two uses. `replay` computes the loss of recorded prompts, mask by mask, w
 forwards of segment-anything: gradients are compared with it. `train_step` is a whole step that
 draws its own prompts, written to be fast in eager PyTorch: ours is timed against it.
 
-Source of what the paper leaves unsaid: `train.objectives.interactive`, whose defaults are spelled out here.
+Source of what the paper leaves unsaid: `train.objectives.interactive`, whose defaults are spelled
+out here.
 """
 
 import dataclasses

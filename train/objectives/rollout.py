@@ -1,6 +1,7 @@
 """The rounds of SAM's objective for one mask, one after the other, to be looked at.
 
-Clicks, masks and scores are those of `train.objectives.interactive`, without dropping paths or units.
+Clicks, masks and scores are those of `train.objectives.interactive`, without dropping paths or
+units.
 """
 
 import dataclasses

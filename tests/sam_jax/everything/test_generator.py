@@ -17,15 +17,15 @@ IMAGE = Scenes((150, 200)).image(1)
 
 
 @pytest.fixture(scope="module")
-def generator():
+def make_generator():
     """A function of options -> a generator of the model that comes with the package."""
     model, variables = sam_jax.load("sam_tiny")
     return lambda **options: SamAutomaticMaskGenerator(model, variables, **LOOSE | options)
 
 
 @pytest.fixture(scope="module")
-def masks(generator):
-    return generator().generate(IMAGE)
+def masks(make_generator):
+    return make_generator().generate(IMAGE)
 
 
 def test_records_say_what_their_masks_are(masks):
@@ -45,8 +45,8 @@ def test_records_say_what_their_masks_are(masks):
     assert iou == sorted(iou, reverse=True)
 
 
-def test_masks_are_those_that_the_predictor_gives(generator, masks):
-    predictor = sam_jax.SamPredictor(generator().model, generator().variables)
+def test_masks_are_those_that_the_predictor_gives(make_generator, masks):
+    predictor = sam_jax.SamPredictor(make_generator().model, make_generator().variables)
     predictor.set_image(IMAGE)
     for mask in masks[::7]:
         predicted, scores, _ = predictor.predict(np.array(mask["point_coords"]), np.array([1]))
@@ -55,24 +55,24 @@ def test_masks_are_those_that_the_predictor_gives(generator, masks):
         assert np.sum(predicted[best] != mask["segmentation"]) <= 1
 
 
-def test_output_modes(generator, masks):
-    strings = generator(output_mode="coco_rle").generate(IMAGE)
-    lists = generator(output_mode="uncompressed_rle").generate(IMAGE)
+def test_output_modes(make_generator, masks):
+    strings = make_generator(output_mode="coco_rle").generate(IMAGE)
+    lists = make_generator(output_mode="uncompressed_rle").generate(IMAGE)
     for mask, string, numbers in zip(masks, strings, lists, strict=True):
         assert string["segmentation"] == rle.encode(mask["segmentation"])
         assert numbers["segmentation"] == rle.uncompress(string["segmentation"])
 
 
 def test_masks_do_not_depend_on_how_many_points_are_decoded_at_a_time(
-    generator, masks, monkeypatch
+    make_generator, masks, monkeypatch
 ):
     monkeypatch.setattr(generator, "CHUNK", 5)
     monkeypatch.setitem(candidates.UPSCALED, "cpu", 3)
-    _assert_same(generator(points_per_batch=64).generate(IMAGE), masks)
+    _assert_same(make_generator(points_per_batch=64).generate(IMAGE), masks)
 
 
-def test_no_size_compiles_anew(generator):
-    generate = generator(crop_n_layers=1, min_mask_region_area=20).generate
+def test_no_size_compiles_anew(make_generator):
+    generate = make_generator(crop_n_layers=1, min_mask_region_area=20).generate
     generate(IMAGE)
     programs = (
         generator.encode_images,
@@ -86,7 +86,7 @@ def test_no_size_compiles_anew(generator):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_the_device_of_the_variables_computes(generator, masks, monkeypatch):
+def test_the_device_of_the_variables_computes(make_generator, masks, monkeypatch):
     device, seen = jax.devices()[3], []
 
     def watch(module, name):
@@ -103,18 +103,18 @@ def test_the_device_of_the_variables_computes(generator, masks, monkeypatch):
     watch(generator, "find_candidates")
     watch(filtering, "non_maximum_suppression")
     watch(rasterize, "pack")
-    variables = jax.device_put(generator().variables, device)
-    there = SamAutomaticMaskGenerator(generator().model, variables, **LOOSE, crop_n_layers=1)
+    variables = jax.device_put(make_generator().variables, device)
+    there = SamAutomaticMaskGenerator(make_generator().model, variables, **LOOSE, crop_n_layers=1)
     there.generate(IMAGE)
     assert len(seen) > 10
     assert all(devices == {device} for devices in seen)
 
 
-def test_duplicates_are_dropped_across_crops(generator):
+def test_duplicates_are_dropped_across_crops(make_generator):
     crops = dict(crop_n_layers=1, crop_n_points_downscale_factor=2)
-    kept = generator(**crops, crop_nms_thresh=0.5).generate(IMAGE)
-    every = generator(**crops, crop_nms_thresh=1.0).generate(IMAGE)
-    assert len(filtering) < len(every)
+    kept = make_generator(**crops, crop_nms_thresh=0.5).generate(IMAGE)
+    every = make_generator(**crops, crop_nms_thresh=1.0).generate(IMAGE)
+    assert len(kept) < len(every)
     areas = [mask["crop_box"][2] * mask["crop_box"][3] for mask in kept]
     assert areas == sorted(areas)  # zoomed-in crops first
     every = {str((mask["crop_box"], mask["point_coords"], mask["bbox"])) for mask in every}
@@ -122,9 +122,9 @@ def test_duplicates_are_dropped_across_crops(generator):
         assert str((mask["crop_box"], mask["point_coords"], mask["bbox"])) in every
 
 
-def test_masks_cut_by_a_crop_are_dropped(generator):
+def test_masks_cut_by_a_crop_are_dropped(make_generator):
     """Within 20 pixels of a side of the crop that is not one of the image."""
-    masks = generator(crop_n_layers=1).generate(IMAGE)
+    masks = make_generator(crop_n_layers=1).generate(IMAGE)
     assert any(mask["crop_box"] != [0, 0, 200, 150] for mask in masks)
     for mask in masks:
         x, y, width, height = mask["bbox"]
@@ -138,33 +138,33 @@ def test_masks_cut_by_a_crop_are_dropped(generator):
             assert abs(side - of_crop) > 20 or abs(side - of_image) <= 20
 
 
-def test_masks_of_the_whole_image_are_dropped(generator, masks):
-    areas = [mask["area"] for mask in generator(box_nms_thresh=1.0).generate(IMAGE)]
+def test_masks_of_the_whole_image_are_dropped(make_generator, masks):
+    areas = [mask["area"] for mask in make_generator(box_nms_thresh=1.0).generate(IMAGE)]
     limit = sorted(areas)[len(areas) // 2]
     share = limit / (150 * 200)
-    left = generator(box_nms_thresh=1.0, max_image_share=share).generate(IMAGE)
+    left = make_generator(box_nms_thresh=1.0, max_image_share=share).generate(IMAGE)
     assert sorted(mask["area"] for mask in left) == sorted(area for area in areas if area < limit)
 
 
-def test_small_masks_are_dropped(generator, masks):
+def test_small_masks_are_dropped(make_generator, masks):
     limit = sorted(mask["area"] for mask in masks)[len(masks) // 2]
-    kept = generator(min_mask_region_area=limit).generate(IMAGE)
-    left = generator(min_mask_region_area=limit, remove_small_masks=True).generate(IMAGE)
-    assert min(mask["area"] for mask in filtering) < limit
+    kept = make_generator(min_mask_region_area=limit).generate(IMAGE)
+    left = make_generator(min_mask_region_area=limit, remove_small_masks=True).generate(IMAGE)
+    assert min(mask["area"] for mask in kept) < limit
     assert left
     assert min(mask["area"] for mask in left) >= limit
 
 
-def test_nothing_is_found(generator):
-    assert generator(pred_iou_thresh=9.0).generate(IMAGE) == []
-    nothing = generator(pred_iou_thresh=9.0, crop_n_layers=1, min_mask_region_area=9)
+def test_nothing_is_found(make_generator):
+    assert make_generator(pred_iou_thresh=9.0).generate(IMAGE) == []
+    nothing = make_generator(pred_iou_thresh=9.0, crop_n_layers=1, min_mask_region_area=9)
     assert nothing.generate(IMAGE) == []
 
 
-def test_stability_is_that_of_two_levels(generator):
-    predictor = sam_jax.SamPredictor(generator().model, generator().variables)
+def test_stability_is_that_of_two_levels(make_generator):
+    predictor = sam_jax.SamPredictor(make_generator().model, make_generator().variables)
     predictor.set_image(IMAGE)
-    for mask in generator(stability_score_offset=0.4).generate(IMAGE)[::7]:
+    for mask in make_generator(stability_score_offset=0.4).generate(IMAGE)[::7]:
         point = np.array(mask["point_coords"]), np.array([1])
         logits, scores, _ = predictor.predict(*point, return_logits=True)
         best = logits[np.argmin(np.abs(scores - mask["predicted_iou"]))]
@@ -179,10 +179,10 @@ def test_a_float32_is_above_a_threshold_as_it_was_meant(threshold):
         assert (value > rounded) == (float(value) > threshold)
 
 
-def test_sa1b_preset(generator):
+def test_sa1b_preset(make_generator):
     """Twenty crops of an image: the whole paper's settings, with thresholds for a tiny model."""
     options = sa1b_preset() | LOOSE | dict(points_per_side=4)
-    found = generator(**options).generate(IMAGE)
+    found = make_generator(**options).generate(IMAGE)
     assert {tuple(mask["crop_box"]) for mask in found} - {(0, 0, 200, 150)}
     assert all(100 <= mask["area"] < 0.95 * 150 * 200 for mask in found)
 
@@ -215,9 +215,9 @@ def test_sa1b_preset(generator):
         (dict(max_image_share=0.0), "max_image_share must be above 0, up to 1; got 0.0"),
     ],
 )
-def test_bad_options(generator, options, message):
+def test_bad_options(make_generator, options, message):
     with pytest.raises(ValueError, match=message):
-        generator(**options)
+        make_generator(**options)
 
 
 @pytest.mark.parametrize(
@@ -230,9 +230,9 @@ def test_bad_options(generator, options, message):
         (np.zeros((1, 1, 3), np.uint8), "image must be large enough for 2 layers of crops"),
     ],
 )
-def test_bad_images(generator, image, message):
+def test_bad_images(make_generator, image, message):
     with pytest.raises(ValueError, match=message):
-        generator(**LOOSE | dict(crop_n_layers=2)).generate(image)
+        make_generator(**LOOSE | dict(crop_n_layers=2)).generate(image)
 
 
 def _assert_same(masks, expected):

@@ -22,7 +22,7 @@ from train.aot.lower import devices_of
 from train.config import ConfigError
 from train.overrides import override
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = Path(__file__).with_name("golden_tpu.json")
 WORSE = 1.05  # times its golden figure, which is too much
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None

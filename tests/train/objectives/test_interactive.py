@@ -1,8 +1,8 @@
 """SAM's objective against a plain loop over rounds and masks, and the rules of its rounds.
 
 `plain` is the specification once more: one mask after the other, no scan, no vmap, all gradients by
-`jax.grad`. With the objective it shares the model, the draws of `train.objectives.prompt_sampling`, and the rule of
-the keys. `Toy` stands in for the model where the objective alone is in question.
+`jax.grad`. With the objective it shares the model, the draws of
+`train.objectives.prompt_sampling`, and the rule of the keys. `Toy` stands in for the model where the objective alone is in question.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ from sam_jax.data.example import BadSample, SourceError
 from sam_jax.data.sources.coco import open_coco
 from sam_jax.masks import rle
 
-REAL = Path(__file__).parents[4] / "shared" / "realdata" / "coco_tiny_train"
+REAL = Path(__file__).parents[5] / "shared" / "realdata" / "coco_tiny_train"
 SIZE = (20, 30)
 BOX = [[2, 3, 12, 3, 12, 9, 2, 9]]  # 10 by 6 pixels
 

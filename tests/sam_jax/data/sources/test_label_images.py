@@ -13,7 +13,7 @@ from sam_jax.data.example import BadSample, SourceError
 from sam_jax.data.sources.label_images import open_labels
 from sam_jax.masks import rle
 
-REAL = Path(__file__).parents[4] / "shared" / "realdata" / "dsb2018_dev"
+REAL = Path(__file__).parents[5] / "shared" / "realdata" / "dsb2018_dev"
 SIZE = (14, 22)
 
 
