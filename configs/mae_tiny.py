@@ -7,16 +7,16 @@ minutes on two CPU cores. The recipe is that of `mae_vit_b` but for its size and
 """
 
 from sam_jax.model.mae import mae_tiny
-from train.config import CropData, Optimizer, Painting, TrainConfig
+from train.config import Optimizer, PretrainData, Reconstruction, TrainConfig
 
 config = TrainConfig(
     model=mae_tiny(),
-    objective=Painting(),
-    data=CropData(source="scenes", held_out="::500"),
+    objective=Reconstruction(),
+    data=PretrainData(source="scenes", held_out="::500"),
     optimizer=Optimizer(
         peak_lr=1.5e-3,
         warmup_steps=100,
-        drop_at=(),
+        lr_boundaries=(),
         cosine_steps=1500,
         weight_decay=0.05,
         layer_decay=1.0,

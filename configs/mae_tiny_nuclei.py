@@ -12,13 +12,13 @@ import dataclasses
 
 from configs.mae_tiny import config as tiny
 from sam_jax.model.mae import mae_tiny
-from train.config import CropData, Painting
+from train.config import PretrainData, Reconstruction
 
 config = dataclasses.replace(
     tiny,
     model=mae_tiny(image_size=(160, 160), patch_size=16),
-    objective=Painting(normalized=False),
-    data=CropData(source="labels:data/dsb2018", held_out="0::5", min_area=0.1, turns=True),
+    objective=Reconstruction(normalized=False),
+    data=PretrainData(source="labels:data/dsb2018", held_out="0::5", min_area=0.1, rot90=True),
     optimizer=dataclasses.replace(tiny.optimizer, peak_lr=3e-3, cosine_steps=1200),
     batch_size=32,
     num_steps=1200,

@@ -10,16 +10,16 @@ after 40 epochs of warm-up. The same, small: configs/mae_tiny.py.
 """
 
 from sam_jax.model.mae import mae_vit_b
-from train.config import CropData, Optimizer, Painting, TrainConfig
+from train.config import Optimizer, PretrainData, Reconstruction, TrainConfig
 
 config = TrainConfig(
     model=mae_vit_b(dtype="bfloat16"),
-    objective=Painting(),
-    data=CropData(source="tfds:imagenet2012", held_out="::1000"),
+    objective=Reconstruction(),
+    data=PretrainData(source="tfds:imagenet2012", held_out="::1000"),
     optimizer=Optimizer(
         peak_lr=2.4e-3,
         warmup_steps=12_500,
-        drop_at=(),
+        lr_boundaries=(),
         cosine_steps=500_000,
         weight_decay=0.05,
         layer_decay=1.0,

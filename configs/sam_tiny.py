@@ -13,13 +13,13 @@ from train.config import Data, Interactive, Optimizer, TrainConfig
 
 config = TrainConfig(
     model=sam_tiny(),
-    objective=Interactive(focal=4.0, masks_per_image=1, chunk=1),
+    objective=Interactive(focal=4.0, masks_per_image=1, masks_per_chunk=1),
     data=Data(source="scenes", held_out="::1000"),
     optimizer=Optimizer(
         peak_lr=1.2e-3,
         warmup_steps=1,
-        drop_at=(2500, 3900, 4600),
-        drop_by=0.35,
+        lr_boundaries=(2500, 3900, 4600),
+        lr_decay_factor=0.35,
         weight_decay=0.05,
         layer_decay=1.0,
         b2=0.95,

@@ -17,6 +17,6 @@ from train.config import Data
 config = dataclasses.replace(
     nuclei,
     data=Data(source="coco:data/coco", held_out="0::5", flips=True),
-    optimizer=dataclasses.replace(nuclei.optimizer, drop_at=(900, 1400, 1660)),
+    optimizer=dataclasses.replace(nuclei.optimizer, lr_boundaries=(900, 1400, 1660)),
     num_steps=1800,
 )

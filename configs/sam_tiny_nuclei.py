@@ -26,10 +26,12 @@ config = dataclasses.replace(
         global_blocks=(1,),
         position_scale=1.0,
     ),
-    objective=dataclasses.replace(tiny.objective, masks_per_image=2, chunk=2, loss_scale=2),
-    data=Data(source="labels:data/dsb2018", held_out="0::5", flips=True, turns=True),
-    optimizer=dataclasses.replace(tiny.optimizer, drop_at=(1200, 1870, 2210)),
-    match_attention=2.0,
+    objective=dataclasses.replace(
+        tiny.objective, masks_per_image=2, masks_per_chunk=2, loss_scale=2
+    ),
+    data=Data(source="labels:data/dsb2018", held_out="0::5", flips=True, rot90=True),
+    optimizer=dataclasses.replace(tiny.optimizer, lr_boundaries=(1200, 1870, 2210)),
+    mimetic_init_scale=2.0,
     batch_size=4,
     num_steps=2400,
 )

@@ -16,7 +16,7 @@ config = TrainConfig(
     optimizer=Optimizer(
         peak_lr=8e-4,
         warmup_steps=250,
-        drop_at=(60_000, 86_666),
+        lr_boundaries=(60_000, 86_666),
         weight_decay=0.1,
         layer_decay=0.8,
     ),

@@ -18,7 +18,7 @@ config = dataclasses.replace(
     optimizer=Optimizer(
         peak_lr=4e-4,
         warmup_steps=250,
-        drop_at=(120_000, 173_333),
+        lr_boundaries=(120_000, 173_333),
         weight_decay=0.1,
         layer_decay=0.8,
     ),

@@ -15,8 +15,8 @@ class ConfigError(ValueError):
 class Interactive:
     """SAM's objective. The defaults are the paper's, or ours where it is silent."""
 
-    points: int = 8  # clicks sampled after the first prompt, one a round
-    extra_rounds: int = 2  # without new information: the last, and (if 2) one before some click
+    num_clicks: int = 8  # clicks sampled after the first prompt, one a round
+    num_extra_rounds: int = 2  # without new information: the last, and (if 2) one before some click
     focal: float = 20.0  # weight of the focal loss
     dice: float = 1.0  # weight of the dice loss
     iou: float = 1.0  # weight of the loss of the predicted IoU
@@ -24,15 +24,17 @@ class Interactive:
     multimask: bool = True  # three outputs for the first prompt; else the single one always
     multimask_extra: bool = False  # three outputs too where only an extra round followed the first
     detach_mask: bool = True  # no gradient through the mask prompt into the round before
-    iou_all: bool = False  # the IoU loss on all three masks, not only on the best
-    iou_l1: bool = False  # absolute instead of squared errors of the IoU
+    iou_supervision: Literal["best", "all"] = "best"  # masks whose predicted IoU is supervised
+    iou_loss: Literal["mse", "l1"] = "mse"  # squared or absolute error of the predicted IoU
     loss_scale: int = 1  # 1, 2, 4: the loss at this multiple of the decoder's resolution
     box_noise: Literal["gaussian", "uniform"] = "gaussian"  # law of the first box's noise
-    chunk: int = 16  # masks an image in one go; bounds the memory, does not change the result
+    masks_per_chunk: int = (
+        16  # masks an image in one go; bounds the memory, does not change the result
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class Painting:
+class Reconstruction:
     """The masked autoencoder's objective."""
 
     normalized: bool = True  # each patch by its own mean and deviation; else in plain colours
@@ -45,21 +47,21 @@ class Data:
     source: str  # kind:place, e.g. sa1b:/data/sa1b, coco:DIR, labels:DIR, tfds:NAME, scenes
     held_out: str = ""  # slice of the source's images that only the evaluation sees, e.g. 0::5
     flips: bool = False  # mirror images left to right at random
-    turns: bool = False  # turn images by a random multiple of 90 degrees
+    rot90: bool = False  # turn images by a random multiple of 90 degrees
     half_size_jpeg: bool = False  # decode JPEGs at half size where the frame allows: faster
     workers: int = 0  # processes that decode; 0: threads of this one
     max_bad: float = 0.001  # fraction of unusable samples that ends the run
 
 
 @dataclasses.dataclass(frozen=True)
-class CropData:
+class PretrainData:
     """Where the masked autoencoder's images come from, and which crops of them are taken."""
 
     source: str  # kind:place, e.g. tfds:imagenet2012, images:DIR, or any that SAM learns from
     held_out: str = ""  # slice of the source's images that only the evaluation sees, e.g. 0::5
     min_area: float = 0.2  # of an image, that a crop has at least
     flips: bool = True  # mirror images left to right at random
-    turns: bool = False  # turn images by a random multiple of 90 degrees
+    rot90: bool = False  # turn images by a random multiple of 90 degrees
     half_size_jpeg: bool = False  # decode JPEGs at half size where the frame allows: faster
     workers: int = 0  # processes that decode; 0: threads of this one
     max_bad: float = 0.001  # fraction of unusable images that ends the run
@@ -71,8 +73,8 @@ class Optimizer:
 
     peak_lr: float = 8e-4
     warmup_steps: int = 250
-    drop_at: tuple[int, ...] = (60_000, 86_666)  # steps at which the rate drops
-    drop_by: float = 0.1  # factor of each drop
+    lr_boundaries: tuple[int, ...] = (60_000, 86_666)  # steps at which the rate drops
+    lr_decay_factor: float = 0.1  # factor of each drop
     cosine_steps: int = 0  # by which a half-cosine after the warm-up has come to 0; 0: none
     weight_decay: float = 0.1  # not of biases, norms, embeddings and positions
     layer_decay: float = 0.8  # rate of each encoder block over that of the next
@@ -85,15 +87,17 @@ class TrainConfig:
     """A whole run: of a SAM, or of the masked autoencoder that its encoder begins as."""
 
     model: Sam | MaskedAutoencoder
-    data: Data | CropData
-    objective: Interactive | Painting = Interactive()
+    data: Data | PretrainData
+    objective: Interactive | Reconstruction = Interactive()
     optimizer: Optimizer = Optimizer()
     batch_size: int = 256  # images
     num_steps: int = 90_000
     fsdp: int = 1  # devices over which each large array of the state is split
     init_from: str = ""  # weights to start from: whatever `sam_jax.load` takes, or an autoencoder's
-    match_attention: float = 0.0  # scale of matched first weights (`train.initialization`); 0: none
-    train_only: tuple[str, ...] = ()  # parts that learn, by parameter path; none: all
+    mimetic_init_scale: float = (
+        0.0  # scale of matched first weights (`train.initialization`); 0: none
+    )
+    trainable: tuple[str, ...] = ()  # parts that learn, by parameter path; none: all
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
     evaluate_every: int = 0  # steps; 0: only at the end
@@ -104,7 +108,10 @@ class TrainConfig:
         check(self)
 
 
-KINDS = ((Sam, Data, Interactive), (MaskedAutoencoder, CropData, Painting))  # that go together
+KINDS = (
+    (Sam, Data, Interactive),
+    (MaskedAutoencoder, PretrainData, Reconstruction),
+)  # that go together
 
 
 def check(config: TrainConfig) -> None:
@@ -121,10 +128,10 @@ def check(config: TrainConfig) -> None:
             f"model.image_size must be divisible by the patch of {patch} pixels; "
             f"got {config.model.image_size}"
         )
-    (check_painting if is_painting(config) else check_sam)(config)
+    (check_painting if is_reconstruction(config) else check_sam)(config)
 
 
-def is_painting(config: TrainConfig) -> bool:
+def is_reconstruction(config: TrainConfig) -> bool:
     """Whether a masked autoencoder learns."""
     return isinstance(config.model, MaskedAutoencoder)
 
@@ -150,8 +157,8 @@ def rules_of_run(config: TrainConfig) -> list[tuple[str, Any, bool, str]]:
          len(config.profile) in (0, 2) and list(config.profile) == sorted(config.profile),
          "a first and a last step, or ()"),
         at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0),
-        ("optimizer.drop_at", optimizer.drop_at,
-         list(optimizer.drop_at) == sorted(optimizer.drop_at), "steps in order"),
+        ("optimizer.lr_boundaries", optimizer.lr_boundaries,
+         list(optimizer.lr_boundaries) == sorted(optimizer.lr_boundaries), "steps in order"),
         ("optimizer.cosine_steps", optimizer.cosine_steps,
          optimizer.cosine_steps == 0 or optimizer.cosine_steps > optimizer.warmup_steps,
          "0, or more than optimizer.warmup_steps"),
@@ -164,19 +171,19 @@ def check_sam(config: TrainConfig) -> None:
     check_rules([
         ("model.dropout", model.dropout,
          model.dropout == 0 or 1 / 256 <= model.dropout <= 255 / 256, "0, or 1/256 to 255/256"),
-        ("objective.points", objective.points, 0 <= objective.points <= 16, "0 to 16"),
-        ("objective.extra_rounds", objective.extra_rounds, objective.extra_rounds in (0, 1, 2),
-         "0, 1 or 2"),
+        ("objective.num_clicks", objective.num_clicks, 0 <= objective.num_clicks <= 16, "0 to 16"),
+        ("objective.num_extra_rounds", objective.num_extra_rounds,
+         objective.num_extra_rounds in (0, 1, 2), "0, 1 or 2"),
         at_least("objective.masks_per_image", objective.masks_per_image, 1),
-        at_least("objective.chunk", objective.chunk, 1),
+        at_least("objective.masks_per_chunk", objective.masks_per_chunk, 1),
         ("objective.loss_scale", objective.loss_scale, objective.loss_scale in (1, 2, 4),
          "1, 2 or 4"),
-        at_least("match_attention", config.match_attention, 0),
+        at_least("mimetic_init_scale", config.mimetic_init_scale, 0),
     ])  # fmt: skip
-    if not learns_encoder(config) and (config.data.flips or config.data.turns):
+    if not learns_encoder(config) and (config.data.flips or config.data.rot90):
         raise ConfigError(
-            "data.flips and data.turns must be False where the image encoder does not learn: its "
-            f"embeddings are computed once; got train_only={config.train_only}"
+            "data.flips and data.rot90 must be False where the image encoder does not learn: its "
+            f"embeddings are computed once; got trainable={config.trainable}"
         )
     if model.patch_size % (4 * objective.loss_scale):
         raise ConfigError(
@@ -196,7 +203,7 @@ def check_painting(config: TrainConfig) -> None:
         ("model.mask_ratio", model.mask_ratio, 0 < model.num_visible < patches,
          f"such that some of the {patches} patches are hidden and some are not"),
         ("data.min_area", data.min_area, 0 < data.min_area <= 1, "more than 0, at most 1"),
-        ("match_attention", config.match_attention, config.match_attention == 0,
+        ("mimetic_init_scale", config.mimetic_init_scale, config.mimetic_init_scale == 0,
          "0: a masked autoencoder has no prompts"),
     ])  # fmt: skip
 
@@ -208,5 +215,5 @@ def at_least(name: str, value: float, least: int) -> tuple[str, Any, bool, str]:
 
 def learns_encoder(config: TrainConfig) -> bool:
     """Whether any part of a SAM's image encoder learns."""
-    parts = (part.split("/")[0] for part in config.train_only)
-    return not config.train_only or "image_encoder" in parts
+    parts = (part.split("/")[0] for part in config.trainable)
+    return not config.trainable or "image_encoder" in parts

@@ -77,7 +77,7 @@ def step_flops(model: Sam, config: Interactive) -> float:
     return 3 * (encoder_flops(model) + config.masks_per_image * rounds_flops(model, config))
 
 
-def painting_flops(model: MaskedAutoencoder) -> float:
+def reconstruction_flops(model: MaskedAutoencoder) -> float:
     """Of a training step of a masked autoencoder: one image, forward and backward."""
     patches, p = model.grid[0] * model.grid[1], model.patch_size
     c, d = model.embed_dim, model.decoder_dim
@@ -95,9 +95,9 @@ def transformer_flops(tokens: int, c: int, mlp_ratio: int) -> float:
 
 def rounds_flops(model: Sam, config: Interactive) -> float:
     """Of all rounds of a mask, forward. The inserted round comes before each click as often."""
-    clicks = list(range(config.points + 1))
-    mean = sum(clicks) / max(1, config.points)
-    if config.extra_rounds > 0:
-        clicks.append(config.points)
-    extra = [mean - 1] if config.extra_rounds == 2 else []
+    clicks = list(range(config.num_clicks + 1))
+    mean = sum(clicks) / max(1, config.num_clicks)
+    if config.num_extra_rounds > 0:
+        clicks.append(config.num_clicks)
+    extra = [mean - 1] if config.num_extra_rounds == 2 else []
     return sum(decoder_flops(model, FIRST + n) for n in clicks + extra)

@@ -13,7 +13,7 @@ from sam_jax.model.sam import Sam
 from sam_jax.weights import mae
 from sam_jax.weights.formats import read_autoencoder
 from sam_jax.weights.tensors import WeightsError
-from train.config import ConfigError, TrainConfig, is_painting
+from train.config import ConfigError, TrainConfig, is_reconstruction
 from train.optimizer import check_train_only
 from train.overrides import differences, to_dict
 
@@ -37,13 +37,13 @@ def initial_variables(config: TrainConfig, initialize: Callable[[], dict]) -> di
     """The variables of `init_from`, or else those that `initialize` draws.
 
     Raises:
-      ConfigError: if those of `init_from` are of another model, or `train_only` names nothing.
+      ConfigError: if those of `init_from` are of another model, or `trainable` names nothing.
     """
-    if is_painting(config):
+    if is_reconstruction(config):
         variables = variables_of_autoencoder(config, initialize)
     else:
         variables = variables_of_sam(config, initialize)
-    check_train_only(variables["params"], config.train_only)
+    check_train_only(variables["params"], config.trainable)
     return variables
 
 
@@ -56,8 +56,8 @@ def variables_of_sam(config: TrainConfig, initialize: Callable[[], dict]) -> dic
         return variables
     encoder = encoder_of(config, *autoencoder) if autoencoder else {}
     variables = jax.jit(initialize)()
-    if config.match_attention:
-        params = match_attention(variables["params"], config.match_attention)
+    if config.mimetic_init_scale:
+        params = mimetic_init(variables["params"], config.mimetic_init_scale)
         variables = variables | {"params": params}
     return unflatten_dict(flatten_dict(variables, sep="/") | encoder, sep="/")
 
@@ -105,7 +105,7 @@ def check_same(config: TrainConfig, model: Sam | MaskedAutoencoder) -> None:
         raise ConfigError(f"init_from={config.init_from!r} holds another model: {'; '.join(found)}")
 
 
-def match_attention(params: dict, scale: float) -> dict:
+def mimetic_init(params: dict, scale: float) -> dict:
     """Makes the mask decoder's cross-attention look where a prompt is, before it has learnt to.
 
     Queries and keys hold the same encoding of positions. Where they are projected alike, their

@@ -28,13 +28,13 @@ NOT_DECAYED = (
 )  # last part of a parameter's path
 
 
-def make_optimizer(config: Optimizer, depth: int, train_only: tuple[str, ...] = ()):
+def make_optimizer(config: Optimizer, depth: int, trainable: tuple[str, ...] = ()):
     """Builds the gradient transformation.
 
     Args:
       config: `Optimizer`.
       depth: blocks of the image encoder.
-      train_only: paths of what learns, e.g. ("mask_decoder",); empty for all.
+      trainable: paths of what learns, e.g. ("mask_decoder",); empty for all.
     Returns:
       `optax.GradientTransformation` over the tree of parameters. What does not learn has no
       moments.
@@ -45,10 +45,10 @@ def make_optimizer(config: Optimizer, depth: int, train_only: tuple[str, ...] = 
         scale_by_depth(config.layer_decay, depth),
         optax.scale_by_learning_rate(make_schedule(config)),
     )
-    if not train_only:
+    if not trainable:
         return adam
     label = lambda params: map_paths(
-        lambda path: "learns" if learns(path, train_only) else "fixed", params
+        lambda path: "learns" if learns(path, trainable) else "fixed", params
     )
     return optax.partition({"learns": adam, "fixed": optax.set_to_zero()}, label)
 
@@ -58,8 +58,8 @@ def make_schedule(config):
 
     def schedule(count):
         warmup = jax.numpy.minimum(1.0, (count + 1) / max(1, config.warmup_steps))
-        drops = sum(count >= step for step in config.drop_at)
-        rate = config.peak_lr * warmup * config.drop_by**drops
+        drops = sum(count >= step for step in config.lr_boundaries)
+        rate = config.peak_lr * warmup * config.lr_decay_factor**drops
         if not config.cosine_steps:
             return rate
         done = (count - config.warmup_steps) / (config.cosine_steps - config.warmup_steps)
@@ -98,19 +98,19 @@ def lr_multiplier(path: str, layer_decay: float, depth: int) -> float:
     return layer_decay ** (depth + 1)
 
 
-def learns(path: str, train_only: tuple[str, ...]) -> bool:
+def learns(path: str, trainable: tuple[str, ...]) -> bool:
     """Whether a parameter lies in one of the parts that learn."""
-    return not train_only or any(f"{path}/".startswith(f"{part}/") for part in train_only)
+    return not trainable or any(f"{path}/".startswith(f"{part}/") for part in trainable)
 
 
-def check_train_only(params, train_only: tuple[str, ...]) -> None:
+def check_train_only(params, trainable: tuple[str, ...]) -> None:
     """Raises ConfigError for a part that no parameter lies in."""
     paths = flax.traverse_util.flatten_dict(params, sep="/")
-    for part in train_only:
+    for part in trainable:
         if not any(learns(path, (part,)) for path in paths):
             tops = sorted({"/".join(path.split("/")[:2]) for path in paths})
             raise ConfigError(
-                f"train_only names {part!r}, where there is no parameter; there are e.g. "
+                f"trainable names {part!r}, where there is no parameter; there are e.g. "
                 f"{', '.join(tops)}"
             )
 

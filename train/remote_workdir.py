@@ -25,7 +25,7 @@ CACHES = "embeddings*.npy"  # which stay on their machine
 log = logging.getLogger("train")
 
 
-class Outbox:
+class RemoteWorkdir:
     """A run's files, and where they are sent to, if they are. A context, which ends with the run.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outbox:
           ConfigError: if the workdir is in a store of an unknown kind.
         """
         self.address = str(workdir).rstrip("/")
-        self.is_remote = storage.is_address(self.address)
+        self.is_remote = storage.is_url(self.address)
         if self.is_remote and not self.address.startswith("gs://"):
             raise ConfigError(f"--workdir must be a folder or gs://BUCKET/PATH; got {workdir}")
         if self.is_remote:
@@ -61,7 +61,7 @@ class Outbox:
         if not self.is_remote:
             return
         try:
-            names = storage.names_in(self.address) if storage.is_folder(self.address) else []
+            names = storage.listdir(self.address) if storage.is_folder(self.address) else []
             if names and "config.json" not in names:
                 raise ConfigError(
                     f"{self.address} is neither empty nor a run's: choose another --workdir"
@@ -69,7 +69,7 @@ class Outbox:
             for name in names:
                 if any(fnmatch.fnmatch(name, pattern) for pattern in FETCHED):
                     path = self.folder / name
-                    path.write_bytes(storage.read_part(f"{self.address}/{name}"))
+                    path.write_bytes(storage.read_range(f"{self.address}/{name}"))
                     self._sent[name] = state_of(path)
         except (OSError, SourceError) as error:
             raise ConfigError(f"--workdir {self.address} cannot be read: {error}") from error
@@ -90,13 +90,13 @@ class Outbox:
             there.add(name)
             state = state_of(path)
             if self._sent.get(name) != state:
-                storage.send_file(str(path), f"{self.address}/{name}")
+                storage.upload(str(path), f"{self.address}/{name}")
                 self._sent[name] = state
         for name in set(self._sent) - there:
             storage.remove(f"{self.address}/{name}")
             del self._sent[name]
 
-    def __enter__(self) -> "Outbox":
+    def __enter__(self) -> "RemoteWorkdir":
         return self
 
     def __exit__(self, kind, error, trace) -> None:

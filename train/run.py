@@ -7,15 +7,15 @@ from jax.sharding import Mesh
 
 import sam_jax
 from sam_jax.data.loader import Loader
-from sam_jax.data.open import Selection, leave_out, open_source, select
+from sam_jax.data.open import Subset, exclude, open_source, select
 from train.checkpoints import KEPT, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops
 from train.initialization import initial_variables
 from train.metrics import Metrics, summarize
 from train.optimizer import make_optimizer
-from train.remote_workdir import Outbox
-from train.sharding import born_on, gather, make_mesh, split_batch, wait_for_all
+from train.remote_workdir import RemoteWorkdir
+from train.sharding import init_sharded, make_mesh, process_allgather, shard_batch, sync_hosts
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.tasks.base import Task, task_of
@@ -41,7 +41,7 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     seen, held_out = open_data(config, task)
     mesh = make_mesh(config.batch_size, config.fsdp)
     variables = initial_variables(config, task.initialize)
-    with Outbox(workdir) as outbox:
+    with RemoteWorkdir(workdir) as outbox:
         outbox.fetch()
         needed = task.bytes_on_disk(seen) + bytes_on_disk(variables, outbox.is_remote)
         claim(outbox.folder, config, needed, is_first_host(), outbox.address)
@@ -53,23 +53,23 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
             f"weights: {outbox.address}/weights",
             sep="\n",
         )
-    wait_for_all("the run's end")
+    sync_hosts("the run's end")
 
 
 def learn(
     config: TrainConfig,
     task: Task,
-    outbox: Outbox,
+    outbox: RemoteWorkdir,
     mesh: Mesh,
     variables: dict,
-    seen: Selection,
-    held_out: Selection,
+    seen: Subset,
+    held_out: Subset,
 ) -> None:
     """Trains on the images that are `seen`, from the newest checkpoint or the variables."""
     folder = outbox.folder
-    optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
+    optimizer = make_optimizer(config.optimizer, config.model.depth, config.trainable)
     checkpoints = Checkpoints(outbox.checkpoints)
-    state = born_on(mesh, lambda given: init_state(given, optimizer), variables)
+    state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
     step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
     state = checkpoints.restore(state) or state
     start = int(state.step)
@@ -87,7 +87,7 @@ def learn(
         bad.add(problems)
         if metrics and done in config.profile[:1]:
             jax.profiler.start_trace(folder / "profile")
-        state, values = step(state, split_batch(mesh, complete(batch)))
+        state, values = step(state, shard_batch(mesh, complete(batch)))
         is_last = done == config.num_steps
         if metrics and done in config.profile[1:]:
             jax.block_until_ready(values)
@@ -116,7 +116,7 @@ def is_first_host() -> bool:
 
 
 def conclude(
-    config: TrainConfig, task: Task, workdir: Path, variables: dict, held_out: Selection
+    config: TrainConfig, task: Task, workdir: Path, variables: dict, held_out: Subset
 ) -> None:
     """Saves the weights, evaluates them, and reports."""
     sam_jax.save(workdir / "weights", config.model, variables)
@@ -126,7 +126,7 @@ def conclude(
     task.report(workdir, variables, held_out, evaluation)
 
 
-def open_data(config: TrainConfig, task: Task) -> tuple[Selection, Selection]:
+def open_data(config: TrainConfig, task: Task) -> tuple[Subset, Subset]:
     """The images to learn from, and those to evaluate on: the same ones where none are held out.
 
     Those to evaluate on are always decoded in full.
@@ -135,15 +135,15 @@ def open_data(config: TrainConfig, task: Task) -> tuple[Selection, Selection]:
     whole = open_source(config.data.source, masks=task.needs_masks)
     if not config.data.held_out:
         return select(source, ":"), select(whole, ":")
-    return leave_out(source, config.data.held_out), select(whole, config.data.held_out)
+    return exclude(source, config.data.held_out), select(whole, config.data.held_out)
 
 
-def make_loader(config: TrainConfig, task: Task, selection: Selection) -> Loader:
+def make_loader(config: TrainConfig, task: Task, selection: Subset) -> Loader:
     """The loader of the images to learn from."""
     return Loader(
         source=selection.source,
         indices=selection.indices,
-        prepare=task.prepare,
+        transform=task.transform,
         batch_size=config.batch_size,
         seed=config.seed,
         host=jax.process_index(),
@@ -171,7 +171,7 @@ def bytes_on_disk(variables: dict, is_remote: bool) -> int:
 
 def variables_of(mesh: Mesh, state: TrainState) -> dict:
     """The model's variables, whole, on one device of every host."""
-    variables = gather(mesh, {"params": state.params, "constants": state.constants})
+    variables = process_allgather(mesh, {"params": state.params, "constants": state.constants})
     return jax.device_put(variables, jax.local_devices()[0])
 
 

@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train.config import ConfigError
 
 DATA, FSDP = "data", "fsdp"
-IMAGES = PartitionSpec((DATA, FSDP))  # the images of a batch are split over all devices
-WHOLE = PartitionSpec()
-SPLIT_FROM = 2**20  # elements of the smallest array that is split
+BATCH_SPEC = PartitionSpec((DATA, FSDP))  # the images of a batch are split over all devices
+REPLICATED = PartitionSpec()
+MIN_SHARD_SIZE = 2**20  # elements of the smallest array that is split
 SHARE = 8  # a piece's rows are a multiple of this, as tiles of memory have them
-GATHER_BESIDE = {  # other work: not all generations of TPUs do so unasked
+ASYNC_ALL_GATHER_OPTIONS = {  # other work: not all generations of TPUs do so unasked
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
 }
@@ -58,7 +58,7 @@ def make_mesh(batch_size: int, fsdp: int = 1, devices=None) -> Mesh:
     return Mesh(placed, (DATA, FSDP), axis_types=types)
 
 
-def layout_of(mesh: Mesh, state: Any) -> Any:
+def infer_sharding(mesh: Mesh, state: Any) -> Any:
     """Where each array of a state lies, by its shape alone.
 
     Large ones are split along the first axis that leaves every device whole tiles.
@@ -67,33 +67,33 @@ def layout_of(mesh: Mesh, state: Any) -> Any:
     def place(x):
         fsdp = mesh.shape[FSDP]
         axes = [i for i, n in enumerate(x.shape[:-1]) if n % (SHARE * fsdp) == 0]
-        if fsdp == 1 or x.size < SPLIT_FROM or not axes:
-            return NamedSharding(mesh, WHOLE)
+        if fsdp == 1 or x.size < MIN_SHARD_SIZE or not axes:
+            return NamedSharding(mesh, REPLICATED)
         return NamedSharding(mesh, PartitionSpec(*[None] * axes[0], FSDP))
 
     return jax.tree.map(place, state)
 
 
-def born_on(mesh: Mesh, make: Callable, *args: Any) -> Any:
+def init_sharded(mesh: Mesh, make: Callable, *args: Any) -> Any:
     """What `make` returns for arrays in the host's memory, each result made where it is to lie."""
     args = jax.tree.map(np.asarray, args)
-    layout = layout_of(mesh, jax.eval_shape(make, *args))
+    layout = infer_sharding(mesh, jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=layout)(*args)
 
 
-def split_batch(mesh: Mesh, batch: Any) -> Any:
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """Makes this host's rows 'b ...' of a batch part of all hosts' rows, each on its device."""
-    sharding = NamedSharding(mesh, IMAGES)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def gather(mesh: Mesh, tree: Any) -> Any:
+def process_allgather(mesh: Mesh, tree: Any) -> Any:
     """All of a tree's arrays, whole, in the memory of every host."""
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, WHOLE))(tree)
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, REPLICATED))(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
 
 
-def wait_for_all(what: str) -> None:
+def sync_hosts(what: str) -> None:
     """Waits until every host has come to this place."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
@@ -105,19 +105,19 @@ def compile_step(mesh: Mesh, step: Callable, state: Any) -> Callable:
     Args:
       state: arrays, or their shapes.
     """
-    layout = layout_of(mesh, state)
-    whole, images = NamedSharding(mesh, WHOLE), NamedSharding(mesh, IMAGES)
+    layout = infer_sharding(mesh, state)
+    whole, images = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, BATCH_SPEC)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
         step,
         in_shardings=(layout, images),
         out_shardings=(layout, whole),
         donate_argnums=0,
-        compiler_options=GATHER_BESIDE if on_tpu else None,
+        compiler_options=ASYNC_ALL_GATHER_OPTIONS if on_tpu else None,
     )
 
 
-def gradients_over(mesh: Mesh, objective: Callable, params: Any, dtype: Any = jnp.float32):
+def make_sharded_grad_fn(mesh: Mesh, objective: Callable, params: Any, dtype: Any = jnp.float32):
     """Builds the gradients of an objective of a batch that is split over the devices.
 
     Args:
@@ -130,7 +130,7 @@ def gradients_over(mesh: Mesh, objective: Callable, params: Any, dtype: Any = jn
       f of the same arguments -> ((loss, values), gradients), of the whole batch; the gradients lie
       as the parameters do.
     """
-    specs = jax.tree.map(lambda x: x.spec, layout_of(mesh, params))
+    specs = jax.tree.map(lambda x: x.spec, infer_sharding(mesh, params))
 
     def gather_piece(spec, x):
         if FSDP not in spec:
@@ -158,8 +158,8 @@ def gradients_over(mesh: Mesh, objective: Callable, params: Any, dtype: Any = jn
     return jax.shard_map(
         of_share,
         mesh=mesh,
-        in_specs=(specs, WHOLE, IMAGES, WHOLE),
-        out_specs=(WHOLE, specs),
+        in_specs=(specs, REPLICATED, BATCH_SPEC, REPLICATED),
+        out_specs=(REPLICATED, specs),
         check_vma=False,
     )
 

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from train.sharding import compile_step, gradients_over
+from train.sharding import compile_step, make_sharded_grad_fn
 
 
 def make_step(objective, optimizer, seed: int, mesh, state, dtype="float32"):
@@ -19,11 +19,11 @@ def make_step(objective, optimizer, seed: int, mesh, state, dtype="float32"):
     Returns:
       f(state, batch) -> (`TrainState`, dict of float32 values), compiled; the state is donated.
     """
-    find_gradients = gradients_over(mesh, objective, state.params, dtype)
+    grad_fn = make_sharded_grad_fn(mesh, objective, state.params, dtype)
 
     def step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, values), gradients = find_gradients(state.params, state.constants, batch, key)
+        (loss, values), gradients = grad_fn(state.params, state.constants, batch, key)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
             state = state.replace(

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sam_jax.data.loader import Problem
+from sam_jax.data.loader import SkippedSample
 from train.config import ConfigError, TrainConfig
 from train.overrides import differences, to_dict
 
@@ -74,10 +74,10 @@ class BadSamples:
 
     def __init__(self, path: Path, limit: float, count: int) -> None:
         self.path, self.limit, self.count = path, limit, count
-        self.known: dict[int, Problem] = {}
+        self.known: dict[int, SkippedSample] = {}
         path.unlink(missing_ok=True)
 
-    def add(self, problems: list[Problem]) -> None:
+    def add(self, problems: list[SkippedSample]) -> None:
         """Takes note of a step's problems.
 
         Raises:

@@ -65,14 +65,14 @@ def run(args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from sam_jax.data.open import open_pictures, select
+    from sam_jax.data.open import open_image_source, select
     from sam_jax.engine.automatic import label_images
     from sam_jax.engine.folder import claim, finished, write_json
     from sam_jax.everything.generator import SamAutomaticMaskGenerator
     from sam_jax.weights.formats import load
 
     _check(args)
-    images = select(open_pictures(args.images), args.index)
+    images = select(open_image_source(args.images), args.index)
     model, variables = load(args.weights)
     model = model.clone(dtype=args.dtype or model.dtype)
     options = _options(args)

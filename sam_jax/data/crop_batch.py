@@ -20,7 +20,7 @@ ATTEMPTS = 10  # to find a crop that lies in the image
 
 
 @flax.struct.dataclass
-class Crops:
+class ImageBatch:
     """Parts of images, which fill the frame.
 
     Attributes:
@@ -38,30 +38,30 @@ class Crops:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cropped:
+class RandomResizedCrop:
     """Crops an example's image at random; its masks are not looked at.
 
     Attributes:
       frame: (height, width) of the model.
       min_side: pixels of the smallest images that are used.
       min_area: of the image; crops have at least this share of it.
-      flips, turns: mirror images left to right, turn them by multiples of 90 degrees, at random.
+      flips, rot90: mirror images left to right, turn them by multiples of 90 degrees, at random.
     """
 
     frame: tuple[int, int]
     min_side: int
     min_area: float = 0.2
     flips: bool = True
-    turns: bool = False
-    batch: ClassVar[type] = Crops
+    rot90: bool = False
+    batch: ClassVar[type] = ImageBatch
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        """The arrays of a row of `Crops`, without image_id.
+        """The arrays of a row of `ImageBatch`, without image_id.
 
         Raises:
           BadSample: if the image is too small.
         """
-        quarter_turns = int(rng.integers(4)) if self.turns else 0
+        quarter_turns = int(rng.integers(4)) if self.rot90 else 0
         image = np.rot90(example.image, quarter_turns)
         check_sides(image, self.min_side)
         image = resize(crop(image, *draw_box(image.shape[:2], self.min_area, rng)), self.frame)

@@ -43,13 +43,13 @@ def read_file(path: str, kind: Kind) -> bytes:
     try:
         if not storage.is_file(path):  # a pipe would be waited for
             raise BadSample("missing file", f"there is no file {path}")
-        _check_bytes(path, storage.version_of(path)[0], kind)
-        return storage.read_part(path)
+        _check_bytes(path, storage.stat(path)[0], kind)
+        return storage.read_range(path)
     except OSError as error:
         raise BadSample("missing file", f"{path} cannot be read: {error}") from error
 
 
-def read_part(path: str, offset: int, size: int, kind: Kind) -> bytes:
+def read_range(path: str, offset: int, size: int, kind: Kind) -> bytes:
     """Reads `size` bytes of a file from an offset.
 
     Raises:
@@ -57,7 +57,7 @@ def read_part(path: str, offset: int, size: int, kind: Kind) -> bytes:
     """
     _check_bytes(path, size, kind)
     try:
-        data = storage.read_part(path, offset, size)
+        data = storage.read_range(path, offset, size)
     except OSError as error:
         raise BadSample("missing file", f"{path} cannot be read: {error}") from error
     if len(data) < size:

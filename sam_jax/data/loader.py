@@ -18,7 +18,7 @@ MAX_REPLACEMENTS = 100  # of one sample, before the source is taken to have no u
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class SkippedSample:
     """A sample that could not be used, and why."""
 
     index: int
@@ -27,8 +27,8 @@ class Problem:
     detail: str
 
 
-class Prepare(Protocol):
-    """Makes an example a row of a batch: `Framed` and `Cropped` do.
+class Transform(Protocol):
+    """Makes an example a row of a batch: `SegmentationTransform` and `RandomResizedCrop` do.
 
     Attributes:
       batch: the class of the batch; its fields are the arrays, and image_id.
@@ -53,13 +53,13 @@ class Loader:
       source: the examples; indices: 'i', those that are drawn from.
       prepare: what makes an example a row, with random numbers of its own.
       batch_size: images of all hosts together.
-      seed: of the order, and of what `prepare` draws.
+      seed: of the order, and of what `transform` draws.
       host, hosts: which rows of a batch are read here: the host's share, in order.
     """
 
     source: Source
     indices: np.ndarray
-    prepare: Prepare
+    transform: Transform
     batch_size: int
     seed: int
     host: int = 0
@@ -71,7 +71,7 @@ class Loader:
                 f"batch_size must be a multiple of the {self.hosts} hosts; got {self.batch_size}"
             )
 
-    def batch(self, step: int) -> tuple[Any, list[Problem]]:
+    def batch(self, step: int) -> tuple[Any, list[SkippedSample]]:
         """This host's rows of a step's batch, and what could not be used for it."""
         rows = self.batch_size // self.hosts
         places = map(self.place, range(step * rows, (step + 1) * rows))
@@ -79,7 +79,7 @@ class Loader:
 
     def batches(
         self, start: int, stop: int, workers: int = 0, prefetch: int = 2
-    ) -> Iterator[tuple[Any, list[Problem]]]:
+    ) -> Iterator[tuple[Any, list[SkippedSample]]]:
         """`batch` of the steps from start to stop, read ahead.
 
         Args:
@@ -106,17 +106,17 @@ class Loader:
         rows = self.batch_size // self.hosts
         return row // rows * self.batch_size + self.host * rows + row % rows
 
-    def sample(self, place: int) -> tuple[dict[str, Any], list[Problem]]:
+    def sample(self, place: int) -> tuple[dict[str, Any], list[SkippedSample]]:
         """The sample at a place in the endless order of samples, and those it replaces."""
         problems = []
         for attempt in range(MAX_REPLACEMENTS):
             index = self._index(place, attempt)
             rng = np.random.default_rng((self.seed, place // self.batch_size, index))
             try:
-                arrays = self.prepare(self.source[index], rng)
+                arrays = self.transform(self.source[index], rng)
             except BadSample as error:
                 name = self.source.name(index)
-                problems.append(Problem(index, name, error.reason, error.detail))
+                problems.append(SkippedSample(index, name, error.reason, error.detail))
             else:
                 return arrays | {"image_id": np.int32(index)}, problems
         raise ValueError(
@@ -124,11 +124,11 @@ class Loader:
             f"{problems[-1].name}: {problems[-1].detail}"
         )
 
-    def collate(self, samples: Any) -> tuple[Any, list[Problem]]:
+    def collate(self, samples: Any) -> tuple[Any, list[SkippedSample]]:
         """Stacks samples into a batch, and joins their problems."""
         arrays, problems = zip(*samples, strict=True)
         stacked = {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
-        return self.prepare.batch(**stacked), [problem for some in problems for problem in some]
+        return self.transform.batch(**stacked), [problem for some in problems for problem in some]
 
     def _index(self, place: int, attempt: int) -> int:
         if attempt == 0:

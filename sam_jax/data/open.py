@@ -43,10 +43,10 @@ def open_source(
       SourceError: if the kind is unknown, the place missing, or nothing in it.
     """
     source = _open(name, reduce_to)
-    return source if masks else Unmasked(source)
+    return source if masks else ImagesOnly(source)
 
 
-def open_pictures(name: str) -> Source:
+def open_image_source(name: str) -> Source:
     """Opens images to be masked: an image file, a folder of them, or the images of a source.
 
     Args:
@@ -69,7 +69,7 @@ def open_pictures(name: str) -> Source:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Unmasked:
+class ImagesOnly:
     """The images of a source."""
 
     source: Source
@@ -95,9 +95,9 @@ def _open(name: str, reduce_to: tuple[int, int] | None) -> Source:
     if kind not in KINDS:
         raise SourceError(_unknown(name, kind))
     if kind == "scenes":
-        from sam_jax.data.sources.synthetic import Scenes
+        from sam_jax.data.sources.synthetic import SyntheticScenes
 
-        return Scenes(_scene_size(place)) if place else Scenes()
+        return SyntheticScenes(_scene_size(place)) if place else SyntheticScenes()
     if not place:
         raise SourceError(f"source {name!r} names no place; it must be {KINDS[kind]}")
     if kind == "tfds":
@@ -107,7 +107,7 @@ def _open(name: str, reduce_to: tuple[int, int] | None) -> Source:
     try:
         return _open_files(kind, os.path.expanduser(place), reduce_to)
     except OSError as error:
-        if not storage.is_address(place):
+        if not storage.is_url(place):
             raise
         raise SourceError(f"source {name!r} cannot be read: {error}") from error
 
@@ -131,7 +131,7 @@ def _open_files(kind, place, reduce_to):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Selection:
+class Subset:
     """Some of a source's examples.
 
     Attributes:
@@ -162,7 +162,7 @@ class Selection:
         return self.source.name(int(self.indices[index]))
 
 
-def select(source: Source, text: str) -> Selection:
+def select(source: Source, text: str) -> Subset:
     """The examples of a slice, see `parse_slice`.
 
     Raises:
@@ -171,7 +171,7 @@ def select(source: Source, text: str) -> Selection:
     return _part(source, text, np.arange(len(source))[parse_slice(text)])
 
 
-def leave_out(source: Source, text: str) -> Selection:
+def exclude(source: Source, text: str) -> Subset:
     """All examples but those of a slice, see `parse_slice`.
 
     Raises:
@@ -205,12 +205,12 @@ def parse_slice(text: str) -> slice:
     return slice(*numbers)
 
 
-def _part(source: Source, text: str, chosen: np.ndarray) -> Selection:
+def _part(source: Source, text: str, chosen: np.ndarray) -> Subset:
     if not len(chosen):
         raise SourceError(f"the slice {text!r} of {len(source)} examples leaves none to be used")
-    if isinstance(source, Selection):
-        return Selection(source.source, source.indices[chosen])
-    return Selection(source, chosen)
+    if isinstance(source, Subset):
+        return Subset(source.source, source.indices[chosen])
+    return Subset(source, chosen)
 
 
 def _unknown(name: str, kind: str) -> str:

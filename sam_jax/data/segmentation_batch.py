@@ -8,7 +8,7 @@ import flax.struct
 import numpy as np
 
 from sam_jax.data.example import BadSample, Example
-from sam_jax.images.resize import image_to_frame
+from sam_jax.images.resize import resize_and_pad
 from sam_jax.masks import rle
 
 MAX_AREA = 0.9  # of the image; larger masks are left out. Kirillov et al. 2023, appendix A
@@ -38,19 +38,19 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Framed:
+class SegmentationTransform:
     """Brings an example into the frame, with up to `masks_per_image` of its masks.
 
     Attributes:
       frame: (height, width) of the model.
       masks_per_image: n of a batch; more masks are drawn from at random, fewer filled up.
-      flips, turns: mirror images left to right, turn them by multiples of 90 degrees, at random.
+      flips, rot90: mirror images left to right, turn them by multiples of 90 degrees, at random.
     """
 
     frame: tuple[int, int]
     masks_per_image: int
     flips: bool = False
-    turns: bool = False
+    rot90: bool = False
     batch: ClassVar[type] = Batch
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
@@ -59,10 +59,10 @@ class Framed:
         Raises:
           BadSample: if a mask is broken, or none can be used.
         """
-        quarter_turns = int(rng.integers(4)) if self.turns else 0
+        quarter_turns = int(rng.integers(4)) if self.rot90 else 0
         flip = bool(rng.integers(2)) if self.flips else False
         move = functools.partial(_flip_and_turn, flip=flip, quarter_turns=quarter_turns)
-        image, size = image_to_frame(move(example.image), self.frame)
+        image, size = resize_and_pad(move(example.image), self.frame)
         size_before = size[::-1] if quarter_turns % 2 else size
 
         masks = np.zeros((self.masks_per_image, self.frame[0], -(-self.frame[1] // 8)), np.uint8)

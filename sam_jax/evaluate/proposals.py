@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sam_jax.data.example import RLE, BadSample, Source
-from sam_jax.data.open import Selection
+from sam_jax.data.open import Subset
 from sam_jax.data.sources.sa1b import Sa1b
 from sam_jax.evaluate.pairs import iou_of_both, read_masks
 from sam_jax.masks import rle
@@ -89,7 +89,7 @@ def table(scores: dict) -> str:
     return "\n".join(lines)
 
 
-def pair_images(proposals: Source, truths: Selection) -> list[tuple[int, int]]:
+def pair_images(proposals: Source, truths: Subset) -> list[tuple[int, int]]:
     """Finds the proposals of selected images.
 
     Of files of SA-1B's kind, `sa_7` is for image 7 of the source of `truths`, as everything mode

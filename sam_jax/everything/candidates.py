@@ -27,7 +27,7 @@ NEAR = 20  # pixels from the side of a crop at which a mask may have been cut
 
 
 @flax.struct.dataclass
-class Limits:
+class Thresholds:
     """What a mask must be like to be kept; an infinite limit is none.
 
     Attributes:
@@ -69,7 +69,7 @@ def find_candidates(
     Args:
       embedding: '1 gh gw c' of the crop.
       points: 'n 2' (x, y) in pixels of the frame, n a multiple of chunk; the first `count` matter.
-      tiling: of the crop; limits: `Limits`.
+      tiling: of the crop; limits: `Thresholds`.
       crop_box: '4' (x0, y0, x1, y1) in the image, whose (height, width) is `size`.
       chunk: points at a time.
     Returns:

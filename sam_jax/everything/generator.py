@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.everything.candidates import NUM_MASKS, Limits, find_candidates
+from sam_jax.everything.candidates import NUM_MASKS, Thresholds, find_candidates
 from sam_jax.everything.crops import checked_grids, make_grids, plan_crops
 from sam_jax.everything.filtering import clean, drop_duplicates_of_crops, float32_below, in_order
 from sam_jax.everything.rasterize import finish_drawing, start_drawing
 from sam_jax.everything.tiled_resize import MAX_SIDE, tile_image
 from sam_jax.images.read import ImageError
-from sam_jax.images.resize import image_to_frame, points_to_frame
+from sam_jax.images.resize import apply_coords, resize_and_pad
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import xyxy_to_xywh
 from sam_jax.model.ops.platform import platform
@@ -103,7 +103,7 @@ class SamAutomaticMaskGenerator:
         self.model = model
         self.variables = jax.tree.map(jnp.asarray, variables)
         self._device = next(iter(jax.tree.leaves(self.variables)[0].devices()))
-        self._limits = Limits(
+        self._limits = Thresholds(
             iou=np.float32(pred_iou_thresh if pred_iou_thresh > 0 else -np.inf),
             stability=np.float32(stability_score_thresh if stability_score_thresh > 0 else -np.inf),
             offset=np.float32(stability_score_offset),
@@ -176,7 +176,7 @@ class SamAutomaticMaskGenerator:
         batch = 1 if platform() == "cpu" else min(ENCODED, len(images))
         embeddings = []
         for start in range(0, len(images), batch):
-            some = [image_to_frame(x, self.model.image_size) for x in images[start : start + batch]]
+            some = [resize_and_pad(x, self.model.image_size) for x in images[start : start + batch]]
             padded, sizes = zip(*some, *some[-1:] * (batch - len(some)), strict=True)
             arrays = np.stack(padded), np.array(sizes, np.int32)
             embedded = encode_images(self.model, self.variables, *arrays)
@@ -234,9 +234,7 @@ class SamAutomaticMaskGenerator:
         """The points of a crop 'n 2' float32 in pixels of the frame, padded to a fixed number."""
         points = np.zeros((self._num_points, 2), np.float32)
         grid = self.point_grids[crop.layer]
-        points[: len(grid)] = points_to_frame(
-            grid * crop.size[::-1], crop.size, self.model.image_size
-        )
+        points[: len(grid)] = apply_coords(grid * crop.size[::-1], crop.size, self.model.image_size)
         return points
 
     def _tiling(self, crop):

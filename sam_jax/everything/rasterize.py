@@ -18,7 +18,7 @@ TILES = 64  # painted at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class PendingMasks:
     """Some masks of a crop, on their way from the device.
 
     Attributes:
@@ -44,7 +44,7 @@ def start_drawing(model, variables, embedding, points, masks, boxes, tiling, chu
       boxes: 'n 4' int, theirs, in pixels of the crop.
       tiling: of the crop; chunk: points at a time.
     Returns:
-      A list of `Drawing`s, which may still be under way.
+      A list of `PendingMasks`s, which may still be under way.
     """
     drawings = []
     matrices = make_matrices(tiling)
@@ -58,13 +58,13 @@ def start_drawing(model, variables, embedding, points, masks, boxes, tiling, chu
         )
         tiles = _tiles_of(boxes[here], tiling)
         drawings.append(
-            Drawing(masks[here], tiles, _pack(logits, place, tiles, tiling, matrices), tiling)
+            PendingMasks(masks[here], tiles, _pack(logits, place, tiles, tiling, matrices), tiling)
         )
     return drawings
 
 
 def finish_drawing(drawing, corner, size):
-    """Waits for a `Drawing`.
+    """Waits for a `PendingMasks`.
 
     Args:
       corner: (x, y) of the crop in the image; size: (height, width) of the image.
@@ -100,7 +100,7 @@ def _box_of_bits(bits, corner):
 
 
 def _tiles_of(boxes, tiling):
-    """The tiles that boxes 'n 4' reach into, see `Drawing`."""
+    """The tiles that boxes 'n 4' reach into, see `PendingMasks`."""
     step = np.array([tiling.rows.step, tiling.columns.step])
     first, last = boxes[:, [1, 0]] // step, boxes[:, [3, 2]] // step
     return np.stack([first, last - first + 1], axis=1)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.images.resize import size_in_frame, taps
+from sam_jax.images.resize import bilinear_taps, fit_size
 from sam_jax.model.ops.platform import platform
 
 TILE = 128  # pixels of a side
@@ -86,11 +86,11 @@ def tile_image(size, low, frame):
 
     Args:
       size: (height, width) of the image, at most MAX_SIDE; low: of its logits; frame: of the
-        model's frame, which the image fills up to `size_in_frame`.
+        model's frame, which the image fills up to `fit_size`.
     Returns:
       `Tiling` of numpy arrays.
     """
-    inside, window = size_in_frame(size, frame), WINDOW[platform()]
+    inside, window = fit_size(size, frame), WINDOW[platform()]
     rows, columns = (_plan(*sides, window) for sides in zip(size, low, frame, inside, strict=True))
     return Tiling(rows=rows, columns=columns)
 
@@ -174,8 +174,8 @@ def pack(logits, mask, row, column, tiling, matrices):
 @functools.lru_cache(maxsize=64)
 def _plan(size, low, frame, inside, window):
     """The `Axis` of a side of an image."""
-    first, weight = taps(size=inside, new_size=size)
-    low_first, low_weight = taps(size=low, new_size=frame)
+    first, weight = bilinear_taps(size=inside, new_size=size)
+    low_first, low_weight = bilinear_taps(size=low, new_size=frame)
     pair = np.stack([first, np.minimum(first + 1, inside - 1)], axis=1)
     index = np.stack([low_first[pair], np.minimum(low_first[pair] + 1, low - 1)], axis=-1)
     weight = np.stack([1 - weight, weight], axis=1)[:, :, None] * np.stack(

@@ -13,37 +13,37 @@ import numpy as np
 from PIL import Image
 
 
-def size_in_frame(size, frame):
+def fit_size(size, frame):
     """(height, width) of an image of `size` when its longest side fills the `frame`."""
     scale = min(frame[0] / size[0], frame[1] / size[1])
     return tuple(max(1, int(side * scale + 0.5)) for side in size)
 
 
-def image_to_frame(image, frame):
+def resize_and_pad(image, frame):
     """Resizes 'h w 3' uint8 by Pillow's antialiased bilinear filter, pads bottom and right.
 
     Returns:
       'fh fw 3' uint8, and the (height, width) in it that is not padding.
     """
-    size = size_in_frame(image.shape[:2], frame)
+    size = fit_size(image.shape[:2], frame)
     resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
     padded = np.zeros((*frame, 3), np.uint8)
     padded[: size[0], : size[1]] = resized
     return padded, size
 
 
-def points_to_frame(points, original_size, frame):
+def apply_coords(points, original_size, frame):
     """Moves '... 2' points (x, y) from pixels of the image to pixels of the frame."""
-    height, width = size_in_frame(original_size, frame)
+    height, width = fit_size(original_size, frame)
     return points * np.array([width / original_size[1], height / original_size[0]])
 
 
-def masks_to_image(logits, original_size, frame):
+def postprocess_masks(logits, original_size, frame):
     """Resizes '... lh lw' logits to the frame, crops its padding, resizes to '... h w'.
 
     Both resizes are bilinear without antialias, as the reference's.
     """
-    height, width = size_in_frame(original_size, frame)
+    height, width = fit_size(original_size, frame)
     rows = _two_resizes(logits.shape[-2], frame[0], height, original_size[0])
     columns = _two_resizes(logits.shape[-1], frame[1], width, original_size[1])
     return rows @ logits @ columns.T
@@ -58,14 +58,14 @@ def _two_resizes(low, frame, inside, original):
 
 def _bilinear(size, new_size):
     """The matrix 'new_size size' of a bilinear resize of one axis."""
-    first, weight = taps(size, new_size)
+    first, weight = bilinear_taps(size, new_size)
     matrix = np.zeros((new_size, size))
     matrix[np.arange(new_size), first] = 1 - weight
     matrix[np.arange(new_size), np.minimum(first + 1, size - 1)] += weight
     return matrix
 
 
-def taps(size, new_size):
+def bilinear_taps(size, new_size):
     """Where a bilinear resize of one axis without antialias looks, pixel centres at +0.5.
 
     As PyTorch's: in float32, the position by a product and a difference that are rounded once.

@@ -18,7 +18,7 @@ def is_file(path: str) -> bool:
     Raises:
       OSError: if a store does not say.
     """
-    return _kind_of(path) == "file" if is_address(path) else os.path.isfile(path)
+    return _kind_of(path) == "file" if is_url(path) else os.path.isfile(path)
 
 
 def is_folder(path: str) -> bool:
@@ -27,16 +27,16 @@ def is_folder(path: str) -> bool:
     Raises:
       OSError: if a store does not say.
     """
-    return _kind_of(path) == "directory" if is_address(path) else os.path.isdir(path)
+    return _kind_of(path) == "directory" if is_url(path) else os.path.isdir(path)
 
 
-def names_in(folder: str) -> list[str]:
+def listdir(folder: str) -> list[str]:
     """The names of what is in a folder.
 
     Raises:
       OSError: if it cannot be read.
     """
-    if not is_address(folder):
+    if not is_url(folder):
         return os.listdir(folder)
     with _store_of(folder) as (store, name):
         paths = [path.rstrip("/") for path in store.ls(name, detail=False)]
@@ -50,7 +50,7 @@ def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     Raises:
       OSError: if one cannot be read.
     """
-    if is_address(folder):
+    if is_url(folder):
         with _store_of(folder) as (store, name):
             found = [(below, list(files)) for below, _, files in store.walk(name, on_error="raise")]
             for below, files in sorted(found, key=lambda found: found[0].split("/")):
@@ -61,26 +61,26 @@ def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
         yield below, files
 
 
-def version_of(path: str) -> tuple[int, int]:
+def stat(path: str) -> tuple[int, int]:
     """The bytes of a file, and when it was changed, in nanoseconds; 0 in a store.
 
     Raises:
       OSError: if it cannot be read.
     """
-    if not is_address(path):
+    if not is_url(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
     with _store_of(path) as (store, name):
         return store.info(name)["size"], 0
 
 
-def read_part(path: str, offset: int = 0, size: int | None = None) -> bytes:
+def read_range(path: str, offset: int = 0, size: int | None = None) -> bytes:
     """Reads `size` bytes of a file from an offset, or all there are of them.
 
     Raises:
       OSError: if it cannot be read.
     """
-    if not is_address(path):
+    if not is_url(path):
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
@@ -88,7 +88,7 @@ def read_part(path: str, offset: int = 0, size: int | None = None) -> bytes:
         return store.cat_file(name, start=offset, end=None if size is None else offset + size)
 
 
-def write_whole(address: str, data: bytes) -> None:
+def write_bytes(address: str, data: bytes) -> None:
     """Puts bytes into a store.
 
     Raises:
@@ -98,7 +98,7 @@ def write_whole(address: str, data: bytes) -> None:
         store.pipe_file(name, data)
 
 
-def send_file(path: str, address: str) -> None:
+def upload(path: str, address: str) -> None:
     """Puts a file of a disk into a store.
 
     Raises:
@@ -118,7 +118,7 @@ def remove(address: str) -> None:
         store.rm_file(name)
 
 
-def is_address(path: str) -> bool:
+def is_url(path: str) -> bool:
     """Whether a path is in an object store."""
     return "://" in path
 

@@ -62,8 +62,8 @@ def members(path: str) -> Iterator[Member]:
 @contextlib.contextmanager
 def open_parts(path: str) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
     """A file's reader, f(offset, size) -> bytes, and its end."""
-    if storage.is_address(path):
-        yield functools.partial(storage.read_part, path), storage.version_of(path)[0]
+    if storage.is_url(path):
+        yield functools.partial(storage.read_range, path), storage.stat(path)[0]
         return
     with open(path, "rb", buffering=0) as file:
 

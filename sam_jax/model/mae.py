@@ -25,7 +25,7 @@ EPSILON = 1e-6  # of norms, and of a patch's variance
 
 
 @flax.struct.dataclass
-class Painted:
+class ReconstructedPatches:
     """What a masked autoencoder makes of b images of l patches.
 
     Attributes:
@@ -34,7 +34,7 @@ class Painted:
     """
 
     patches: jax.Array
-    is_hidden: jax.Array
+    mask: jax.Array
 
 
 class MaskedAutoencoder(nn.Module):
@@ -89,7 +89,7 @@ class MaskedAutoencoder(nn.Module):
     def layer_norm(self) -> nn.Module:
         return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)
 
-    def __call__(self, image: jax.Array, keys: jax.Array) -> Painted:
+    def __call__(self, image: jax.Array, keys: jax.Array) -> ReconstructedPatches:
         """Paints all patches of images from few.
 
         Args:
@@ -116,7 +116,7 @@ class MaskedAutoencoder(nn.Module):
         with self.precision():
             painted = self.decode(self.encode(image, visible), order)
         rank = jnp.argsort(order, axis=1)
-        return Painted(painted.astype(jnp.float32), rank >= self.num_visible)
+        return ReconstructedPatches(painted.astype(jnp.float32), rank >= self.num_visible)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from sam_jax.images.resize import image_to_frame, masks_to_image
+from sam_jax.images.resize import postprocess_masks, resize_and_pad
 from sam_jax.model.mask_decoder import choose_masks
 from sam_jax.model.sam import Sam, normalize
 from sam_jax.predict.prompts import check_prompt, mask_of, points_of, stack_prompts
@@ -197,7 +197,7 @@ class SamPredictor:
     def _encode(self, images, batch_size):
         """Encodes up to batch_size images -> 'batch_size gh gw c', and their sizes in the frame."""
         padded, sizes = zip(
-            *(image_to_frame(i, self.model.image_size) for i in images), strict=True
+            *(resize_and_pad(i, self.model.image_size) for i in images), strict=True
         )
         missing = batch_size - len(images)
         padded, all_sizes = padded + padded[-1:] * missing, sizes + sizes[-1:] * missing
@@ -225,7 +225,7 @@ class SamPredictor:
         shape = (*low_res.shape[:2], *original_size)
         masks = np.empty(shape, np.float32 if return_logits else bool)
         for i, logits in enumerate(low_res):
-            logits = masks_to_image(logits, original_size, self.model.image_size)
+            logits = postprocess_masks(logits, original_size, self.model.image_size)
             masks[i] = logits if return_logits else logits > MASK_THRESHOLD
         return masks, scores, low_res
 

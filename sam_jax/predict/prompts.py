@@ -6,7 +6,7 @@ a box is added here, the one place that builds prompts.
 
 import numpy as np
 
-from sam_jax.images.resize import points_to_frame
+from sam_jax.images.resize import apply_coords
 from sam_jax.model.prompt_encoder import ABSENT, BOTTOM_RIGHT, NOT_A_POINT, TOP_LEFT, Prompts
 
 KEYS = ("point_coords", "point_labels", "box", "mask_input")
@@ -26,7 +26,7 @@ def points_of(prompt, original_size, frame):
     """
     points, labels = _checked_points(prompt.get("point_coords"), prompt.get("point_labels"))
     box = _checked_box(prompt.get("box"))
-    points, corners = (points_to_frame(x, original_size, frame) for x in (points, box))
+    points, corners = (apply_coords(x, original_size, frame) for x in (points, box))
     if len(corners):
         points = np.concatenate([points, corners])
         labels = np.concatenate([labels, [TOP_LEFT, BOTTOM_RIGHT]])

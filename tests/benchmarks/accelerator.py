@@ -28,7 +28,7 @@ from train.config import Interactive, Optimizer
 from train.flops import decoder_flops, encoder_flops, peak_flops, step_flops
 from train.objectives.interactive import make_interactive
 from train.optimizer import make_optimizer
-from train.sharding import born_on, make_mesh
+from train.sharding import init_sharded, make_mesh
 from train.state import init_state
 from train.step import make_step
 
@@ -199,11 +199,11 @@ def time_everything(size, photos=8):
 def time_step(size, images, chunk, peak):
     rates = {"drop_path": 0.4, "dropout": 0.1}
     model = SIZES[size](remat="none", dtype="bfloat16", **rates)
-    config = Interactive(chunk=chunk)
+    config = Interactive(masks_per_chunk=chunk)
     optimizer = make_optimizer(Optimizer(), model.depth)
     mesh = make_mesh(images, devices=jax.devices()[:1])
     make = lambda: init_state(initialize(model, 0), optimizer)
-    state = born_on(mesh, make)
+    state = init_sharded(mesh, make)
     step = make_step(make_interactive(model, config), optimizer, 0, mesh, state, model.dtype)
     batch = random_batch(model, images, config.masks_per_image)
     began = time.perf_counter()

@@ -52,7 +52,7 @@ prepare(Path(sys.argv[1]))
 """
 
 
-def prepare(folder):
+def transform(folder):
     """Writes what all begin with: the photo, its embedding, and thresholds."""
     import sam_jax
     from tests.reference.conftest import make_photo

@@ -21,9 +21,9 @@ import pycocotools.mask
 from PIL import Image
 
 from sam_jax.data.example import Example
-from sam_jax.data.segmentation_batch import MAX_AREA, Framed
+from sam_jax.data.segmentation_batch import MAX_AREA, SegmentationTransform
 from sam_jax.images.read import read_image
-from sam_jax.images.resize import size_in_frame
+from sam_jax.images.resize import fit_size
 from sam_jax.masks import rle
 
 FRAME = (1024, 1024)
@@ -77,7 +77,7 @@ def main():
 def ours(sample, reduce_to=None):
     """The loader's preparation; every call draws the same masks."""
     example = Example(image=read_image(sample.jpeg, reduce_to), masks=sample.masks)
-    return Framed(FRAME, MASKS_PER_IMAGE)(example, np.random.default_rng(0))
+    return SegmentationTransform(FRAME, MASKS_PER_IMAGE)(example, np.random.default_rng(0))
 
 
 def naive(sample, transposed=False):
@@ -109,7 +109,7 @@ def naive(sample, transposed=False):
 def naive_image(sample):
     """The image in the frame, and the (height, width) that it fills."""
     image = Image.open(io.BytesIO(sample.jpeg)).convert("RGB")
-    size = size_in_frame((image.height, image.width), FRAME)
+    size = fit_size((image.height, image.width), FRAME)
     padded = np.zeros((*FRAME, 3), np.uint8)
     padded[: size[0], : size[1]] = image.resize(size[::-1], Image.Resampling.BILINEAR)
     return padded, size
@@ -117,7 +117,7 @@ def naive_image(sample):
 
 def compare(samples):
     """Nobody may be fast and wrong."""
-    height, width = size_in_frame(SIZE, FRAME)
+    height, width = fit_size(SIZE, FRAME)
     tie = np.zeros(FRAME, bool)
     tie[:height][is_tie(SIZE[0], height)] = True
     tie[:, :width][:, is_tie(SIZE[1], width)] = True

@@ -65,16 +65,16 @@ torch.save({name: torch.tensor(x) for name, x in state.items()}, f"{sys.argv[1]}
 
 def scenes(images, masks):
     """The arrays of a `Batch`: the first generated scenes that have so many masks."""
-    from sam_jax.data.segmentation_batch import Framed
-    from sam_jax.data.sources.synthetic import Scenes
+    from sam_jax.data.segmentation_batch import SegmentationTransform
+    from sam_jax.data.sources.synthetic import SyntheticScenes
     from sam_jax.model.sam import sam_tiny
 
-    prepare, source = Framed(sam_tiny().image_size, masks), Scenes()
+    transform, source = SegmentationTransform(sam_tiny().image_size, masks), SyntheticScenes()
     rng = np.random.default_rng(0)
     found = (i for i in range(len(source)) if len(source[i].masks) >= masks)
     rows = []
     for i in (next(found) for _ in range(images)):
-        row = prepare(source[i], rng)
+        row = transform(source[i], rng)
         rows.append(row | {"image_id": np.int32(i)})
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -194,7 +194,7 @@ def cost_of(step, program):
     return seconds, program, int(resident[1]) / 1024
 
 
-def our_step(folder, images, points, extra_rounds):
+def our_step(folder, images, points, num_extra_rounds):
     """A function that takes a step and returns its loss, and MiB: temporaries and results."""
     import jax
 
@@ -204,17 +204,19 @@ def our_step(folder, images, points, extra_rounds):
     from train.config import Interactive, Optimizer
     from train.objectives.interactive import make_interactive
     from train.optimizer import make_optimizer
-    from train.sharding import born_on, make_mesh, split_batch
+    from train.sharding import init_sharded, make_mesh, shard_batch
     from train.state import init_state
     from train.step import make_step
 
     model, (_, variables) = sam_tiny(), sam_jax.load(folder / "weights.pth")
     batch = Batch(**np.load(folder / f"{images}.npz"))
-    objective = make_interactive(model, Interactive(points=points, extra_rounds=extra_rounds))
+    objective = make_interactive(
+        model, Interactive(num_clicks=points, num_extra_rounds=num_extra_rounds)
+    )
     optimizer = make_optimizer(Optimizer(), model.depth)
     mesh = make_mesh(images)
-    state = born_on(mesh, lambda given: init_state(given, optimizer), variables)
-    batch = split_batch(mesh, batch)
+    state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
+    batch = shard_batch(mesh, batch)
     compiled = make_step(objective, optimizer, 0, mesh, state).lower(state, batch).compile()
     memory = compiled.memory_analysis()
 
@@ -226,7 +228,7 @@ def our_step(folder, images, points, extra_rounds):
     return step, (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
 
 
-def torch_step(folder, images, points, extra_rounds):
+def torch_step(folder, images, points, num_extra_rounds):
     """A function that takes a step and returns its loss, and None."""
     import torch
 
@@ -253,7 +255,7 @@ def torch_step(folder, images, points, extra_rounds):
         nonlocal count
         twin.set_rates(optimizer, Optimizer(), count)
         count += 1
-        return twin.train_step(model, optimizer, batch, points, extra_rounds, generator)
+        return twin.train_step(model, optimizer, batch, points, num_extra_rounds, generator)
 
     return step, None
 

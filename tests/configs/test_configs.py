@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from sam_jax.data.open import KINDS
-from train.config import Interactive, is_painting
+from train.config import Interactive, is_reconstruction
 from train.optimizer import make_optimizer
 from train.overrides import load_config
 from train.sharding import make_mesh
@@ -27,7 +27,7 @@ def config_of(name, monkeypatch):
 def test_the_step_traces(name, monkeypatch):
     config = config_of(name, monkeypatch)
     task = task_of(config)
-    optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
+    optimizer = make_optimizer(config.optimizer, config.model.depth, config.trainable)
     state = jax.eval_shape(lambda: init_state(task.initialize(), optimizer))
     mesh = make_mesh(config.batch_size, config.fsdp)
     step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
@@ -35,7 +35,7 @@ def test_the_step_traces(name, monkeypatch):
     same = jax.tree.map(lambda x, y: x.shape == y.shape and x.dtype == y.dtype, state, after)
     assert all(jax.tree.leaves(same))
     assert values["total"].shape == ()
-    if not is_painting(config):
+    if not is_reconstruction(config):
         assert values["miou"].shape == (11,)
 
 
@@ -55,10 +55,14 @@ def test_the_published_recipe_of_masked_autoencoders(monkeypatch, size):
     assert optimizer.warmup_steps / epoch == pytest.approx(40, rel=2e-3)
     assert config.num_steps / epoch == pytest.approx(1600, rel=2e-3)
     assert optimizer.cosine_steps == config.num_steps
-    assert (optimizer.drop_at, optimizer.layer_decay, optimizer.weight_decay) == ((), 1.0, 0.05)
+    assert (optimizer.lr_boundaries, optimizer.layer_decay, optimizer.weight_decay) == (
+        (),
+        1.0,
+        0.05,
+    )
     assert (optimizer.b1, optimizer.b2, config.batch_size) == (0.9, 0.95, 4096)
     assert (config.model.image_size, config.model.mask_ratio) == ((224, 224), 0.75)
-    assert (config.data.min_area, config.data.flips, config.data.turns) == (0.2, True, False)
+    assert (config.data.min_area, config.data.flips, config.data.rot90) == (0.2, True, False)
     assert config.objective.normalized
     sam = config_of(f"sam_vit_{size}", monkeypatch).model
     for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
@@ -77,10 +81,14 @@ def test_the_papers_recipe(monkeypatch, name, rate, decay, drop_path, steps, dro
     config = config_of(name, monkeypatch)
     optimizer = config.optimizer
     assert (optimizer.peak_lr, optimizer.layer_decay) == (rate, decay)
-    assert (optimizer.drop_at, optimizer.drop_by, optimizer.warmup_steps) == (drops, 0.1, 250)
+    assert (optimizer.lr_boundaries, optimizer.lr_decay_factor, optimizer.warmup_steps) == (
+        drops,
+        0.1,
+        250,
+    )
     assert (optimizer.weight_decay, optimizer.b1, optimizer.b2) == (0.1, 0.9, 0.999)
     assert (config.num_steps, config.batch_size) == (steps, batch)
     assert (config.model.drop_path, config.model.dropout) == (drop_path, 0.1)
     assert config.model.image_size == (1024, 1024)
     assert config.objective == Interactive()
-    assert (config.data.flips, config.data.turns, config.train_only) == (False, False, ())
+    assert (config.data.flips, config.data.rot90, config.trainable) == (False, False, ())

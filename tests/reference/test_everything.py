@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 import sam_jax
-from sam_jax.data.sources.synthetic import Scenes
+from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.images.read import read_image
 from sam_jax.masks import rle
@@ -75,7 +75,7 @@ def test_trained_weights(segment_anything, trained_pair, size, options):
         box_nms_thresh=0.9,
         crop_nms_thresh=0.9,
     )
-    image = Scenes(size).image(1)
+    image = SyntheticScenes(size).image(1)
     masks = _compare(segment_anything, trained_pair, image, limits | options)
     assert len(masks) > 50
     assert len({tuple(mask["crop_box"]) for mask in masks}) == (
@@ -105,14 +105,14 @@ def test_unequal_thresholds(segment_anything, trained_pair):
         crop_overlap_ratio=0.2,
         min_mask_region_area=60,
     )
-    _compare(segment_anything, trained_pair, Scenes(LANDSCAPE).image(1), options)
+    _compare(segment_anything, trained_pair, SyntheticScenes(LANDSCAPE).image(1), options)
     options |= dict(box_nms_thresh=0.7, crop_nms_thresh=0.9)
-    _compare(segment_anything, trained_pair, Scenes(LANDSCAPE).image(1), options)
+    _compare(segment_anything, trained_pair, SyntheticScenes(LANDSCAPE).image(1), options)
 
 
 def test_default_thresholds(segment_anything, trained_pair):
     """On an image that is larger than any frame, with point_grids and without limits too."""
-    image = Scenes((700, 1100)).image(2)
+    image = SyntheticScenes((700, 1100)).image(2)
     _compare(segment_anything, trained_pair, image, dict(points_per_side=8))
     grid = np.random.default_rng(0).uniform(0, 1, (20, 2))
     options = dict(points_per_side=None, point_grids=[grid], box_nms_thresh=0.8)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sam_jax
-from sam_jax.images.resize import image_to_frame
+from sam_jax.images.resize import resize_and_pad
 from sam_jax.weights.names import HF_GAUSSIAN, HF_GAUSSIAN_TWIN, huggingface_name
 
 torch = pytest.importorskip("torch")
@@ -70,7 +70,7 @@ def test_folder_opens_whole(folder):
 @pytest.mark.parametrize("size", PHOTOS.values(), ids=PHOTOS)
 def test_processor_prepares_images_as_we_do(processor, photo, difference, size):
     expected = processor(images=photo(size), return_tensors="pt")
-    image, inside = image_to_frame(photo(size), (64, 64))
+    image, inside = resize_and_pad(photo(size), (64, 64))
     assert inside == tuple(expected["reshaped_input_sizes"][0])
     image = sam_jax.normalize(image[None], np.array([inside]))
     assert difference(image, expected["pixel_values"].permute(0, 2, 3, 1)) <= 1e-6

@@ -7,7 +7,7 @@ import pytest
 
 from sam_jax.model.mae import encode_positions, mae_tiny
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize
-from train.objectives.reconstruction import painting_losses
+from train.objectives.reconstruction import reconstruction_loss
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -136,7 +136,7 @@ def test_encodings_and_paintings_are_theirs(theirs, params, image, keys):
 def test_the_loss_and_its_gradients_are_theirs(theirs, params, image, keys):
     def ours(params):
         painted = MODEL.apply({"params": params}, image, keys)
-        return jnp.mean(painting_losses(painted, image, 8, normalized=True))
+        return jnp.mean(reconstruction_loss(painted, image, 8, normalized=True))
 
     loss, gradients = jax.jit(jax.value_and_grad(ours))(jax.tree.map(jnp.asarray, params))
     theirs.zero_grad()

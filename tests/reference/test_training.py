@@ -28,9 +28,9 @@ FRAME = 64
 SIZES = ((64, 44), (48, 64))  # of the images in the frame
 NUM_MASKS = (5, 4)  # of the images; fillers take the other slots
 SLOTS = 7
-OBJECTIVE = Interactive(chunk=4)  # seven slots: the last chunk is filled up
+OBJECTIVE = Interactive(masks_per_chunk=4)  # seven slots: the last chunk is filled up
 # The paper's highest rate; warm-up and drops come early, so that they are seen.
-OPTIMIZER = Optimizer(warmup_steps=2, drop_at=(3, 4), drop_by=0.5)
+OPTIMIZER = Optimizer(warmup_steps=2, lr_boundaries=(3, 4), lr_decay_factor=0.5)
 STEPS = 5
 # Of a tensor's change in these steps, as an L2 norm: Adam takes as large a step where a gradient is
 # rounding noise, in a few entries of each tensor, as anywhere else.
@@ -190,7 +190,9 @@ def test_the_timed_step_is_the_same(theirs, batch, difference):
     """What `tests.benchmarks.train` times has the loss and gradients of its prompts."""
     model, given = twin.use_native(copy.deepcopy(theirs)), for_torch(batch)
     generator = torch.Generator().manual_seed(0)
-    loss, rounds = twin.backward(model, given, OBJECTIVE.points, OBJECTIVE.extra_rounds, generator)
+    loss, rounds = twin.backward(
+        model, given, OBJECTIVE.num_clicks, OBJECTIVE.num_extra_rounds, generator
+    )
     their_loss, _ = twin.replay(theirs, given, rounds)
     expected = torch.autograd.grad(their_loss, list(theirs.parameters()))
     assert difference(loss, their_loss.detach()) <= TOLERANCE

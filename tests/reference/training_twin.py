@@ -124,7 +124,7 @@ def rate_of(name, layer_decay, depth):
 def set_rates(optimizer, config, step):
     """Warm-up and drops."""
     rate = config.peak_lr * min(1, (step + 1) / config.warmup_steps)
-    rate *= config.drop_by ** sum(step >= drop for drop in config.drop_at)
+    rate *= config.lr_decay_factor ** sum(step >= drop for drop in config.lr_boundaries)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate"]
 
@@ -154,15 +154,15 @@ def native_norm(self, x):
     return x.permute(0, 3, 1, 2)
 
 
-def train_step(model, optimizer, batch, num_clicks, extra_rounds, generator):
+def train_step(model, optimizer, batch, num_clicks, num_extra_rounds, generator):
     """One step on prompts of its own -> its loss."""
     optimizer.zero_grad()
-    loss, _ = backward(model, batch, num_clicks, extra_rounds, generator)
+    loss, _ = backward(model, batch, num_clicks, num_extra_rounds, generator)
     optimizer.step()
     return loss
 
 
-def backward(model, batch, num_clicks, extra_rounds, generator):
+def backward(model, batch, num_clicks, num_extra_rounds, generator):
     """Adds gradients to the parameters' -> the loss, and the `Round`s that it is the loss of.
 
     Each round goes backward into the embedding at once, as no gradient flows between rounds: no
@@ -174,12 +174,12 @@ def backward(model, batch, num_clicks, extra_rounds, generator):
     inside = is_inside(model, batch, target)
     points, labels = first_prompts(batch, num_clicks, generator)
     count = torch.zeros(len(points), dtype=torch.long)
-    num_rounds = 1 + num_clicks + extra_rounds
+    num_rounds = 1 + num_clicks + num_extra_rounds
     inserted = torch.randint(1, num_clicks + 1, count.shape, generator=generator)
     previous, total, rounds = None, 0.0, []
     for index in range(num_rounds):
-        has_click = torch.full(count.shape, 0 < index < num_rounds - min(extra_rounds, 1))
-        if extra_rounds == 2:
+        has_click = torch.full(count.shape, 0 < index < num_rounds - min(num_extra_rounds, 1))
+        if num_extra_rounds == 2:
             has_click &= inserted != index
         if has_click.any():
             click, label = click_on_error(model, previous, target, inside, generator)

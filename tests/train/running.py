@@ -25,9 +25,9 @@ config = TrainConfig(
         prompt_dim=16, decoder_depth=1, decoder_mlp_dim=16, iou_hidden_dim=16, drop_path=0.1,
         dropout=0.1,
     ),
-    objective=Interactive(masks_per_image=2, chunk=2, points=2),
+    objective=Interactive(masks_per_image=2, masks_per_chunk=2, num_clicks=2),
     data=Data(source="scenes:48x64", held_out="::50000", flips=True),
-    optimizer=Optimizer(peak_lr=1e-3, warmup_steps=2, drop_at=(8,), layer_decay=0.8),
+    optimizer=Optimizer(peak_lr=1e-3, warmup_steps=2, lr_boundaries=(8,), layer_decay=0.8),
     batch_size=2,
     num_steps=12,
     log_every=1,
@@ -37,14 +37,15 @@ config = TrainConfig(
 
 AUTOENCODER = """
 from sam_jax.model.mae import mae_tiny
-from train.config import CropData, Optimizer, Painting, TrainConfig
+from train.config import PretrainData, Optimizer, Reconstruction, TrainConfig
 
 config = TrainConfig(
     model=mae_tiny(image_size=(32, 32), depth=1),
-    data=CropData(source="scenes:40x48", held_out="::20000"),
-    objective=Painting(),
+    data=PretrainData(source="scenes:40x48", held_out="::20000"),
+    objective=Reconstruction(),
     optimizer=Optimizer(
-        peak_lr=1e-3, warmup_steps=2, drop_at=(), cosine_steps=8, weight_decay=0.05, layer_decay=1.0
+        peak_lr=1e-3, warmup_steps=2, lr_boundaries=(), cosine_steps=8, weight_decay=0.05,
+        layer_decay=1.0,
     ),
     batch_size=4,
     num_steps=8,

@@ -11,7 +11,7 @@ from train.config import (
     Data,
     Interactive,
     Optimizer,
-    Painting,
+    Reconstruction,
     TrainConfig,
     learns_encoder,
 )
@@ -36,16 +36,16 @@ def refused(function, *args):
         ("log_every=0", "0", "at least 1"),
         ("checkpoint_every=0", "0", "at least 1"),
         ("evaluate_every=-1", "-1", "at least 0"),
-        ("objective.points=17", "17", "0 to 16"),
-        ("objective.points=-1", "-1", "0 to 16"),
-        ("objective.extra_rounds=3", "3", "0, 1 or 2"),
+        ("objective.num_clicks=17", "17", "0 to 16"),
+        ("objective.num_clicks=-1", "-1", "0 to 16"),
+        ("objective.num_extra_rounds=3", "3", "0, 1 or 2"),
         ("objective.masks_per_image=0", "0", "at least 1"),
-        ("objective.chunk=0", "0", "at least 1"),
+        ("objective.masks_per_chunk=0", "0", "at least 1"),
         ("objective.loss_scale=3", "3", "1, 2 or 4"),
         ("data.source=", "''", "kind:place"),
         ("data.max_bad=1.5", "1.5", "0 to 1"),
         ("data.max_bad=-0.5", "-0.5", "0 to 1"),
-        ("optimizer.drop_at=3,2", "(3, 2)", "steps in order"),
+        ("optimizer.lr_boundaries=3,2", "(3, 2)", "steps in order"),
         ("optimizer.warmup_steps=-1", "-1", "at least 0"),
         ("model.patch_size=0", "0", "at least 1"),
         ("model.image_size=(128, 100)", "(128, 100)", "divisible by the patch of 8 pixels"),
@@ -71,14 +71,14 @@ def test_the_loss_must_be_at_whole_pixels(scale, patch):
 @pytest.mark.parametrize(
     "setting",
     [
-        "objective.points=0",
-        "objective.points=16",
-        "objective.extra_rounds=0",
+        "objective.num_clicks=0",
+        "objective.num_clicks=16",
+        "objective.num_extra_rounds=0",
         "data.max_bad=0",
         "data.max_bad=1",
         "evaluate_every=0",
         "optimizer.warmup_steps=0",
-        "optimizer.drop_at=2,2",
+        "optimizer.lr_boundaries=2,2",
         "objective.loss_scale=2",
     ],
 )
@@ -86,17 +86,17 @@ def test_the_ends_of_what_is_allowed(setting):
     override(CONFIG, [setting])
 
 
-@pytest.mark.parametrize("move", ["flips", "turns"])
+@pytest.mark.parametrize("move", ["flips", "rot90"])
 def test_images_that_move_need_an_encoder_that_learns(move):
-    settings = [f"data.{move}=True", "train_only=mask_decoder,prompt_encoder"]
+    settings = [f"data.{move}=True", "trainable=mask_decoder,prompt_encoder"]
     message = refused(override, CONFIG, settings)
-    assert message.startswith("data.flips and data.turns must be False where the image encoder")
-    assert message.endswith("; got train_only=('mask_decoder', 'prompt_encoder')")
-    override(CONFIG, [settings[0], "train_only=mask_decoder,image_encoder/neck"])
+    assert message.startswith("data.flips and data.rot90 must be False where the image encoder")
+    assert message.endswith("; got trainable=('mask_decoder', 'prompt_encoder')")
+    override(CONFIG, [settings[0], "trainable=mask_decoder,image_encoder/neck"])
 
 
 def test_whether_the_encoder_learns():
-    learns = lambda *parts: learns_encoder(dataclasses.replace(CONFIG, train_only=parts))
+    learns = lambda *parts: learns_encoder(dataclasses.replace(CONFIG, trainable=parts))
     assert learns()
     assert learns("image_encoder")
     assert learns("mask_decoder", "image_encoder/block_03/lin1")
@@ -116,16 +116,16 @@ def test_defaults_are_the_papers():
     assert config.optimizer == Optimizer(
         peak_lr=8e-4,
         warmup_steps=250,
-        drop_at=(60_000, 86_666),
-        drop_by=0.1,
+        lr_boundaries=(60_000, 86_666),
+        lr_decay_factor=0.1,
         weight_decay=0.1,
         layer_decay=0.8,
         b1=0.9,
         b2=0.999,
     )
     assert config.objective == Interactive(
-        points=8,
-        extra_rounds=2,
+        num_clicks=8,
+        num_extra_rounds=2,
         focal=20.0,
         dice=1.0,
         iou=1.0,
@@ -133,13 +133,13 @@ def test_defaults_are_the_papers():
         multimask=True,
         multimask_extra=False,
         detach_mask=True,
-        iou_all=False,
-        iou_l1=False,
+        iou_supervision="best",
+        iou_loss="mse",
         loss_scale=1,
         box_noise="gaussian",
     )
     assert not config.data.flips
-    assert not config.data.turns
+    assert not config.data.rot90
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_defaults_are_the_papers():
         ("data.min_area=0", "0.0", "more than 0, at most 1"),
         ("data.min_area=1.1", "1.1", "more than 0, at most 1"),
         ("data.source=", "''", "kind:place"),
-        ("match_attention=1", "1.0", "0: a masked autoencoder has no prompts"),
+        ("mimetic_init_scale=1", "1.0", "0: a masked autoencoder has no prompts"),
         ("optimizer.cosine_steps=100", "100", "0, or more than optimizer.warmup_steps"),
         ("optimizer.cosine_steps=-1", "-1", "0, or more than optimizer.warmup_steps"),
     ],
@@ -172,8 +172,10 @@ def test_rules_of_masked_autoencoders(setting, got, allowed):
 def test_model_data_and_objective_are_of_one_kind(change):
     message = refused(lambda: dataclasses.replace(painting, **change))
     assert message.startswith(
-        "model, data and objective must be Sam, Data, Interactive or MaskedAutoencoder, CropData, "
-        "Painting; got "
+        "model, data and objective must be Sam, Data, Interactive or MaskedAutoencoder, "
+        "PretrainData, Reconstruction; got "
     )
     assert type(next(iter(change.values()))).__name__ in message.split("got ")[1]
-    assert "Painting" in refused(lambda: dataclasses.replace(CONFIG, objective=Painting()))
+    assert "Reconstruction" in refused(
+        lambda: dataclasses.replace(CONFIG, objective=Reconstruction())
+    )

@@ -9,8 +9,8 @@ from train.flops import (
     block_flops,
     decoder_flops,
     encoder_flops,
-    painting_flops,
     peak_flops,
+    reconstruction_flops,
     rounds_flops,
     step_flops,
 )
@@ -29,7 +29,7 @@ def test_the_official_sizes(make, encoder, step):
     ("make", "gigaflops"), [(mae_vit_b, 58.7), (mae_vit_l, 124.5), (mae_vit_h, 223.4)]
 )
 def test_masked_autoencoders(make, gigaflops):
-    assert painting_flops(make()) / 1e9 == pytest.approx(gigaflops, abs=0.1)
+    assert reconstruction_flops(make()) / 1e9 == pytest.approx(gigaflops, abs=0.1)
 
 
 @pytest.mark.parametrize(("tokens", "flops"), [(2, 3659), (7, 3741), (12, 3823)])
@@ -50,7 +50,7 @@ def test_rounds_have_the_tokens_of_their_clicks(points, extra, clicks):
     """Sums over rounds of the clicks in each; the inserted round has 0 to 7, equally often."""
     model, rounds = sam_vit_b(), 1 + points + extra
     one_click = decoder_flops(model, 3) - decoder_flops(model, 2)
-    config = Interactive(points=points, extra_rounds=extra)
+    config = Interactive(num_clicks=points, num_extra_rounds=extra)
     expected = rounds * decoder_flops(model, 2) + clicks * one_click
     assert rounds_flops(model, config) == pytest.approx(expected, rel=1e-4)
 

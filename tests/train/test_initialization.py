@@ -33,7 +33,7 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def matched():
-    return begin(dataclasses.replace(CONFIG, match_attention=2.0))
+    return begin(dataclasses.replace(CONFIG, mimetic_init_scale=2.0))
 
 
 def test_matching_changes_queries_and_keys_of_cross_attention_alone(drawn, matched):
@@ -70,7 +70,7 @@ def test_matched_attention_looks_where_the_prompt_is(drawn, matched):
 
 def test_given_weights_are_taken_as_they_are(drawn, tmp_path):
     sam_jax.save(tmp_path / "w", MODEL, drawn)
-    config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "w"), match_attention=2.0)
+    config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "w"), mimetic_init_scale=2.0)
     taken = begin(config)
     assert jax.tree.all(jax.tree.map(np.array_equal, taken, drawn))
     other = dataclasses.replace(config, model=sam_tiny(embed_dim=32))
@@ -79,8 +79,8 @@ def test_given_weights_are_taken_as_they_are(drawn, tmp_path):
 
 
 def test_a_negative_scale_is_refused():
-    with pytest.raises(ConfigError, match="match_attention must be at least 0"):
-        dataclasses.replace(CONFIG, match_attention=-1.0)
+    with pytest.raises(ConfigError, match="mimetic_init_scale must be at least 0"):
+        dataclasses.replace(CONFIG, mimetic_init_scale=-1.0)
 
 
 # From masked autoencoders.
@@ -109,7 +109,7 @@ def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencod
     np.testing.assert_array_equal(after["image_encoder/block_01/lin1/kernel"], kernel)
     file = tmp_path / "mae.pth"
     sam_jax.save(file, MAE.clone(image_size=(40, 40)), mae.initialize(MAE, 3))
-    matched = dataclasses.replace(CONFIG, init_from=str(file), match_attention=2.0)
+    matched = dataclasses.replace(CONFIG, init_from=str(file), mimetic_init_scale=2.0)
     begun = initial_variables(matched, lambda: drawn)
     again = flatten_dict(begun["params"], sep="/")
     np.testing.assert_array_equal(again["image_encoder/block_01/lin1/kernel"], kernel)

@@ -72,7 +72,9 @@ def test_schedule_of_the_paper():
 
 
 def test_a_half_cosine_follows_the_warm_up():
-    rate = make_schedule(Optimizer(peak_lr=2e-3, warmup_steps=100, drop_at=(), cosine_steps=1100))
+    rate = make_schedule(
+        Optimizer(peak_lr=2e-3, warmup_steps=100, lr_boundaries=(), cosine_steps=1100)
+    )
     expected = {0: 2e-5, 99: 2e-3, 100: 2e-3, 350: 1e-3 + 2**-0.5 * 1e-3, 600: 1e-3, 1100: 0}
     for step, value in expected.items():
         assert rate(step) == pytest.approx(value, rel=1e-5, abs=1e-9)
@@ -80,12 +82,14 @@ def test_a_half_cosine_follows_the_warm_up():
 
 
 def test_schedule_without_warm_up_and_drops():
-    rate = make_schedule(Optimizer(peak_lr=0.5, warmup_steps=0, drop_at=()))
+    rate = make_schedule(Optimizer(peak_lr=0.5, warmup_steps=0, lr_boundaries=()))
     np.testing.assert_allclose([rate(0), rate(1), rate(10**6)], 0.5)
 
 
 def test_a_drop_in_the_warm_up_counts():
-    rate = make_schedule(Optimizer(peak_lr=1.0, warmup_steps=4, drop_at=(1, 3), drop_by=0.5))
+    rate = make_schedule(
+        Optimizer(peak_lr=1.0, warmup_steps=4, lr_boundaries=(1, 3), lr_decay_factor=0.5)
+    )
     expected = [0.25, 0.25, 0.375, 0.25, 0.25]
     np.testing.assert_allclose([rate(step) for step in range(5)], expected)
 
@@ -207,7 +211,13 @@ GRADIENTS = {
     "mask_decoder/iou_head/lin1/kernel": [[-0.7], [0.1]],
 }
 CONFIG = Optimizer(
-    peak_lr=0.1, warmup_steps=2, drop_at=(3,), weight_decay=0.2, layer_decay=0.5, b1=0.8, b2=0.9
+    peak_lr=0.1,
+    warmup_steps=2,
+    lr_boundaries=(3,),
+    weight_decay=0.2,
+    layer_decay=0.5,
+    b1=0.8,
+    b2=0.9,
 )
 
 
@@ -271,7 +281,7 @@ PART = ("mask_decoder", "image_encoder/block_01")
 
 
 def test_what_does_not_learn_stays_bit_by_bit():
-    params, _ = run(make_optimizer(CONFIG, depth=2, train_only=PART), PARAMS, 2)
+    params, _ = run(make_optimizer(CONFIG, depth=2, trainable=PART), PARAMS, 2)
     whole, _ = run(make_optimizer(CONFIG, depth=2), PARAMS, 2)
     start, whole = flatten(PARAMS), flatten(whole)
     for path, value in flatten(params).items():
@@ -284,7 +294,7 @@ def test_what_does_not_learn_stays_bit_by_bit():
 
 def test_what_does_not_learn_has_no_moments():
     moments = lambda state: sum(x.size for x in jax.tree.leaves(state) if x.ndim)
-    _, state = run(make_optimizer(CONFIG, depth=2, train_only=PART), PARAMS, 1)
+    _, state = run(make_optimizer(CONFIG, depth=2, trainable=PART), PARAMS, 1)
     learning = [x.size for path, x in flatten(PARAMS).items() if path.startswith(PART)]
     assert moments(state) == 2 * sum(learning)
     _, state = run(make_optimizer(CONFIG, depth=2), PARAMS, 1)
@@ -293,7 +303,7 @@ def test_what_does_not_learn_has_no_moments():
 
 def test_the_rate_counts_steps_in_a_part_too():
     """The state of a part can be traced, and its schedule moves on."""
-    optimizer = make_optimizer(CONFIG, depth=2, train_only=("prompt_encoder",))
+    optimizer = make_optimizer(CONFIG, depth=2, trainable=("prompt_encoder",))
     params, _ = jax.jit(lambda params: run(optimizer, params, 2))(PARAMS)
     expected = by_hand("prompt_encoder/no_mask", [7.0], 2)
     np.testing.assert_allclose(params["prompt_encoder"]["no_mask"], expected, rtol=1e-6)
@@ -316,6 +326,6 @@ def test_a_part_that_is_not_there_is_named():
     for wrong in ("decoder", "mask_decoder/iou", "image_encoder/block_4", "block_00", ""):
         with pytest.raises(ConfigError) as error:
             check_train_only(params, ("mask_decoder", wrong))
-        assert f"train_only names {wrong!r}" in str(error.value)
+        assert f"trainable names {wrong!r}" in str(error.value)
         assert "image_encoder/block_00" in str(error.value)
         assert "mask_decoder/iou_head" in str(error.value)

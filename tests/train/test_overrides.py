@@ -33,17 +33,17 @@ def refused(function, *args):
         ("init_from=12", None, "init_from", "12"),
         ("optimizer.peak_lr=1e-4", "optimizer", "peak_lr", 1e-4),
         ("optimizer.peak_lr=1", "optimizer", "peak_lr", 1.0),
-        ("optimizer.drop_at=(10, 20)", "optimizer", "drop_at", (10, 20)),
-        ("optimizer.drop_at=10,20", "optimizer", "drop_at", (10, 20)),
-        ("optimizer.drop_at=10", "optimizer", "drop_at", (10,)),
-        ("optimizer.drop_at=()", "optimizer", "drop_at", ()),
-        ("optimizer.drop_at=", "optimizer", "drop_at", ()),
-        ("train_only=mask_decoder", None, "train_only", ("mask_decoder",)),
-        ("train_only=mask_decoder, prompt_encoder/top_left", None, "train_only",
+        ("optimizer.lr_boundaries=(10, 20)", "optimizer", "lr_boundaries", (10, 20)),
+        ("optimizer.lr_boundaries=10,20", "optimizer", "lr_boundaries", (10, 20)),
+        ("optimizer.lr_boundaries=10", "optimizer", "lr_boundaries", (10,)),
+        ("optimizer.lr_boundaries=()", "optimizer", "lr_boundaries", ()),
+        ("optimizer.lr_boundaries=", "optimizer", "lr_boundaries", ()),
+        ("trainable=mask_decoder", None, "trainable", ("mask_decoder",)),
+        ("trainable=mask_decoder, prompt_encoder/top_left", None, "trainable",
          ("mask_decoder", "prompt_encoder/top_left")),
-        ("train_only=('mask_decoder', 'image_encoder')", None, "train_only",
+        ("trainable=('mask_decoder', 'image_encoder')", None, "trainable",
          ("mask_decoder", "image_encoder")),
-        ("train_only='mask_decoder'", None, "train_only", ("mask_decoder",)),
+        ("trainable='mask_decoder'", None, "trainable", ("mask_decoder",)),
         ("objective.multimask=False", "objective", "multimask", False),
         ("objective.box_noise=uniform", "objective", "box_noise", "uniform"),
         ("data.source=sa1b:/data/sa1b", "data", "source", "sa1b:/data/sa1b"),
@@ -90,7 +90,7 @@ def test_the_model_stays_a_model():
     ("setting", "near", "owner", "fields"),
     [
         ("num_step=3", "num_steps", "TrainConfig", TrainConfig),
-        ("objective.point=3", "points", "Interactive", Interactive),
+        ("objective.num_click=3", "num_clicks", "Interactive", Interactive),
         ("optimizer.peak_rl=3", "peak_lr", "Optimizer", Optimizer),
         ("data.sorce=x", "source", "Data", Data),
         ("optimiser.peak_lr=3", "optimizer", "TrainConfig", TrainConfig),
@@ -124,9 +124,9 @@ def test_nothing_is_like_some_fields():
         ("num_steps=", "int"),
         ("optimizer.peak_lr=fast", "float"),
         ("optimizer.peak_lr=True", "float"),
-        ("optimizer.drop_at=1.5,2", "tuple[int, ...]"),
-        ("optimizer.drop_at=[1, 2]", "tuple[int, ...]"),
-        ("optimizer.drop_at=soon", "tuple[int, ...]"),
+        ("optimizer.lr_boundaries=1.5,2", "tuple[int, ...]"),
+        ("optimizer.lr_boundaries=[1, 2]", "tuple[int, ...]"),
+        ("optimizer.lr_boundaries=soon", "tuple[int, ...]"),
         ("model.image_size=64", "tuple[int, int]"),
         ("model.image_size=(64, 64, 3)", "tuple[int, int]"),
         ("objective.multimask=yes", "bool"),
@@ -240,7 +240,7 @@ def test_json_holds_every_field():
     assert list(plain["optimizer"]) == fields_of(Optimizer)
     assert plain["model"]["image_size"] == [128, 128]
     assert plain["model"]["dtype"] == "float32"
-    assert plain["optimizer"]["drop_at"] == [60_000, 86_666]
+    assert plain["optimizer"]["lr_boundaries"] == [60_000, 86_666]
     assert not {"name", "parent"} & set(plain["model"])
     assert json.dumps(plain, indent=2) + "\n" == to_json(CONFIG)
 
@@ -249,7 +249,7 @@ def test_json_holds_every_field():
     "setting",
     [
         "seed=1",
-        "train_only=mask_decoder",
+        "trainable=mask_decoder",
         "optimizer.b2=0.99",
         "objective.detach_mask=False",
         "data.held_out=0::5",
@@ -267,7 +267,7 @@ def test_json_differs_when_a_field_does(setting):
 
 
 def test_differences_name_fields_and_both_values():
-    settings = ["seed=1", "optimizer.b2=0.99", "train_only=mask_decoder", "model.depth=3"]
+    settings = ["seed=1", "optimizer.b2=0.99", "trainable=mask_decoder", "model.depth=3"]
     before, now = to_dict(CONFIG), to_dict(override(CONFIG, settings))
     assert differences(before, before) == []
     found = differences(before, now)
@@ -275,9 +275,9 @@ def test_differences_name_fields_and_both_values():
         "model.depth was 4, is 3",
         "optimizer.b2 was 0.999, is 0.99",
         "seed was 0, is 1",
-        "train_only was [], is ['mask_decoder']",
+        "trainable was [], is ['mask_decoder']",
     ]
-    assert differences(before, now, ["seed", "model.depth", "train_only"]) == [
+    assert differences(before, now, ["seed", "model.depth", "trainable"]) == [
         "optimizer.b2 was 0.999, is 0.99"
     ]
     # What was read from JSON is the same; a field of another version is a difference.
@@ -287,7 +287,9 @@ def test_differences_name_fields_and_both_values():
 
 def test_fields_are_those_of_what_learns():
     assert override(painting, ["model.mask_ratio=0.5"]).model.mask_ratio == 0.5
-    message = refused(override, painting, ["objective.points=3"])
-    assert message == "there is no field objective.points. Painting has normalized"
+    message = refused(override, painting, ["objective.num_clicks=3"])
+    assert message == "there is no field objective.num_clicks. Reconstruction has normalized"
     message = refused(override, painting, ["data.min_areas=0.5"])
-    assert message.startswith("there is no field data.min_areas; did you mean min_area? CropData")
+    assert message.startswith(
+        "there is no field data.min_areas; did you mean min_area? PretrainData"
+    )

@@ -17,14 +17,14 @@ from tests.train.running import CONFIG, losses
 from train import __main__ as command
 from train.checkpoints import Checkpoints
 from train.config import ConfigError
-from train.remote_workdir import Outbox
+from train.remote_workdir import RemoteWorkdir
 
 RUN = "gs://bucket/runs/small"
 
 
 @pytest.fixture
 def outbox(bucket):
-    with Outbox(RUN) as outbox:
+    with RemoteWorkdir(RUN) as outbox:
         yield outbox
 
 
@@ -89,7 +89,7 @@ def test_a_store_that_cannot_be_read_is_said(outbox, monkeypatch, error, said):
 
 def test_other_stores_are_refused():
     with pytest.raises(ConfigError, match="must be a folder or gs://BUCKET/PATH; got s3://b/run"):
-        Outbox("s3://b/run")
+        RemoteWorkdir("s3://b/run")
 
 
 def test_a_folder_made_for_the_run_is_empty(bucket, outbox):
@@ -118,7 +118,7 @@ def test_what_cannot_be_sent_stays_here(bucket, monkeypatch, caplog):
         raise RuntimeError("503")
 
     def try_to_send(error):
-        with Outbox(RUN) as outbox:
+        with RemoteWorkdir(RUN) as outbox:
             (outbox.folder / "weights").write_text("dear")
             monkeypatch.setattr(object_store.ObjectStore, "put_file", fail)
             if error:
@@ -135,7 +135,7 @@ def test_what_cannot_be_sent_stays_here(bucket, monkeypatch, caplog):
 
 
 def test_a_folder_is_its_own(tmp_path):
-    with Outbox(tmp_path / "run") as outbox:
+    with RemoteWorkdir(tmp_path / "run") as outbox:
         outbox.fetch()
     assert outbox.folder == tmp_path / "run"
     assert not outbox.folder.exists()

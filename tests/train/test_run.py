@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, tmp_path
 
 def test_a_frozen_encoder_stays_and_the_rest_learns(start, whole, tmp_path):
     workdir = tmp_path / "tuned"
-    settings = (f"init_from={whole / 'weights'}", "train_only=mask_decoder", "data.flips=False")
+    settings = (f"init_from={whole / 'weights'}", "trainable=mask_decoder", "data.flips=False")
     finish(start(workdir, *settings, "num_steps=3"))
     before, after = (sam_jax.load(w / "weights")[1]["params"] for w in (whole, workdir))
     for part, tree in after.items():
@@ -151,8 +151,8 @@ def fail(monkeypatch, capsys, config, workdir, *settings):
         ("data.held_out=1:1", "leaves none"),
         ("init_from=/nowhere.pth", "no weights at /nowhere.pth"),
         (
-            "train_only=decoder data.flips=False",
-            "train_only names 'decoder', where there is no parameter",
+            "trainable=decoder data.flips=False",
+            "trainable names 'decoder', where there is no parameter",
         ),
     ],
 )

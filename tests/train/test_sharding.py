@@ -10,13 +10,19 @@ from jax.sharding import PartitionSpec as P
 
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
-from sam_jax.data.segmentation_batch import Batch, Framed
+from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.model.sam import sam_tiny
 from sam_jax.weights.convert import initialize
 from train.config import ConfigError, Interactive, Optimizer
 from train.objectives.interactive import make_interactive
 from train.optimizer import make_optimizer
-from train.sharding import born_on, gradients_over, layout_of, make_mesh, split_batch
+from train.sharding import (
+    infer_sharding,
+    init_sharded,
+    make_mesh,
+    make_sharded_grad_fn,
+    shard_batch,
+)
 from train.state import init_state
 from train.step import make_step
 
@@ -47,8 +53,8 @@ def test_devices_do_not_change_gradients(counts):
 
     mesh = make_mesh(4)
     assert mesh.devices.size == 4
-    found = jax.jit(gradients_over(mesh, objective, params))(
-        *born_on(mesh, lambda x: x, (params, constants)), split_batch(mesh, batch), key
+    found = jax.jit(make_sharded_grad_fn(mesh, objective, params))(
+        *init_sharded(mesh, lambda x: x, (params, constants)), shard_batch(mesh, batch), key
     )
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(found))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), found, expected)
@@ -89,7 +95,7 @@ def test_large_arrays_are_split_along_whole_tiles_and_small_ones_are_not():
         "small": (512, 512),
     }
     state = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    specs = {name: x.spec for name, x in layout_of(mesh, state).items()}
+    specs = {name: x.spec for name, x in infer_sharding(mesh, state).items()}
     assert specs == {
         "kernel": P("fsdp"),
         "positions": P(None, "fsdp"),
@@ -97,7 +103,7 @@ def test_large_arrays_are_split_along_whole_tiles_and_small_ones_are_not():
         "vector": P(),
         "small": P(),
     }
-    assert {x.spec for x in layout_of(make_mesh(8), state).values()} == {P()}
+    assert {x.spec for x in infer_sharding(make_mesh(8), state).values()} == {P()}
 
 
 MODEL = sam_tiny(image_size=(32, 32), depth=2, embed_dim=16, prompt_dim=16, global_blocks=(1,),
@@ -107,15 +113,17 @@ MODEL = sam_tiny(image_size=(32, 32), depth=2, embed_dim=16, prompt_dim=16, glob
 
 def losses_of_five_steps(mesh):
     """Five steps of the same batches of eight scenes, from the same weights; and the last state."""
-    config = Interactive(masks_per_image=2, chunk=1, points=2)
-    loader = Loader(open_source("scenes"), np.arange(64), Framed(MODEL.image_size, 2), 8, seed=0)
+    config = Interactive(masks_per_image=2, masks_per_chunk=1, num_clicks=2)
+    loader = Loader(
+        open_source("scenes"), np.arange(64), SegmentationTransform(MODEL.image_size, 2), 8, seed=0
+    )
     optimizer = make_optimizer(Optimizer(peak_lr=1e-3, warmup_steps=2), MODEL.depth)
     variables = jax.jit(initialize, static_argnums=(0, 1))(MODEL, 0)
-    state = born_on(mesh, lambda given: init_state(given, optimizer), variables)
+    state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
     step = make_step(make_interactive(MODEL, config), optimizer, 0, mesh, state)
     losses = []
     for i in range(5):
-        state, values = step(state, split_batch(mesh, loader.batch(i)[0]))
+        state, values = step(state, shard_batch(mesh, loader.batch(i)[0]))
         losses.append(jax.device_get(values))
     return losses, state
 
@@ -127,7 +135,7 @@ def on_one_device():
 
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_a_mesh_does_not_change_a_run(fsdp, on_one_device, monkeypatch):
-    monkeypatch.setattr("train.sharding.SPLIT_FROM", 1)
+    monkeypatch.setattr("train.sharding.MIN_SHARD_SIZE", 1)
     monkeypatch.setattr("train.sharding.SHARE", 1)
     found, state = losses_of_five_steps(make_mesh(8, fsdp))
     same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)

@@ -30,7 +30,7 @@ from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
 from train.aot.hlo_cost import CHIPS, GIB
 from train.aot.lower import LOWER, analyse, devices_of
-from train.config import ConfigError, TrainConfig, is_painting
+from train.config import ConfigError, TrainConfig, is_reconstruction
 from train.overrides import load_config, override
 from train.tasks.base import task_of
 
@@ -49,10 +49,10 @@ def schedule(config: TrainConfig, report: dict[str, Any]) -> dict[str, float]:
 def reading_rate(config: TrainConfig, seconds: float = 3.0) -> float | None:
     """Images/s that one core reads here, of the config's source; None if it is not here."""
     try:
-        source = open_source(config.data.source, masks=not is_painting(config))
+        source = open_source(config.data.source, masks=not is_reconstruction(config))
     except (SourceError, FileNotFoundError):
         return None
-    loader = Loader(source, np.arange(len(source)), task_of(config).prepare, 1, config.seed)
+    loader = Loader(source, np.arange(len(source)), task_of(config).transform, 1, config.seed)
     loader.batch(0)
     began, done = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:

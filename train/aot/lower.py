@@ -14,7 +14,7 @@ from sam_jax.model.ops.platform import traced_for
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.weights.convert import initialize
 from train.aot.hlo_cost import CHIPS, GIB, Chip, model_program
-from train.config import ConfigError, TrainConfig, is_painting
+from train.config import ConfigError, TrainConfig, is_reconstruction
 from train.flops import block_flops, decoder_flops, encoder_flops
 from train.optimizer import make_optimizer
 from train.sharding import make_mesh
@@ -59,7 +59,7 @@ def lower_step(config: TrainConfig, devices: list):
     """The training step, before it is compiled; and what of it one device does, in FLOPs."""
     mesh = make_mesh(config.batch_size, config.fsdp, devices)
     task = task_of(config)
-    optimizer = make_optimizer(config.optimizer, config.model.depth, config.train_only)
+    optimizer = make_optimizer(config.optimizer, config.model.depth, config.trainable)
     state = jax.eval_shape(lambda: init_state(task.initialize(), optimizer))
     step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
     images = config.batch_size / mesh.devices.size
@@ -120,7 +120,7 @@ LOWER = {"step": lower_step, "encode": lower_encode, "decode": lower_decode, "bl
 
 def analyse(config: TrainConfig, topology: str, what: str = "step") -> dict[str, Any]:
     """Compiles, and reads what the compiler says, of one device: see the README."""
-    if what != "step" and is_painting(config):
+    if what != "step" and is_reconstruction(config):
         raise ConfigError(f"--what must be step for a masked autoencoder; got {what}")
     devices, chip = devices_of(topology)
     with traced_for("tpu"):

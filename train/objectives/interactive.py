@@ -153,7 +153,7 @@ def encode(model, variables, image, key, train):
 def split_masks(config, batch):
     """The masks of a batch in chunks 'chunk b n ...', the last one filled up with weight 0."""
     n = batch.valid.shape[1]
-    chunk = min(config.chunk, n)
+    chunk = min(config.masks_per_chunk, n)
     weight = batch.valid / jnp.maximum(1, jnp.sum(batch.valid)) / num_rounds(config)
     masks = {"bits": batch.masks, "mask_id": batch.mask_id, "weight": weight.astype(jnp.float32)}
     fill = lambda x: jnp.pad(x, ((0, 0), (0, -n % chunk), *[(0, 0)] * (x.ndim - 2)))
@@ -199,7 +199,7 @@ def cell_size(model, config):
 
 def num_rounds(config):
     """The first prompt, the sampled clicks, and the rounds without new information."""
-    return 1 + config.points + config.extra_rounds
+    return 1 + config.num_clicks + config.num_extra_rounds
 
 
 def begin(model, config, truth):
@@ -211,7 +211,7 @@ def begin(model, config, truth):
             key_of(truth, 0, CLICK),
             truth.mask,
             truth.size,
-            num_slots=FIRST_SLOTS + config.points,
+            num_slots=FIRST_SLOTS + config.num_clicks,
             box_noise=config.box_noise,
         )
 
@@ -284,10 +284,10 @@ def has_click(config, key, index):
     With two extra rounds one comes before a click drawn at random, the other last; so each of the
     rounds 1 to `points` is as likely to be the one inserted.
     """
-    last = (config.extra_rounds > 0) & (index == num_rounds(config) - 1)
+    last = (config.num_extra_rounds > 0) & (index == num_rounds(config) - 1)
     inserted = False
-    if config.extra_rounds == 2:
-        before = jax.random.randint(jax.random.fold_in(key, INSERTION), (), 0, config.points)
+    if config.num_extra_rounds == 2:
+        before = jax.random.randint(jax.random.fold_in(key, INSERTION), (), 0, config.num_clicks)
         inserted = index == 1 + before
     return (index > 0) & ~last & ~inserted
 
@@ -317,8 +317,8 @@ def score_masks(model, config, masks, target, is_multimask):
     goes_on = jnp.argmax(jnp.where(counts, masks.iou, -jnp.inf))
 
     iou = mask_iou(scaled, target)
-    iou_loss = jnp.abs(masks.iou - iou) if config.iou_l1 else (masks.iou - iou) ** 2
-    if config.iou_all:
+    iou_loss = jnp.abs(masks.iou - iou) if config.iou_loss == "l1" else (masks.iou - iou) ** 2
+    if config.iou_supervision == "all":
         iou_loss = jnp.sum(jnp.where(counts, iou_loss, 0.0)) / jnp.sum(counts)
     else:
         iou_loss = iou_loss[best]

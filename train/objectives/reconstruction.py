@@ -12,14 +12,14 @@ from sam_jax.model.mae import normalize_patches, patches_of
 from sam_jax.model.sam import normalize_colors
 
 
-def make_painting(model, config):
+def make_reconstruction_objective(model, config):
     """Builds the objective of a model.
 
     Args:
-      model: `MaskedAutoencoder`; config: `Painting`.
+      model: `MaskedAutoencoder`; config: `Reconstruction`.
     Returns:
-      f(params, constants, batch, key) -> (loss, {}), where batch is `Crops` and key that of the
-      step.
+      f(params, constants, batch, key) -> (loss, {}), where batch is `ImageBatch` and key that of
+      the step.
     """
 
     def objective(params, constants, batch, key):
@@ -27,22 +27,22 @@ def make_painting(model, config):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.image_id)
         image = normalize_colors(batch.image)
         painted = model.apply({"params": params}, image, keys)
-        losses = painting_losses(painted, image, model.patch_size, config.normalized)
+        losses = reconstruction_loss(painted, image, model.patch_size, config.normalized)
         return jnp.mean(losses), {}
 
     return objective
 
 
-def painting_losses(painted, image, patch_size, normalized):
+def reconstruction_loss(painted, image, patch_size, normalized):
     """The mean squared error of each image's hidden patches, 'b': all images have as many.
 
     Args:
-      painted: `Painted`; image: 'b h w 3' float32, normalised.
+      painted: `ReconstructedPatches`; image: 'b h w 3' float32, normalised.
       normalized: whether patches are painted by their own means and deviations.
     """
     target = patches_of(image, patch_size)
     if normalized:
         target = normalize_patches(target)
     error = jnp.mean((painted.patches - target) ** 2, axis=-1)
-    hidden = painted.is_hidden
+    hidden = painted.mask
     return jnp.sum(error * hidden, axis=1) / jnp.sum(hidden, axis=1)

@@ -13,12 +13,12 @@ DPI = 120
 
 MAIN = (
     *("model.image_size", "model.patch_size", "model.embed_dim", "model.depth", "model.dtype"),
-    *("data.source", "data.held_out", "objective.points", "objective.extra_rounds"),
+    *("data.source", "data.held_out", "objective.num_clicks", "objective.num_extra_rounds"),
     *("model.mask_ratio", "data.min_area", "objective.focal", "objective.masks_per_image"),
-    *("optimizer.peak_lr", "optimizer.warmup_steps", "optimizer.drop_at"),
+    *("optimizer.peak_lr", "optimizer.warmup_steps", "optimizer.lr_boundaries"),
     *("optimizer.cosine_steps", "optimizer.weight_decay"),
     *("optimizer.layer_decay", "batch_size", "num_steps", "init_from"),
-    *("match_attention", "train_only", "seed"),
+    *("mimetic_init_scale", "trainable", "seed"),
 )  # fields of the config on the page
 
 

@@ -15,9 +15,9 @@ from sam_jax.data.example import BadSample, Source
 from sam_jax.model.mae import MaskedAutoencoder, mean_and_deviation, patches_of
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize_colors
 from sam_jax.visualize.dataset_plots import new_figure
-from train.config import Painting
+from train.config import Reconstruction
 from train.metrics import read_rows
-from train.objectives.reconstruction import painting_losses
+from train.objectives.reconstruction import reconstruction_loss
 from train.report.curves import draw_loss
 from train.report.html import items, table, write_page
 
@@ -28,10 +28,10 @@ GREY = 128  # of what is hidden
 PANEL, GAP, MARGIN, HEADER = 2.2, 0.1, 0.15, 0.5  # inches
 
 
-def evaluate_paintings(
+def evaluate_reconstruction(
     model: MaskedAutoencoder,
     params: dict,
-    config: Painting,
+    config: Reconstruction,
     source: Source,
     indices: Iterable[int],
 ) -> dict:
@@ -103,14 +103,14 @@ def paint(model, config, params, index, image):
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(SEED), i))(index)
     normalized = normalize_colors(image)
     painted = model.apply({"params": params}, normalized, keys)
-    losses = painting_losses(painted, normalized, model.patch_size, config.normalized)
+    losses = reconstruction_loss(painted, normalized, model.patch_size, config.normalized)
     patches = painted.patches
     if config.normalized:
         patches = in_scale_of(patches_of(normalized, model.patch_size), patches)
     gh, _ = model.grid
     p = model.patch_size
     pixels = rearrange(patches, "b (gh gw) (i j c) -> b (gh i) (gw j) c", gh=gh, i=p, j=p)
-    hidden = jnp.repeat(jnp.repeat(painted.is_hidden.reshape(-1, *model.grid), p, 1), p, 2)
+    hidden = jnp.repeat(jnp.repeat(painted.mask.reshape(-1, *model.grid), p, 1), p, 2)
     colors = jnp.clip(pixels * jnp.array(PIXEL_STD) + jnp.array(PIXEL_MEAN), 0, 255)
     return losses, hidden, colors
 
@@ -167,11 +167,11 @@ def draw_paintings(images: np.ndarray, hidden: np.ndarray, painted: np.ndarray) 
     return figure
 
 
-def write_paintings(
+def write_reconstruction_report(
     workdir: Path,
     model: MaskedAutoencoder,
     params: dict,
-    config: Painting,
+    config: Reconstruction,
     held_out: Source,
     evaluation: dict,
 ) -> Path:
@@ -179,7 +179,7 @@ def write_paintings(
 
     Args:
       workdir: of the run, with its config.json and metrics.jsonl.
-      model, params, config: as for `evaluate_paintings`.
+      model, params, config: as for `evaluate_reconstruction`.
       held_out: the images that were evaluated on; evaluation: what evaluation.json holds.
     Returns:
       The path of index.html.

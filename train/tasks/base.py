@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from sam_jax.data.loader import Prepare
-from sam_jax.data.open import Selection
-from train.config import TrainConfig, is_painting
+from sam_jax.data.loader import Transform
+from sam_jax.data.open import Subset
+from train.config import TrainConfig, is_reconstruction
 from train.tasks.reconstruction import MaeTask
 from train.tasks.segmentation import SamTask
 
@@ -23,7 +23,7 @@ class Task(Protocol):
     """
 
     needs_masks: bool
-    prepare: Prepare
+    transform: Transform
     reduce_to: tuple[int, int] | None
     objective: Callable
     flops: float | None
@@ -36,23 +36,23 @@ class Task(Protocol):
         """The shapes of a batch of all hosts."""
         ...
 
-    def completion(self, variables: dict, path: Path, seen: Selection) -> Callable:
+    def completion(self, variables: dict, path: Path, seen: Subset) -> Callable:
         """What a batch goes through before a step; `path` is of a file of this host's own."""
         ...
 
-    def bytes_on_disk(self, seen: Selection) -> int:
+    def bytes_on_disk(self, seen: Subset) -> int:
         """What the completion will write."""
         ...
 
-    def evaluate(self, variables: dict, held_out: Selection) -> dict:
+    def evaluate(self, variables: dict, held_out: Subset) -> dict:
         """What evaluation.json holds."""
         ...
 
-    def report(self, workdir: Path, variables: dict, held_out: Selection, evaluation: dict) -> None:
+    def report(self, workdir: Path, variables: dict, held_out: Subset, evaluation: dict) -> None:
         """Writes report/, and prints the evaluation."""
         ...
 
 
 def task_of(config: TrainConfig) -> Task:
     """What a config says is to be learnt."""
-    return MaeTask(config) if is_painting(config) else SamTask(config)
+    return MaeTask(config) if is_reconstruction(config) else SamTask(config)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sam_jax.data.crop_batch import Cropped, Crops
-from sam_jax.data.open import Selection
+from sam_jax.data.crop_batch import ImageBatch, RandomResizedCrop
+from sam_jax.data.open import Subset
 from sam_jax.weights import mae
 from train.config import TrainConfig
-from train.flops import painting_flops
-from train.objectives.reconstruction import make_painting
-from train.report.reconstruction import evaluate_paintings, write_paintings
+from train.flops import reconstruction_flops
+from train.objectives.reconstruction import make_reconstruction_objective
+from train.report.reconstruction import evaluate_reconstruction, write_reconstruction_report
 
 
 class MaeTask:
@@ -25,39 +25,43 @@ class MaeTask:
     def __init__(self, config: TrainConfig) -> None:
         model, data = config.model, config.data
         self.config = config
-        self.prepare = Cropped(
-            model.image_size, model.patch_size, data.min_area, data.flips, data.turns
+        self.transform = RandomResizedCrop(
+            model.image_size, model.patch_size, data.min_area, data.flips, data.rot90
         )
         smallest = tuple(int(side * data.min_area**-0.5) for side in model.image_size)
         self.reduce_to = smallest if data.half_size_jpeg else None
-        self.objective = make_painting(model, config.objective)
-        self.flops = painting_flops(model)
+        self.objective = make_reconstruction_objective(model, config.objective)
+        self.flops = reconstruction_flops(model)
         self.initialize = functools.partial(mae.initialize, model, config.seed)
 
-    def batch_like(self) -> Crops:
+    def batch_like(self) -> ImageBatch:
         b = self.config.batch_size
         like = jax.ShapeDtypeStruct
-        return Crops(
+        return ImageBatch(
             image=like((b, *self.config.model.image_size, 3), jnp.uint8),
             image_id=like((b,), jnp.int32),
         )
 
-    def completion(self, variables: dict, path: Path, seen: Selection) -> Callable:
+    def completion(self, variables: dict, path: Path, seen: Subset) -> Callable:
         """Nothing."""
         del variables, path, seen
         return lambda batch: batch
 
-    def bytes_on_disk(self, seen: Selection) -> int:
+    def bytes_on_disk(self, seen: Subset) -> int:
         del seen
         return 0
 
-    def evaluate(self, variables: dict, held_out: Selection) -> dict:
-        """See `evaluate_paintings`."""
+    def evaluate(self, variables: dict, held_out: Subset) -> dict:
+        """See `evaluate_reconstruction`."""
         indices = tqdm(held_out.indices.tolist(), "evaluation", unit="image", leave=False)
         model, objective = self.config.model, self.config.objective
-        return evaluate_paintings(model, variables["params"], objective, held_out.source, indices)
+        return evaluate_reconstruction(
+            model, variables["params"], objective, held_out.source, indices
+        )
 
-    def report(self, workdir: Path, variables: dict, held_out: Selection, evaluation: dict) -> None:
+    def report(self, workdir: Path, variables: dict, held_out: Subset, evaluation: dict) -> None:
         model, objective = self.config.model, self.config.objective
-        write_paintings(workdir, model, variables["params"], objective, held_out, evaluation)
+        write_reconstruction_report(
+            workdir, model, variables["params"], objective, held_out, evaluation
+        )
         print(f"loss of {evaluation['images']} held-out images: {evaluation['loss']:.4f}")

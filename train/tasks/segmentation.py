@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sam_jax.data.open import Selection
-from sam_jax.data.segmentation_batch import Batch, Framed
+from sam_jax.data.open import Subset
+from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.evaluate.clicks import evaluate_clicks, table
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights.convert import initialize
@@ -28,7 +28,9 @@ class SamTask:
     def __init__(self, config: TrainConfig) -> None:
         model, data, objective = config.model, config.data, config.objective
         self.config = config
-        self.prepare = Framed(model.image_size, objective.masks_per_image, data.flips, data.turns)
+        self.transform = SegmentationTransform(
+            model.image_size, objective.masks_per_image, data.flips, data.rot90
+        )
         self.reduce_to = model.image_size if data.half_size_jpeg else None
         self.objective = make_interactive(model, objective)
         self.flops = step_flops(model, objective) if learns_encoder(config) else None
@@ -47,25 +49,25 @@ class SamTask:
             valid=like((b, n), bool),
         )
 
-    def completion(self, variables: dict, path: Path, seen: Selection) -> Callable:
+    def completion(self, variables: dict, path: Path, seen: Subset) -> Callable:
         """A frozen encoder's embeddings are added."""
         if learns_encoder(self.config):
             return lambda batch: batch
         return Embeddings(self.config.model, variables, path, len(seen.source))
 
-    def bytes_on_disk(self, seen: Selection) -> int:
+    def bytes_on_disk(self, seen: Subset) -> int:
         if learns_encoder(self.config):
             return 0
         model = self.config.model
         gh, gw = (side // model.patch_size for side in model.image_size)
         return 4 * len(seen.source) * gh * gw * model.prompt_dim
 
-    def evaluate(self, variables: dict, held_out: Selection) -> dict:
+    def evaluate(self, variables: dict, held_out: Subset) -> dict:
         """See `evaluate_clicks`."""
         predictor = SamPredictor(self.config.model, variables)
         indices = tqdm(range(len(held_out)), "evaluation", unit="image", leave=False)
         return evaluate_clicks(predictor, held_out, indices)
 
-    def report(self, workdir: Path, variables: dict, held_out: Selection, evaluation: dict) -> None:
+    def report(self, workdir: Path, variables: dict, held_out: Subset, evaluation: dict) -> None:
         write_report(workdir, SamPredictor(self.config.model, variables), held_out, evaluation)
         print(table(evaluation))

@@ -20,7 +20,7 @@ from sam_jax.masks import rle
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelImages:
+class LabelMaps:
     """Images with a PNG of labels each, in the order of `index.json`; masks by ascending label.
 
     Attributes:
@@ -95,7 +95,7 @@ class MaskFolders:
         return os.path.join(self.folder, name, "images", f"{name}.png")
 
 
-def open_labels(folder: str, reduce_to: tuple[int, int] | None = None) -> LabelImages | MaskFolders:
+def open_labels(folder: str, reduce_to: tuple[int, int] | None = None) -> LabelMaps | MaskFolders:
     """Opens a folder of either layout.
 
     Args:
@@ -114,9 +114,9 @@ def open_labels(folder: str, reduce_to: tuple[int, int] | None = None) -> LabelI
         if not isinstance(entries, list) or not entries:
             found = decode.short(entries)
             raise SourceError(f"labels: {path} must hold a list of images; got {found}")
-        return LabelImages(folder, tuple(entries), reduce_to)
+        return LabelMaps(folder, tuple(entries), reduce_to)
     ids = sorted(
-        n for n in storage.names_in(folder) if storage.is_folder(os.path.join(folder, n, "images"))
+        n for n in storage.listdir(folder) if storage.is_folder(os.path.join(folder, n, "images"))
     )
     if not ids:
         raise SourceError(
@@ -148,7 +148,7 @@ def _example(path, masks, size, reduce_to):
 
 def _pngs(folder: str) -> list[str]:
     try:
-        names = sorted(name for name in storage.names_in(folder) if name.lower().endswith(".png"))
+        names = sorted(name for name in storage.listdir(folder) if name.lower().endswith(".png"))
     except OSError:
         return []
     return [os.path.join(folder, name) for name in names]

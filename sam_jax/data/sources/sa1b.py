@@ -86,7 +86,7 @@ class Sa1b:
         if offset == WHOLE_FILE:
             return decode.read_file(path, KINDS[kind][1])
         place = self.places[self.place[index]]
-        return decode.read_part(place, offset, int(self.size[index, kind]), KINDS[kind][1])
+        return decode.read_range(place, offset, int(self.size[index, kind]), KINDS[kind][1])
 
 
 def open_sa1b(path: str, reduce_to: tuple[int, int] | None = None) -> Sa1b:
@@ -144,7 +144,7 @@ def index_tar(path: str) -> np.ndarray:
     Raises:
       SourceError: if it is no tar, or damaged.
     """
-    stamp = np.array([INDEX_VERSION, *storage.version_of(path)])
+    stamp = np.array([INDEX_VERSION, *storage.stat(path)])
     cache = f"{path}.index.npz"
     rows = _load_index(cache, stamp)
     if rows is None:
@@ -155,7 +155,7 @@ def index_tar(path: str) -> np.ndarray:
 
 def _load_index(cache: str, stamp: np.ndarray) -> np.ndarray | None:
     try:
-        data = io.BytesIO(storage.read_part(cache))
+        data = io.BytesIO(storage.read_range(cache))
         with np.load(data, allow_pickle=False) as saved:
             rows, before = saved["rows"], saved["stamp"]
     except Exception:  # whatever is wrong with it, it is made anew
@@ -175,8 +175,8 @@ def _save_index(cache: str, stamp: np.ndarray, rows: np.ndarray) -> None:
     np.savez(data, stamp=stamp, rows=rows)
     part = f"{cache}.{secrets.token_hex(8)}.part"  # others may be writing the same index
     try:
-        if storage.is_address(cache):
-            storage.write_whole(cache, data.getvalue())
+        if storage.is_url(cache):
+            storage.write_bytes(cache, data.getvalue())
             return
         with open(part, "xb") as file:
             file.write(data.getvalue())

@@ -19,7 +19,7 @@ CONTRAST = 90.0  # least distance in RGB of a colour to the one around it
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenes:
+class SyntheticScenes:
     """A source of generated scenes.
 
     Attributes:

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data.crop_batch import ASPECT, Cropped, Crops, crop, draw_box, middle_box, resize
+from sam_jax.data.crop_batch import (
+    ASPECT,
+    ImageBatch,
+    RandomResizedCrop,
+    crop,
+    draw_box,
+    middle_box,
+    resize,
+)
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.loader import Loader
-from sam_jax.data.open import Unmasked, open_source
+from sam_jax.data.open import ImagesOnly, open_source
 
 FRAME = (32, 48)
 
@@ -70,10 +78,10 @@ def test_a_crop_is_cut_before_it_is_resized():
     np.testing.assert_array_equal(resize(cut, FRAME), np.asarray(expected))
 
 
-def prepare(image, **fields):
+def transform(image, **fields):
     example = Example(image=image, masks=[])
     rng = np.random.default_rng(5)
-    return Cropped(FRAME, min_side=8, **fields)(example, rng)["image"]
+    return RandomResizedCrop(FRAME, min_side=8, **fields)(example, rng)["image"]
 
 
 def test_images_are_mirrored_and_turned_at_random_and_only_if_asked():
@@ -84,25 +92,25 @@ def test_images_are_mirrored_and_turned_at_random_and_only_if_asked():
     def corners(**fields):
         found = set()
         for seed in range(60):
-            crop = Cropped(FRAME, 8, min_area=1.0, **fields)
+            crop = RandomResizedCrop(FRAME, 8, min_area=1.0, **fields)
             x = crop(Example(image, []), np.random.default_rng(seed))["image"].astype(int)
             found.add(tuple(int(x[i, j, 0]) // 64 for i in (3, -3) for j in (3, -3)))
         return found
 
     assert corners(flips=False) == {(2, 0, 3, 0)}
     assert corners(flips=True) == {(2, 0, 3, 0), (0, 2, 0, 3)}
-    assert len(corners(flips=True, turns=True)) == 8
+    assert len(corners(flips=True, rot90=True)) == 8
 
 
 @pytest.mark.parametrize("size", [(7, 100), (100, 7), (1, 1)])
 def test_an_image_smaller_than_a_patch_is_refused(size):
     with pytest.raises(BadSample, match=f"8 pixels on each side; got {size[0]} x {size[1]}") as e:
-        prepare(np.zeros((*size, 3), np.uint8))
+        transform(np.zeros((*size, 3), np.uint8))
     assert e.value.reason == "small image"
 
 
 def test_an_image_of_a_patch_is_enlarged():
-    assert prepare(np.full((8, 8, 3), 9, np.uint8)).tolist() == np.full((*FRAME, 3), 9).tolist()
+    assert transform(np.full((8, 8, 3), 9, np.uint8)).tolist() == np.full((*FRAME, 3), 9).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +132,11 @@ class Some:
 
 
 def test_batches_have_no_masks_and_small_images_are_replaced():
-    loader = Loader(Unmasked(Some()), np.arange(12), Cropped(FRAME, 8), batch_size=12, seed=0)
+    loader = Loader(
+        ImagesOnly(Some()), np.arange(12), RandomResizedCrop(FRAME, 8), batch_size=12, seed=0
+    )
     batch, problems = loader.batch(0)
-    assert isinstance(batch, Crops)
+    assert isinstance(batch, ImageBatch)
     assert batch.image.shape == (12, *FRAME, 3)
     assert batch.image.dtype == np.uint8
     np.testing.assert_array_equal(batch.image[:, 0, 0, 0], batch.image_id)
@@ -139,7 +149,9 @@ def test_batches_have_no_masks_and_small_images_are_replaced():
 def test_hosts_and_workers_change_nothing(workers):
     source = open_source("scenes:40x40", masks=False)
     loaders = [
-        Loader(source, np.arange(50), Cropped(FRAME, 8, turns=True), 4, 0, host=i, hosts=n)
+        Loader(
+            source, np.arange(50), RandomResizedCrop(FRAME, 8, rot90=True), 4, 0, host=i, hosts=n
+        )
         for i, n in ((0, 1), (0, 2), (1, 2))
     ]
     one, *two = ([batch for batch, _ in x.batches(1, 3, workers=workers)] for x in loaders)

@@ -11,15 +11,15 @@ import scipy.stats
 
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.loader import Loader
-from sam_jax.data.segmentation_batch import Batch, Framed
-from sam_jax.data.sources.synthetic import Scenes
+from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
+from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.masks import rle
 
 FRAME = (48, 56)
 
 
 @dataclasses.dataclass(frozen=True)
-class Painted:
+class ReconstructedPatches:
     """Images with a mask in each colour, by index: white where the mask is. Some are unusable."""
 
     size: tuple[int, int] = FRAME
@@ -64,10 +64,10 @@ class Given:
 
 
 def loader(source, **changes):
-    of_prepare = {f.name for f in dataclasses.fields(Framed)} & changes.keys()
-    prepare = {"frame": FRAME, "masks_per_image": 3} | {k: changes.pop(k) for k in of_prepare}
+    of_prepare = {f.name for f in dataclasses.fields(SegmentationTransform)} & changes.keys()
+    transform = {"frame": FRAME, "masks_per_image": 3} | {k: changes.pop(k) for k in of_prepare}
     fields = dict(indices=np.arange(len(source)), batch_size=4, seed=0) | changes
-    return Loader(source=source, prepare=Framed(**prepare), **fields)
+    return Loader(source=source, transform=SegmentationTransform(**transform), **fields)
 
 
 def batch_of(source, step=0, **changes):
@@ -91,7 +91,7 @@ def assert_same(actual, expected):
 
 
 def test_shapes_and_types():
-    batch = batch_of(Scenes((40, 50)), batch_size=2, masks_per_image=5)
+    batch = batch_of(SyntheticScenes((40, 50)), batch_size=2, masks_per_image=5)
     assert isinstance(batch, Batch)
     types = {field: (x.shape, x.dtype) for field, x in vars(batch).items() if x is not None}
     assert types == {
@@ -106,10 +106,10 @@ def test_shapes_and_types():
 
 
 def test_packed_bits_are_the_masks_in_the_order_of_their_ids():
-    batch = batch_of(Painted(), batch_size=10)
+    batch = batch_of(ReconstructedPatches(), batch_size=10)
     masks = unpack(batch)
     for b, index in enumerate(batch.image_id):
-        example = Painted()[index]
+        example = ReconstructedPatches()[index]
         np.testing.assert_array_equal(batch.image[b], example.image)
         assert batch.valid[b].all()
         assert sorted(batch.mask_id[b]) == [0, 1, 2]
@@ -118,7 +118,7 @@ def test_packed_bits_are_the_masks_in_the_order_of_their_ids():
 
 
 def test_a_frame_that_eight_does_not_divide():
-    source = Painted(size=(20, 13))
+    source = ReconstructedPatches(size=(20, 13))
     batch = batch_of(source, frame=(20, 13))
     assert batch.masks.shape == (4, 3, 20, 2)
     for b, index in enumerate(batch.image_id):
@@ -154,34 +154,34 @@ def test_images_fill_the_frame_and_the_rest_is_zero(size, inside):
 
 def test_an_epoch_has_every_image_once():
     """10 images in batches of 4: epochs end within a batch."""
-    ids = np.concatenate([batch_of(Painted(), step).image_id for step in range(15)])
+    ids = np.concatenate([batch_of(ReconstructedPatches(), step).image_id for step in range(15)])
     epochs = ids.reshape(6, 10)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (6, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 6  # each in another order
-    other = [batch_of(Painted(), step, seed=1).image_id for step in range(3)]
+    other = [batch_of(ReconstructedPatches(), step, seed=1).image_id for step in range(3)]
     assert np.concatenate(other)[:10].tolist() != epochs[0].tolist()
 
 
 def test_only_the_given_indices_are_drawn():
     indices = np.array([1, 5, 6, 9])
     for step in range(3):
-        batch = batch_of(Painted(), step, indices=indices)
+        batch = batch_of(ReconstructedPatches(), step, indices=indices)
         np.testing.assert_array_equal(np.sort(batch.image_id), indices)
 
 
 def test_an_epoch_smaller_than_a_batch():
-    ids = batch_of(Painted(), indices=np.array([2, 7, 8]), batch_size=12).image_id
+    ids = batch_of(ReconstructedPatches(), indices=np.array([2, 7, 8]), batch_size=12).image_id
     assert collections.Counter(ids.tolist()) == {2: 4, 7: 4, 8: 4}
 
 
 # The same for everyone.
 
-BAD = Painted(count=12, bad=(1, 4, 5, 11))
+BAD = ReconstructedPatches(count=12, bad=(1, 4, 5, 11))
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_hosts_have_their_rows_of_the_same_batch(hosts):
-    changes = dict(batch_size=8, masks_per_image=2, flips=True, turns=True)
+    changes = dict(batch_size=8, masks_per_image=2, flips=True, rot90=True)
     for step in (0, 1, 7, 1000):
         whole = loader(BAD, **changes).batch(step)
         parts = [loader(BAD, **changes, host=h, hosts=hosts).batch(step) for h in range(hosts)]
@@ -192,9 +192,9 @@ def test_hosts_have_their_rows_of_the_same_batch(hosts):
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (0, 1), (0, 2), (0, 8), (2, 2)])
 def test_reading_ahead_changes_nothing(workers, prefetch):
-    source = Scenes((40, 50), count=9)  # which other processes can import
+    source = SyntheticScenes((40, 50), count=9)  # which other processes can import
     for host in (0, 1) if not workers else (1,):
-        one = loader(source, host=host, hosts=2, turns=True)
+        one = loader(source, host=host, hosts=2, rot90=True)
         ahead = list(one.batches(3, 9, workers=workers, prefetch=prefetch))
         assert len(ahead) == 6
         for step, batch in zip(range(3, 9), ahead, strict=True):
@@ -210,8 +210,8 @@ def test_problems_come_with_their_batch_when_reading_ahead():
 
 
 def test_no_steps():
-    assert list(loader(Painted()).batches(4, 4)) == []
-    assert list(loader(Painted()).batches(4, 4, prefetch=0)) == []
+    assert list(loader(ReconstructedPatches()).batches(4, 4)) == []
+    assert list(loader(ReconstructedPatches()).batches(4, 4, prefetch=0)) == []
 
 
 def test_a_batch_does_not_depend_on_those_before():
@@ -224,7 +224,7 @@ def test_a_batch_does_not_depend_on_those_before():
 @pytest.mark.parametrize(("batch_size", "hosts"), [(4, 3), (2, 4), (7, 2)])
 def test_hosts_must_share_a_batch_evenly(batch_size, hosts):
     with pytest.raises(ValueError, match=f"multiple of the {hosts} hosts; got {batch_size}"):
-        loader(Painted(), batch_size=batch_size, hosts=hosts)
+        loader(ReconstructedPatches(), batch_size=batch_size, hosts=hosts)
 
 
 # Masks.
@@ -315,14 +315,14 @@ SYMMETRIES = [
 
 
 @pytest.mark.parametrize(
-    ("flips", "turns", "number"), [(False, False, 1), (False, True, 4), (True, True, 8)]
+    ("flips", "rot90", "number"), [(False, False, 1), (False, True, 4), (True, True, 8)]
 )
-def test_flips_and_turns_move_image_and_masks_alike(flips, turns, number):
+def test_flips_and_turns_move_image_and_masks_alike(flips, rot90, number):
     """The frame is square and as long as the image: nothing is resized."""
-    source = Painted(size=(40, 26), count=1)
+    source = ReconstructedPatches(size=(40, 26), count=1)
     example, seen = source[0], collections.Counter()
     for step in range(120):
-        batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=flips, turns=turns)
+        batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=flips, rot90=rot90)
         h, w = batch.size[0]
         image = batch.image[0, :h, :w]
         matches = [i for i, f in enumerate(SYMMETRIES) if np.array_equal(f(example.image), image)]
@@ -339,7 +339,7 @@ def test_flips_and_turns_move_image_and_masks_alike(flips, turns, number):
 
 
 def test_flips_alone_keep_the_sides():
-    source = Painted(size=(40, 26), count=1)
+    source = ReconstructedPatches(size=(40, 26), count=1)
     image, seen = source[0].image, set()
     for step in range(40):
         batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=True)
@@ -356,10 +356,10 @@ def test_flips_alone_keep_the_sides():
 @pytest.mark.parametrize("size", [(90, 160), (200, 120), (31, 17)])
 def test_masks_lie_on_their_image_when_it_is_resized(size):
     """In a frame that is not square, turned images have other sides."""
-    source = Painted(size=size, count=6)
+    source = ReconstructedPatches(size=size, count=6)
     sizes = set()
     for step in range(5):
-        batch = batch_of(source, step, flips=True, turns=True)
+        batch = batch_of(source, step, flips=True, rot90=True)
         masks = unpack(batch)
         for b, (h, w) in enumerate(batch.size):
             sizes.add((int(h), int(w)))
@@ -407,7 +407,7 @@ def test_good_samples_stay_where_they_are_beside_bad_ones():
 
 
 def test_replacements_are_not_always_the_same():
-    source = Painted(count=40, bad=tuple(range(20)))
+    source = ReconstructedPatches(count=40, bad=tuple(range(20)))
     replacements = collections.defaultdict(set)
     for step in range(60):
         expected = batch_of(dataclasses.replace(source, bad=()), step).image_id
@@ -429,9 +429,9 @@ def test_replacements_are_not_always_the_same():
 )
 def test_masks_that_cannot_be_used(masks, reason, detail):
     masks = [rle.encode(mask) if isinstance(mask, np.ndarray) else mask for mask in masks]
-    good = Painted((20, 30), count=2)
+    good = ReconstructedPatches((20, 30), count=2)
 
-    class Source(Painted):
+    class Source(ReconstructedPatches):
         def __getitem__(self, index):
             return good[1] if index else Example(image=good[0].image, masks=masks)
 
@@ -442,7 +442,7 @@ def test_masks_that_cannot_be_used(masks, reason, detail):
 
 
 def test_nothing_but_bad_samples():
-    source = Painted(count=3, bad=(0, 1, 2))
+    source = ReconstructedPatches(count=3, bad=(0, 1, 2))
     with pytest.raises(ValueError, match=r"no usable image .*painting \d: .*fell down"):
         loader(source).batch(0)
     with pytest.raises(ValueError, match="no usable image"):
@@ -450,7 +450,7 @@ def test_nothing_but_bad_samples():
 
 
 def test_other_errors_are_not_hidden():
-    class Wrong(Painted):
+    class Wrong(ReconstructedPatches):
         def __getitem__(self, index):
             raise ZeroDivisionError
 

@@ -9,15 +9,15 @@ from PIL import Image
 
 from sam_jax.data.example import REASONS, BadSample, SourceError
 from sam_jax.data.open import (
-    Selection,
-    Unmasked,
-    leave_out,
-    open_pictures,
+    ImagesOnly,
+    Subset,
+    exclude,
+    open_image_source,
     open_source,
     parse_slice,
     select,
 )
-from sam_jax.data.sources.synthetic import Scenes
+from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.masks import rle
 
 
@@ -57,7 +57,7 @@ def test_a_folder_by_its_kind(tmp_path, monkeypatch, kind, write, reduced):
     source = open_source(f"{kind}:{tmp_path}/it")
     assert (len(source), source[0].image.shape) == (1, (160, 240, 3))
     (path,) = (path for path in (tmp_path / "it").rglob("*.*g") if "masks" not in path.parts)
-    for images in (source, Unmasked(source), select(source, ":")):
+    for images in (source, ImagesOnly(source), select(source, ":")):
         assert images.encoded(0) == path.read_bytes()
     monkeypatch.setenv("HOME", str(tmp_path))
     source = open_source(f"{kind}:~/it", reduce_to=(32, 32))
@@ -66,8 +66,8 @@ def test_a_folder_by_its_kind(tmp_path, monkeypatch, kind, write, reduced):
 
 
 def test_scenes():
-    assert open_source("scenes") == Scenes()
-    assert open_source("scenes:96x128", reduce_to=(8, 8)) == Scenes(size=(96, 128))
+    assert open_source("scenes") == SyntheticScenes()
+    assert open_source("scenes:96x128", reduce_to=(8, 8)) == SyntheticScenes(size=(96, 128))
     assert open_source("scenes:96x128")[3].image.shape == (96, 128, 3)
     assert open_source("scenes").encoded(3) is None
 
@@ -83,12 +83,12 @@ def test_pictures_are_a_file_a_folder_or_those_of_a_source(tmp_path, monkeypatch
         ("sa1b:it", ["it/sa_1.jpg"]),
         ("images:it", ["it/a.png", "it/sa_1.jpg"]),
     ]:
-        source = open_pictures(name)
+        source = open_image_source(name)
         assert [source.name(i) for i in range(len(source))] == expected
         assert source[0].masks == []
     monkeypatch.chdir(tmp_path / "it")
-    assert open_pictures("a.png").image(0).shape == (10, 20, 3)
-    assert open_pictures("scenes:16x16").image(0).shape == (16, 16, 3)
+    assert open_image_source("a.png").image(0).shape == (10, 20, 3)
+    assert open_image_source("scenes:16x16").image(0).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_pictures_are_a_file_a_folder_or_those_of_a_source(tmp_path, monkeypatch
 def test_pictures_that_are_not_there(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=message):
-        open_pictures(name)
+        open_image_source(name)
 
 
 @pytest.mark.parametrize(
@@ -142,19 +142,19 @@ def test_a_slice_is_what_python_takes(text):
     expected = numbers[slice(*parts)] if ":" in text else [numbers[int(text)]]
     assert numbers[parse_slice(text)] == expected
 
-    source = Scenes(size=(32, 48), count=12)
+    source = SyntheticScenes(size=(32, 48), count=12)
     selected = select(source, text)
     assert selected.indices.tolist() == expected
     rest = [n for n in numbers if n not in expected]
     if rest:
-        assert leave_out(source, text).indices.tolist() == rest
+        assert exclude(source, text).indices.tolist() == rest
     else:
         with pytest.raises(SourceError, match="leaves none to be used"):
-            leave_out(source, text)
+            exclude(source, text)
 
 
 def test_a_selection_reads_its_examples_and_knows_their_indices():
-    source = Scenes(size=(32, 48), count=20)
+    source = SyntheticScenes(size=(32, 48), count=20)
     selected = select(source, "1::5")
     assert selected.indices.dtype == np.int64
     assert [selected.name(i) for i in range(len(selected))] == [
@@ -165,10 +165,10 @@ def test_a_selection_reads_its_examples_and_knows_their_indices():
     for index in (-1, 4):
         with pytest.raises(IndexError):
             selected[index]
-    again = select(leave_out(source, "::2"), "1::3")
+    again = select(exclude(source, "::2"), "1::3")
     assert again.source is source
     assert again.indices.tolist() == [3, 9, 15]
-    assert isinstance(pickle.loads(pickle.dumps(again)), Selection)
+    assert isinstance(pickle.loads(pickle.dumps(again)), Subset)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1:2:3:4", "1.5", "1:x", " 1", "::0", "::-1", "1" * 20])
@@ -181,7 +181,7 @@ def test_what_is_no_slice(text):
 @pytest.mark.parametrize("text", ["12", "-13", "12:", "5:5", "9:3", "100::5"])
 def test_a_slice_of_nothing(text):
     with pytest.raises(SourceError, match=f"the slice '{text}' of 12 examples leaves none"):
-        select(Scenes(count=12), text)
+        select(SyntheticScenes(count=12), text)
 
 
 @pytest.mark.parametrize("reason", REASONS)

@@ -17,7 +17,7 @@ from PIL import Image
 from sam_jax.data.example import BadSample
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
-from sam_jax.data.segmentation_batch import Framed
+from sam_jax.data.segmentation_batch import SegmentationTransform
 from sam_jax.engine.automatic import label_images
 from sam_jax.engine.folder import claim, finished, skipped, write_json
 from sam_jax.engine.instances import write_instances
@@ -74,7 +74,7 @@ def test_what_is_written_is_read_as_sa1b_under_the_index_in_the_source(tmp_path)
 def test_what_is_written_can_be_learnt_from(tmp_path):
     label(open_source("scenes:40x60"), tmp_path, range(4))
     source = open_source(f"sa1b:{tmp_path}")
-    loader = Loader(source, np.arange(4), Framed((40, 64), 2), batch_size=4, seed=0)
+    loader = Loader(source, np.arange(4), SegmentationTransform((40, 64), 2), batch_size=4, seed=0)
     batch, problems = loader.batch(0)
     assert problems == []
     assert batch.valid.any(axis=1).all()

@@ -10,7 +10,7 @@ from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample
 from sam_jax.data.open import select
 from sam_jax.data.sources.sa1b import open_sa1b
-from sam_jax.data.sources.synthetic import Scenes
+from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.evaluate.proposals import evaluate_proposals, find, pair_images, sizes_of, table
 from sam_jax.masks import rle
 from tests.sam_jax.evaluate.toys import Images, columns
@@ -133,7 +133,7 @@ def labelled(tmp_path):
     return write
 
 
-SCENES = Scenes((48, 64))
+SCENES = SyntheticScenes((48, 64))
 
 
 def test_images_are_paired_by_their_number(labelled):
@@ -144,7 +144,7 @@ def test_images_are_paired_by_their_number(labelled):
     with pytest.raises(ValueError, match="none of the 3 selected images has proposals"):
         pair_images(proposals, select(SCENES, "20:23"))
     with pytest.raises(ValueError, match=r"sa_0 to sa_9 are those of the 10 images.*got sa_10"):
-        pair_images(proposals, select(Scenes((48, 64), count=10), ":"))
+        pair_images(proposals, select(SyntheticScenes((48, 64), count=10), ":"))
 
 
 def test_other_sources_are_paired_by_their_order():

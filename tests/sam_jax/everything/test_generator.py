@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import sam_jax
-from sam_jax.data.sources.synthetic import Scenes
+from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.everything import candidates, filtering, generator, rasterize, tiled_resize
 from sam_jax.everything.filtering import float32_below
 from sam_jax.everything.generator import SamAutomaticMaskGenerator, sa1b_preset
@@ -13,7 +13,7 @@ from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
 
 LOOSE = dict(points_per_side=8, pred_iou_thresh=0.3, stability_score_thresh=0.5, box_nms_thresh=0.9)
-IMAGE = Scenes((150, 200)).image(1)
+IMAGE = SyntheticScenes((150, 200)).image(1)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_no_size_compiles_anew(make_generator):
     )
     before = [program._cache_size() for program in programs]
     for size in [(90, 60), (20, 333), (800, 500)]:
-        generate(Scenes((800, 800)).image(0)[: size[0], : size[1]])
+        generate(SyntheticScenes((800, 800)).image(0)[: size[0], : size[1]])
     assert [program._cache_size() for program in programs] == before
 
 

@@ -14,7 +14,7 @@ from sam_jax.everything.tiled_resize import (
     pack,
     tile_image,
 )
-from sam_jax.images.resize import masks_to_image
+from sam_jax.images.resize import postprocess_masks
 from sam_jax.masks.boxes import box_of_mask
 
 FRAME, LOW = (96, 128), (48, 64)  # patches of 8 pixels
@@ -40,7 +40,7 @@ def test_measures_are_those_of_whole_masks(logits, size):
     wanted = np.arange(len(logits)) != 2
     tiling = tile_image(size, LOW, FRAME)
     measures = measure_jit(logits, wanted, tiling, make_matrices(tiling), OFFSET)
-    whole = masks_to_image(logits, size, FRAME)
+    whole = postprocess_masks(logits, size, FRAME)
     whole[~wanted] = -9
     count = lambda level: np.sum(whole > level, axis=(1, 2))
     np.testing.assert_array_equal(measures.above, count(OFFSET))
@@ -68,7 +68,7 @@ def test_bits_are_those_of_whole_masks(logits, size):
         assert not tile[step[0] :].any()
         assert not tile[:, step[1] :].any()
         painted[m, i * step[0] :, j * step[1] :][: step[0], : step[1]] = tile[: step[0], : step[1]]
-    whole = masks_to_image(logits, size, FRAME) > 0
+    whole = postprocess_masks(logits, size, FRAME) > 0
     np.testing.assert_array_equal(painted[:, : size[0], : size[1]], whole)
     assert painted.sum() == whole.sum()
 

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from sam_jax.images.resize import (
-    image_to_frame,
-    masks_to_image,
-    points_to_frame,
-    size_in_frame,
+    apply_coords,
+    fit_size,
+    postprocess_masks,
+    resize_and_pad,
 )
 
 SIZES = [(1200, 1800), (1800, 1200), (37, 1024), (1, 3000), (683, 1024), (1024, 1024), (500, 333)]
@@ -19,19 +19,19 @@ SIZES = [(1200, 1800), (1800, 1200), (37, 1024), (1, 3000), (683, 1024), (1024, 
 def test_the_longest_side_fills_the_frame(size):
     scale = 1024 / max(size)
     expected = tuple(max(1, int(side * scale + 0.5)) for side in size)
-    assert size_in_frame(size, (1024, 1024)) == expected
+    assert fit_size(size, (1024, 1024)) == expected
     assert max(expected) == 1024
 
 
 def test_hand_computed_sizes():
-    assert size_in_frame((1200, 1800), (1024, 1024)) == (683, 1024)  # 682.67
-    assert size_in_frame((1000, 1000), (48, 72)) == (48, 48)
-    assert size_in_frame((10, 1000), (48, 72)) == (1, 72)  # 0.72
+    assert fit_size((1200, 1800), (1024, 1024)) == (683, 1024)  # 682.67
+    assert fit_size((1000, 1000), (48, 72)) == (48, 48)
+    assert fit_size((10, 1000), (48, 72)) == (1, 72)  # 0.72
 
 
 def test_images_are_resized_by_pillow_and_padded_bottom_right():
     image = np.random.default_rng(0).integers(1, 256, (50, 80, 3), dtype=np.uint8)
-    framed, size = image_to_frame(image, (64, 64))
+    framed, size = resize_and_pad(image, (64, 64))
     assert (framed.shape, framed.dtype, size) == ((64, 64, 3), np.uint8, (40, 64))
     expected = Image.fromarray(image).resize((64, 40), Image.Resampling.BILINEAR)
     assert np.array_equal(framed[:40], expected)
@@ -40,7 +40,7 @@ def test_images_are_resized_by_pillow_and_padded_bottom_right():
 
 def test_points_scale_by_the_rounded_sides():
     points = np.array([[0, 0], [1800, 1200], [900, 600]])
-    moved = points_to_frame(points, (1200, 1800), (1024, 1024))
+    moved = apply_coords(points, (1200, 1800), (1024, 1024))
     assert np.allclose(moved, [[0, 0], [1024, 683], [512, 341.5]])
 
 
@@ -49,16 +49,16 @@ def test_points_scale_by_the_rounded_sides():
 def test_masks_are_resized_twice_and_cropped_between(size, frame):
     low = np.random.default_rng(0).normal(0, 5, (2, frame[0] // 2, frame[1] // 2))
     low = low.astype(np.float32)
-    height, width = size_in_frame(size, frame)
+    height, width = fit_size(size, frame)
     expected = jax.image.resize(low, (2, *frame), "linear", antialias=False)
     expected = expected[:, :height, :width]
     expected = jax.image.resize(expected, (2, *size), "linear", antialias=False)
-    ours = masks_to_image(low, size, frame)
+    ours = postprocess_masks(low, size, frame)
     assert ours.dtype == np.float32
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(low).max()
 
 
 def test_one_low_resolution_pixel_is_spread_evenly():
     assert np.array_equal(
-        masks_to_image(np.full((1, 1, 1), 3, np.float32), (4, 5), (8, 8)), np.full((1, 4, 5), 3)
+        postprocess_masks(np.full((1, 1, 1), 3, np.float32), (4, 5), (8, 8)), np.full((1, 4, 5), 3)
     )

@@ -35,17 +35,17 @@ def draw(b=3):
     return image, jax.random.split(jax.random.key(2), b)
 
 
-def test_a_share_of_each_image_is_hidden_by_its_own_key(paint):
+def test_a_share_of_each_image_is_masked_by_its_own_key(paint):
     image, keys = draw()
-    hidden = np.asarray(paint(image, keys).is_hidden)
+    hidden = np.asarray(paint(image, keys).mask)
     np.testing.assert_array_equal(hidden.sum(axis=1), 24 - 6)
     assert len({row.tobytes() for row in hidden}) == 3
     turned = paint(image[::-1], keys[::-1])
-    np.testing.assert_array_equal(turned.is_hidden, hidden[::-1])
+    np.testing.assert_array_equal(turned.mask, hidden[::-1])
     np.testing.assert_allclose(turned.patches, paint(image, keys).patches[::-1], atol=1e-5)
 
 
-def test_every_patch_is_hidden_as_often_as_any_other(variables):
+def test_every_patch_is_masked_as_often_as_any_other(variables):
     order = jax.vmap(MODEL.draw_order)(jax.random.split(jax.random.key(3), 4000))
     assert (np.sort(order, axis=1) == np.arange(24)).all()
     visible = np.bincount(np.asarray(order)[:, :6].ravel(), minlength=24) / 4000
@@ -61,7 +61,7 @@ def test_hidden_patches_are_not_seen_and_visible_ones_are(paint):
         changed[:, place // 6, :, place % 6] += 1
         after = paint(changed.reshape(image.shape), keys)
         same = np.array_equal(after.patches, before.patches)
-        assert same == bool(before.is_hidden[0, place])
+        assert same == bool(before.mask[0, place])
 
 
 def test_patches_are_painted_in_their_places(variables):

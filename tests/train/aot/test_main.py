@@ -149,7 +149,7 @@ def test_the_step_of_vit_b_fits_and_is_no_slower_than_it_was():
 def test_split_parameters_are_gathered_beside_other_work_and_nothing_else_is(topology):
     report = report_of(
         "configs/sam_vit_b.py", topology, "batch_size=4", "fsdp=4", "model.depth=4",
-        "model.global_blocks=(1,3)", "objective.points=0", "objective.extra_rounds=0",
+        "model.global_blocks=(1,3)", "objective.num_clicks=0", "objective.num_extra_rounds=0",
         "objective.masks_per_image=8",
     )  # fmt: skip
     collectives = report["collectives"]

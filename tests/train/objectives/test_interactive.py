@@ -2,7 +2,8 @@
 
 `plain` is the specification once more: one mask after the other, no scan, no vmap, all gradients by
 `jax.grad`. With the objective it shares the model, the draws of
-`train.objectives.prompt_sampling`, and the rule of the keys. `Toy` stands in for the model where the objective alone is in question.
+`train.objectives.prompt_sampling`, and the rule of the keys. `Toy` stands in for the model where
+the objective alone is in question.
 """
 
 import dataclasses
@@ -112,12 +113,12 @@ def pieces(jit, model, train):
 
 def judge(config, focal, dice, truth, iou):
     """The values of a round from those of its outputs 'm', and which of them goes on."""
-    error = jnp.abs(iou - truth) if config.iou_l1 else (iou - truth) ** 2
+    error = jnp.abs(iou - truth) if config.iou_loss == "l1" else (iou - truth) ** 2
     best, chosen = jnp.argmin(config.focal * focal + config.dice * dice), jnp.argmax(iou)
     values = {
         "focal": focal[best],
         "dice": dice[best],
-        "iou": jnp.mean(error) if config.iou_all else error[best],
+        "iou": jnp.mean(error) if config.iou_supervision == "all" else error[best],
         "miou": truth[chosen],
     }
     parts = {"focal": config.focal, "dice": config.dice, "iou": config.iou}
@@ -151,19 +152,19 @@ def unpack(model, batch):
 def plain(jit, model, config, train=True):
     """`make_interactive`, as a loop."""
     do = pieces(jit, model, train)
-    rounds = 1 + config.points + config.extra_rounds
+    rounds = 1 + config.num_clicks + config.num_extra_rounds
     cell = model.patch_size // (4 * config.loss_scale)
     low = tuple(4 * side // model.patch_size for side in model.image_size)
 
     def play(variables, embedding, mask, size, key):
         target, inside = cells_of(model, config, mask, size)
         nothing_new = set()
-        if config.extra_rounds >= 1:
+        if config.num_extra_rounds >= 1:
             nothing_new.add(rounds - 1)
-        if config.extra_rounds == 2:
-            k = jax.random.randint(fold(key, INSERTION), (), 0, config.points)
+        if config.num_extra_rounds == 2:
+            k = jax.random.randint(fold(key, INSERTION), (), 0, config.num_clicks)
             nothing_new.add(1 + int(k))
-        slots = 2 + config.points
+        slots = 2 + config.num_clicks
         clicks = do.first_prompt(
             fold(key, CLICK, 0), mask, size, num_slots=slots, box_noise=config.box_noise
         )
@@ -430,7 +431,7 @@ def small(jit):
     variables = jax.tree.map_with_path(draw, shapes)
     sizes = [(48, 72), (48, 41)]
     batch = make_batch(SMALL, sizes, [masks_in(SMALL, s, 3 - i, i) for i, s in enumerate(sizes)])
-    config = Interactive(points=3, chunk=3)
+    config = Interactive(num_clicks=3, masks_per_chunk=3)
     return compiled(jit, SMALL, config), config, variables, batch
 
 
@@ -470,12 +471,12 @@ def test_paths_and_units_drop_by_image_and_mask_not_by_place(small):
 FIELDS = [
     {},
     dict(detach_mask=False),
-    dict(multimask_extra=True, iou_all=True, focal=3.0, dice=2.0, iou=0.5),
-    dict(extra_rounds=1, multimask=False, loss_scale=2),
-    dict(extra_rounds=0, iou_all=True, iou_l1=True, box_noise="uniform"),
-    dict(points=0, multimask_extra=True, iou_l1=True, detach_mask=False),
+    dict(multimask_extra=True, iou_supervision="all", focal=3.0, dice=2.0, iou=0.5),
+    dict(num_extra_rounds=1, multimask=False, loss_scale=2),
+    dict(num_extra_rounds=0, iou_supervision="all", iou_loss="l1", box_noise="uniform"),
+    dict(num_clicks=0, multimask_extra=True, iou_loss="l1", detach_mask=False),
 ]
-GAME = Interactive(points=3, chunk=3)
+GAME = Interactive(num_clicks=3, masks_per_chunk=3)
 VARIABLES = TOY.init()
 
 
@@ -489,10 +490,10 @@ def batch():
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_every_field_is_as_in_the_plain_loop(jit, batch, fields):
     config = dataclasses.replace(GAME, **fields)
-    train = config.extra_rounds > 0
+    train = config.num_extra_rounds > 0
     actual = compiled(jit, TOY, config, train)(VARIABLES, batch)
     assert_close(actual, by_hand(jit, TOY, config, VARIABLES, batch, train))
-    rounds = 1 + config.points + config.extra_rounds
+    rounds = 1 + config.num_clicks + config.num_extra_rounds
     assert all(value.shape == (rounds,) for value in actual[0][1].values())
     for path, gradient in jax.tree_util.tree_leaves_with_path(actual[1]):
         assert np.abs(gradient).max() > 1e-6, path
@@ -622,10 +623,10 @@ def mask_loss(logits, target):
     return 20 * focal + 1 - (2 * jnp.sum(p * t) + 1) / (jnp.sum(p) + jnp.sum(t) + 1)
 
 
-@pytest.mark.parametrize("iou_all", [False, True])
-def test_only_the_best_of_three_learns(jit, fixed, iou_all):
+@pytest.mark.parametrize("iou_supervision", ["best", "all"])
+def test_only_the_best_of_three_learns(jit, fixed, iou_supervision):
     variables, batch, target = fixed
-    config = Interactive(points=1, extra_rounds=0, iou_all=iou_all)
+    config = Interactive(num_clicks=1, num_extra_rounds=0, iou_supervision=iou_supervision)
     (loss, values), gradients = compiled(jit, Fixed(), config)(variables, batch)
     logits, iou = variables["params"]["mask_decoder"].values()
     slopes_of = jax.vmap(jax.vmap(jax.value_and_grad(mask_loss), (0, None)), (0, None))
@@ -644,12 +645,12 @@ def test_only_the_best_of_three_learns(jit, fixed, iou_all):
     assert (np.asarray(got["logits"])[expected == 0] == 0).all()
     expected = np.zeros_like(iou)
     expected[1, 0] = 2 * (0.2 - 0.5) / 2
-    if iou_all:
+    if iou_supervision == "all":
         expected[0, 1:] = 2 * (iou - truth)[0, 1:] / 3 / 2
     else:
         expected[0, 2] = 2 * (-9 - 1) / 2
     np.testing.assert_allclose(got["iou"], expected, rtol=1e-5)
-    error = [errors[0, 1:].mean() if iou_all else errors[0, 2], errors[1, 0]]
+    error = [errors[0, 1:].mean() if iou_supervision == "all" else errors[0, 2], errors[1, 0]]
     np.testing.assert_allclose(values["iou"], error, rtol=1e-5)
     rounds = np.array([losses[0, 2], losses[1, 0]]) + error
     np.testing.assert_allclose(values["loss"], rounds, rtol=1e-5)
@@ -683,7 +684,7 @@ RECORDER = Recorder(TOY)
 def play(jit, batch, config):
     RECORDER.notes.clear()
     result = jax.block_until_ready(compiled(jit, RECORDER, config, True)(VARIABLES, batch))
-    rounds = 1 + config.points + config.extra_rounds
+    rounds = 1 + config.num_clicks + config.num_extra_rounds
     return Played(RECORDER.of(batch, rounds), batch, result)
 
 
@@ -693,7 +694,7 @@ def played(jit):
     sizes = [(24, 40), (24, 29), (11, 40), (20, 20)]
     masks = [masks_in(TOY, size, 50, i) for i, size in enumerate(sizes)]
     batch = make_batch(TOY, sizes, masks, image_id=(7, 3, 11, 5))
-    return play(jit, batch, Interactive(chunk=51))
+    return play(jit, batch, Interactive(masks_per_chunk=51))
 
 
 def sampled(prompts):
@@ -828,7 +829,7 @@ def assert_same_prompts(actual, expected):
 @pytest.mark.parametrize("chunk", [1, 2, 8])
 def test_chunks_change_nothing(jit, batch, game, chunk):
     """Neither prompts nor, up to the order of sums, the loss and its gradients."""
-    other = play(jit, batch, dataclasses.replace(GAME, chunk=chunk))
+    other = play(jit, batch, dataclasses.replace(GAME, masks_per_chunk=chunk))
     assert other.notes.keys() == game.notes.keys()
     assert_same_prompts(other, game)
     assert_close(other.result, game.result)

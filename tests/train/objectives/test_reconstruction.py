@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs.mae_tiny import config as tiny
-from sam_jax.data.crop_batch import Crops
-from sam_jax.model.mae import Painted, mae_tiny
-from train.config import Painting
-from train.objectives.reconstruction import make_painting, painting_losses
+from sam_jax.data.crop_batch import ImageBatch
+from sam_jax.model.mae import ReconstructedPatches, mae_tiny
+from train.config import Reconstruction
+from train.objectives.reconstruction import make_reconstruction_objective, reconstruction_loss
 from train.tasks.base import task_of
 
 MODEL = mae_tiny(image_size=(32, 32), depth=1)
@@ -24,7 +24,9 @@ def test_hidden_patches_alone_count_each_by_its_own_scale():
     patches = np.stack([scaled + 1, np.full(12, 9), np.full(12, 9), scaled + 3])[None]
     hidden = np.array([[True, False, False, True]])
     patches = np.concatenate([patches, np.full((1, 4, 12), 2)]).astype(np.float32)
-    losses = painting_losses(Painted(patches, np.repeat(hidden, 2, 0)), image, 2, normalized=True)
+    losses = reconstruction_loss(
+        ReconstructedPatches(patches, np.repeat(hidden, 2, 0)), image, 2, normalized=True
+    )
     np.testing.assert_allclose(losses, [(1 + 9) / 2, 4], rtol=1e-4)
 
 
@@ -32,7 +34,7 @@ def test_plain_colours_can_be_painted_instead():
     image = np.random.default_rng(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
     patches = image.reshape(1, 2, 2, 2, 2, 3).swapaxes(2, 3).reshape(1, 4, 12) + 2
     hidden = np.array([[True, True, False, False]])
-    losses = painting_losses(Painted(patches, hidden), image, 2, normalized=False)
+    losses = reconstruction_loss(ReconstructedPatches(patches, hidden), image, 2, normalized=False)
     np.testing.assert_allclose(losses, [4], rtol=1e-5)
 
 
@@ -43,12 +45,12 @@ def params():
 
 @pytest.fixture(scope="module")
 def objective(jit):
-    return jit(make_painting(MODEL, Painting()))
+    return jit(make_reconstruction_objective(MODEL, Reconstruction()))
 
 
 def batch_of(*ids):
     image = lambda i: np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
-    return Crops(np.stack([image(i) for i in ids]), np.array(ids, np.int32))
+    return ImageBatch(np.stack([image(i) for i in ids]), np.array(ids, np.int32))
 
 
 def test_what_is_hidden_depends_on_the_image_and_the_step_alone(objective, params):
@@ -61,7 +63,7 @@ def test_what_is_hidden_depends_on_the_image_and_the_step_alone(objective, param
 
 
 def test_gradients_reach_every_parameter(jit, params):
-    objective = make_painting(MODEL, Painting())
+    objective = make_reconstruction_objective(MODEL, Reconstruction())
     gradient = jit(jax.grad(lambda p: objective(p, {}, batch_of(1, 2), jax.random.key(0))[0]))
     for path, x in jax.tree_util.tree_leaves_with_path(gradient(params)):
         assert np.isfinite(x).all()

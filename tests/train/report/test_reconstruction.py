@@ -12,7 +12,7 @@ from sam_jax.data.example import BadSample
 from sam_jax.data.open import open_source, select
 from sam_jax.model.mae import mae_tiny, normalize_patches
 from sam_jax.weights import mae
-from train.config import Painting
+from train.config import Reconstruction
 from train.overrides import to_dict
 from train.report import reconstruction
 
@@ -43,7 +43,7 @@ class Bad:
 
 
 def evaluate(params, indices, source=SCENES):
-    return reconstruction.evaluate_paintings(MODEL, params, Painting(), source, indices)
+    return reconstruction.evaluate_reconstruction(MODEL, params, Reconstruction(), source, indices)
 
 
 def test_an_images_loss_is_its_own_whatever_comes_with_it(params):
@@ -65,7 +65,7 @@ def test_bad_images_are_counted(params):
 def test_hidden_pixels_are_those_of_hidden_patches_and_paintings_have_their_scale(params):
     image = np.stack([reconstruction.middle_of(SCENES.image(i), MODEL) for i in range(16)])
     _, hidden, painted = map(
-        np.asarray, reconstruction.paint(MODEL, Painting(), params, np.arange(16), image)
+        np.asarray, reconstruction.paint(MODEL, Reconstruction(), params, np.arange(16), image)
     )
     patches = hidden.reshape(16, 4, 8, 6, 8)
     assert (patches == patches[:, :, :1, :, :1]).all()
@@ -80,13 +80,13 @@ def test_hidden_pixels_are_those_of_hidden_patches_and_paintings_have_their_scal
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_report(tmp_path, params, normalized):
-    run = to_dict(dataclasses.replace(tiny, model=MODEL, objective=Painting(normalized)))
+    run = to_dict(dataclasses.replace(tiny, model=MODEL, objective=Reconstruction(normalized)))
     (tmp_path / "config.json").write_text(json.dumps(run))
     rows = "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(rows)
     evaluation = {"source": "scenes<script>", "index": "::9", "images": 4, "loss": 0.4321}
-    page = reconstruction.write_paintings(
-        tmp_path, MODEL, params, Painting(normalized), select(Bad(), ":"), evaluation
+    page = reconstruction.write_reconstruction_report(
+        tmp_path, MODEL, params, Reconstruction(normalized), select(Bad(), ":"), evaluation
     )
     files = {path.name for path in page.parent.iterdir()}
     assert files == {"index.html", "curves.png", "paintings.png"}

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from configs.sam_tiny import config
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.open import select
-from sam_jax.data.sources.synthetic import Scenes
+from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.masks import rle
 from train import report
 from train.overrides import to_dict
@@ -64,7 +64,7 @@ class Odd:
     def __getitem__(self, index):
         if index == 2:
             raise BadSample("broken image", "it is the third")
-        example = Scenes(self.sizes[index])[index]
+        example = SyntheticScenes(self.sizes[index])[index]
         if index == 1:
             example = Example(example.image, [rle.encode(np.ones(self.sizes[1], bool))])
         return example
@@ -114,8 +114,8 @@ class Page(html.parser.HTMLParser):
 @pytest.mark.parametrize(
     ("source", "steps", "evaluated", "objects"),
     [
-        (select(Scenes((64, 96)), "::10000"), 40, [100, 200], 8),
-        (select(Scenes((48, 48)), "7"), 1, [], 1),
+        (select(SyntheticScenes((64, 96)), "::10000"), 40, [100, 200], 8),
+        (select(SyntheticScenes((48, 48)), "7"), 1, [], 1),
         (Odd(), 3, [], 4),
     ],
     ids=["many", "one", "odd"],
@@ -146,13 +146,15 @@ def test_report(tmp_path, source, steps, evaluated, objects):
 
 
 def test_the_fields_of_the_config_are_there(tmp_path):
-    text = (write(tmp_path, select(Scenes((32, 32)), "7"), rows(2)) / "index.html").read_text()
+    text = (
+        write(tmp_path, select(SyntheticScenes((32, 32)), "7"), rows(2)) / "index.html"
+    ).read_text()
     of_autoencoders = {"model.mask_ratio", "data.min_area"}
     assert {name for name in html.MAIN if f">{name}<" not in text} == of_autoencoders
 
 
 def test_objects_are_of_all_sizes_and_of_different_images():
-    source = select(Scenes((96, 96)), "::500")
+    source = select(SyntheticScenes((96, 96)), "::500")
     chosen = list(qualitative.choose_objects(source))
     assert len({name.split(",")[0] for name, _, _ in chosen}) == qualitative.EXAMPLES
     areas = [mask.mean() for _, _, mask in chosen]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.example import BadSample, SourceError
-from sam_jax.data.open import Unmasked, open_source
+from sam_jax.data.open import ImagesOnly, open_source
 
 RAMP = np.arange(24 * 20, dtype=np.uint16).reshape(24, 20) * 130
 
@@ -87,7 +87,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
 def test_a_source_without_its_masks():
     source = open_source("scenes:32x40")
     alone = open_source("scenes:32x40", masks=False)
-    assert isinstance(alone, Unmasked)
+    assert isinstance(alone, ImagesOnly)
     assert (len(alone), alone.name(3)) == (len(source), source.name(3))
     np.testing.assert_array_equal(alone[3].image, source[3].image)
     assert alone[3].masks == []

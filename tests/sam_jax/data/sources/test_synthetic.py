@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 
 from sam_jax.data.sources import synthetic as scenes_module
-from sam_jax.data.sources.synthetic import MIN_AREA, Scenes
+from sam_jax.data.sources.synthetic import MIN_AREA, SyntheticScenes
 from sam_jax.masks import rle
 
 NUM_SCENES = 150
@@ -25,7 +25,7 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def scenes():
     """Images and masks of some scenes."""
-    source = Scenes()
+    source = SyntheticScenes()
     examples = [source[index] for index in range(NUM_SCENES)]
     return [(example.image, masks_of(example)) for example in examples]
 
@@ -41,7 +41,7 @@ def pairs(scenes):
 
 
 def test_a_scene_is_a_function_of_its_index_alone():
-    source, other = Scenes(), Scenes(count=12)
+    source, other = SyntheticScenes(), SyntheticScenes(count=12)
     forwards = [source[index] for index in range(12)]
     backwards = [other[index] for index in reversed(range(12))][::-1]
     for a, b in zip(forwards, backwards, strict=True):
@@ -51,7 +51,7 @@ def test_a_scene_is_a_function_of_its_index_alone():
 
 
 def test_length_names_and_what_is_out_of_range():
-    source = Scenes(count=7)
+    source = SyntheticScenes(count=7)
     assert len(source) == 7
     assert source.name(3) == "scene 3"
     assert source[6].image.shape == (128, 128, 3)
@@ -72,7 +72,7 @@ def test_images_and_masks(scenes):
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160), (160, 96), (128, 40), (50, 77)])
 def test_other_sizes(size):
-    source = Scenes(size=size)
+    source = SyntheticScenes(size=size)
     numbers = []
     for index in range(20):
         example = source[index]
@@ -121,7 +121,7 @@ def test_some_objects_lie_behind_others(monkeypatch):
     monkeypatch.setattr(scenes_module, "draw_object", record)
     for index in range(NUM_SCENES):
         drawn.append([])
-        Scenes()[index]
+        SyntheticScenes()[index]
     overlap = [(np.sum(objects, axis=0) >= 2).any() for objects in drawn]
     assert np.mean(overlap) > 0.5
 
