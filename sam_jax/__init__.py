@@ -5,9 +5,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sam_jax.everything.generator import SamAutomaticMaskGenerator, sa1b_preset
+    from sam_jax.model.init import init_variables
     from sam_jax.model.mask_decoder import Masks, choose_masks
     from sam_jax.model.prompt_encoder import Prompts
-    from sam_jax.model.sam import Sam, normalize, sam_tiny, sam_vit_b, sam_vit_h, sam_vit_l
+    from sam_jax.model.sam import (
+        Sam,
+        build_sam,
+        normalize,
+        replace_fields,
+        sam_tiny,
+        sam_vit_b,
+        sam_vit_h,
+        sam_vit_l,
+    )
     from sam_jax.predict.predictor import SamPredictor
     from sam_jax.weights.formats import load, save
 
@@ -20,9 +30,12 @@ _HOMES = {
     "Sam": "sam_jax.model.sam",
     "SamAutomaticMaskGenerator": "sam_jax.everything.generator",
     "SamPredictor": "sam_jax.predict.predictor",
+    "build_sam": "sam_jax.model.sam",
     "choose_masks": "sam_jax.model.mask_decoder",
+    "init_variables": "sam_jax.model.init",
     "load": "sam_jax.weights.formats",
     "normalize": "sam_jax.model.sam",
+    "replace_fields": "sam_jax.model.sam",
     "sa1b_preset": "sam_jax.everything.generator",
     "sam_tiny": "sam_jax.model.sam",
     "sam_vit_b": "sam_jax.model.sam",
@@ -37,9 +50,12 @@ __all__ = [
     "Sam",
     "SamAutomaticMaskGenerator",
     "SamPredictor",
+    "build_sam",
     "choose_masks",
+    "init_variables",
     "load",
     "normalize",
+    "replace_fields",
     "sa1b_preset",
     "sam_tiny",
     "sam_vit_b",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sam_jax.model.prompt_encoder import Prompts
-from sam_jax.model.sam import Sam
+from sam_jax.model.sam import build_sam, replace_fields
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes are tested without accelerators
 
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 # Nothing is round or alike: the frame is not square, windows of 4 pad 6 rows to 8 and 9 columns to
 # 12, and every width differs from the others.
-TINY = Sam(
+TINY = build_sam(
     image_size=(48, 72),
     patch_size=8,
     embed_dim=24,
@@ -114,7 +114,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def square():
     """A model of 64 by 64, and its variables."""
-    model = TINY.clone(image_size=(64, 64), window_size=3)
+    model = replace_fields(TINY, image_size=(64, 64), window_size=3)
     return model, random_variables(model, seed=1)
 
 

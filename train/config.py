@@ -122,12 +122,10 @@ def check(config: TrainConfig) -> None:
         got = ", ".join(k.__name__ for k in kind)
         raise ConfigError(f"model, data and objective must be {allowed}; got {got}")
     check_rules(rules_of_run(config))
-    patch = config.model.patch_size
-    if any(side % patch or side <= 0 for side in config.model.image_size):
-        raise ConfigError(
-            f"model.image_size must be divisible by the patch of {patch} pixels; "
-            f"got {config.model.image_size}"
-        )
+    try:
+        config.model.validate()
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
     (check_painting if is_reconstruction(config) else check_sam)(config)
 
 
@@ -150,7 +148,6 @@ def rules_of_run(config: TrainConfig) -> list[tuple[str, Any, bool, str]]:
         *(at_least(name, getattr(config, name), 1)
           for name in ("batch_size", "fsdp", "num_steps", "log_every", "checkpoint_every")),
         at_least("evaluate_every", config.evaluate_every, 0),
-        at_least("model.patch_size", config.model.patch_size, 1),
         ("data.source", data.source, bool(data.source), "kind:place"),
         ("data.max_bad", data.max_bad, 0 <= data.max_bad <= 1, "0 to 1"),
         ("profile", config.profile,
@@ -169,8 +166,6 @@ def check_sam(config: TrainConfig) -> None:
     """Raises ConfigError for what a SAM's run cannot have."""
     model, objective = config.model, config.objective
     check_rules([
-        ("model.dropout", model.dropout,
-         model.dropout == 0 or 1 / 256 <= model.dropout <= 255 / 256, "0, or 1/256 to 255/256"),
         ("objective.num_clicks", objective.num_clicks, 0 <= objective.num_clicks <= 16, "0 to 16"),
         ("objective.num_extra_rounds", objective.num_extra_rounds,
          objective.num_extra_rounds in (0, 1, 2), "0, 1 or 2"),
@@ -195,13 +190,8 @@ def check_sam(config: TrainConfig) -> None:
 
 def check_painting(config: TrainConfig) -> None:
     """Raises ConfigError for what a masked autoencoder's run cannot have."""
-    model, data = config.model, config.data
-    patches = model.grid[0] * model.grid[1]
+    data = config.data
     check_rules([
-        ("model.embed_dim", model.embed_dim, model.embed_dim % 4 == 0, "a multiple of 4"),
-        ("model.decoder_dim", model.decoder_dim, model.decoder_dim % 4 == 0, "a multiple of 4"),
-        ("model.mask_ratio", model.mask_ratio, 0 < model.num_visible < patches,
-         f"such that some of the {patches} patches are hidden and some are not"),
         ("data.min_area", data.min_area, 0 < data.min_area <= 1, "more than 0, at most 1"),
         ("mimetic_init_scale", config.mimetic_init_scale, config.mimetic_init_scale == 0,
          "0: a masked autoencoder has no prompts"),

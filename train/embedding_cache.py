@@ -18,8 +18,7 @@ class Embeddings:
     """
 
     def __init__(self, model: Sam, variables: dict, path: Path, count: int) -> None:
-        gh, gw = (side // model.patch_size for side in model.image_size)
-        shape = (count, gh, gw, model.prompt_dim)
+        shape = (count, *model.grid, model.embedding_dim)
         # The encoder's own copy: the step is given the variables themselves, and uses them up.
         params = {"image_encoder": variables["params"]["image_encoder"]}
         self.model, self.variables = model, {"params": jax.tree.map(jnp.copy, params)}

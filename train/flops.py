@@ -6,7 +6,7 @@ product and a sum are two. Norms, softmax and activations are left out, as is us
 """
 
 from sam_jax.model.mae import MaskedAutoencoder
-from sam_jax.model.mask_decoder import NUM_MASKS
+from sam_jax.model.mask_decoder import NUM_MASK_TOKENS
 from sam_jax.model.sam import Sam
 from train.config import Interactive
 
@@ -20,7 +20,7 @@ PEAKS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-OUTPUTS = 1 + NUM_MASKS  # tokens that are read: of the IoUs, and of each mask
+OUTPUTS = 1 + NUM_MASK_TOKENS  # tokens that are read: of the IoUs, and of each mask
 FIRST = 2  # tokens of the first prompt: two corners, or a click and the padding point
 CROSS = 2  # channels of the decoder over those of its attention between tokens and image
 
@@ -32,44 +32,46 @@ def peak_flops(device_kind: str) -> float | None:
 
 def encoder_flops(model: Sam) -> float:
     """Of the image encoder, forward."""
-    tokens, c = tokens_of(model), model.embed_dim
+    encoder, tokens = model.image_encoder, tokens_of(model)
+    c, out = encoder.embed_dim, encoder.out_dim
     patches = 2 * tokens * c * 3 * model.patch_size**2
-    blocks = sum(block_flops(model, i not in model.global_blocks) for i in range(model.depth))
-    neck = 2 * tokens * c * model.prompt_dim + 18 * tokens * model.prompt_dim**2
+    blocks = sum(block_flops(model, i not in encoder.global_blocks) for i in range(encoder.depth))
+    neck = 2 * tokens * c * out + 18 * tokens * out**2
     return patches + blocks + neck
 
 
 def block_flops(model: Sam, in_windows: bool) -> float:
     """Of one of the image encoder's blocks, forward."""
-    c, grid = model.embed_dim, [side // model.patch_size for side in model.image_size]
-    height, width = (model.window_size,) * 2 if in_windows else grid
+    encoder, grid = model.image_encoder, model.grid
+    c = encoder.embed_dim
+    height, width = (encoder.window_size,) * 2 if in_windows else grid
     windows = -(-grid[0] // height) * -(-grid[1] // width)
     area = height * width
     projections = 8 * windows * area * c * c
     products = 4 * windows * area * area * c
     positions = 2 * windows * area * (height + width) * c
-    return projections + products + positions + 4 * model.mlp_ratio * tokens_of(model) * c * c
+    return projections + products + positions + 4 * encoder.mlp_ratio * tokens_of(model) * c * c
 
 
 def tokens_of(model: Sam) -> int:
     """How many tokens an image has."""
-    height, width = (side // model.patch_size for side in model.image_size)
-    return height * width
+    return model.grid[0] * model.grid[1]
 
 
 def decoder_flops(model: Sam, prompt_tokens: float) -> float:
     """Of the prompt encoder and the mask decoder, forward, for one mask with a mask prompt."""
-    c, pixels = model.prompt_dim, tokens_of(model)
+    decoder, pixels = model.mask_decoder, tokens_of(model)
+    c = decoder.dim
     tokens, inner = OUTPUTS + prompt_tokens, c // CROSS
     attention = 4 * (pixels + tokens) * c * inner + 4 * tokens * pixels * inner
-    attention *= 2 * model.decoder_depth + 1
-    block = 8 * tokens * c * c + 4 * tokens**2 * c + 4 * tokens * c * model.decoder_mlp_dim
+    attention *= 2 * decoder.depth + 1
+    block = 8 * tokens * c * c + 4 * tokens**2 * c + 4 * tokens * c * decoder.mlp_dim
     upscaling = 2 * pixels * c * c + 8 * pixels * (c // 4) * (c // 2)
-    masks = 2 * 16 * pixels * (c // 8) * NUM_MASKS
-    heads = 2 * NUM_MASKS * (2 * c * c + c * c // 8)
-    m = model.mask_channels
+    masks = 2 * 16 * pixels * (c // 8) * NUM_MASK_TOKENS
+    heads = 2 * NUM_MASK_TOKENS * (2 * c * c + c * c // 8)
+    m = model.prompt_encoder.mask_channels
     mask_prompt = 2 * pixels * (4 * m + m * m + m * c)
-    return attention + model.decoder_depth * block + upscaling + masks + heads + mask_prompt
+    return attention + decoder.depth * block + upscaling + masks + heads + mask_prompt
 
 
 def step_flops(model: Sam, config: Interactive) -> float:

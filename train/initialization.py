@@ -71,10 +71,10 @@ def encoder_of(
       autoencoder, tensors: as `read_autoencoder` returns them.
     """
     model, notes = config.model, []
-    if autoencoder and autoencoder.num_heads != model.num_heads:
+    if autoencoder and autoencoder.num_heads != model.image_encoder.num_heads:
         raise ConfigError(
             f"init_from={config.init_from!r} holds an encoder of {autoencoder.num_heads} heads; "
-            f"model.num_heads is {model.num_heads}"
+            f"model.image_encoder.num_heads is {model.image_encoder.num_heads}"
         )
     try:
         encoder = mae.encoder_for(model, tensors, notes, autoencoder and autoencoder.grid)

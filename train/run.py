@@ -67,7 +67,7 @@ def learn(
 ) -> None:
     """Trains on the images that are `seen`, from the newest checkpoint or the variables."""
     folder = outbox.folder
-    optimizer = make_optimizer(config.optimizer, config.model.depth, config.trainable)
+    optimizer = make_optimizer(config.optimizer, task.encoder_depth, config.trainable)
     checkpoints = Checkpoints(outbox.checkpoints)
     state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
     step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)

@@ -69,12 +69,13 @@ def run(args: argparse.Namespace) -> int:
     from sam_jax.engine.automatic import label_images
     from sam_jax.engine.folder import claim, finished, write_json
     from sam_jax.everything.generator import SamAutomaticMaskGenerator
+    from sam_jax.model.sam import replace_fields
     from sam_jax.weights.formats import load
 
     _check(args)
     images = select(open_image_source(args.images), args.index)
     model, variables = load(args.weights)
-    model = model.clone(dtype=args.dtype or model.dtype)
+    model = replace_fields(model, dtype=args.dtype or model.dtype)
     options = _options(args)
     generators = [
         SamAutomaticMaskGenerator(model, jax.device_put(variables, device), **options).generate

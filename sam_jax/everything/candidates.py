@@ -102,7 +102,7 @@ def find_candidates(
 
 def _judge(model, variables, embedding, points, there, tiles, limits):
     """The `Candidates` of a chunk of points 'n 2', of which those that are `there` count."""
-    attended = model.apply(variables, embedding, prompts_of(points), method="attend")
+    attended = model.apply(variables, embedding, prompts_of(points), method="decode_tokens")
     iou = attended.iou[0, :, -NUM_MASKS:]
     is_good = there[:, None] & (iou > limits.iou)
     logits = _upscale(model, variables, embedding.shape[1], attended, is_good.any(axis=1))
@@ -122,8 +122,8 @@ def _upscale(model, variables, gh, attended, wanted):
     order = jnp.concatenate([order, jnp.full(-n % step, n)])  # out of bounds: nothing is written
 
     def upscale(some):
-        image, hyper = attended.image[:, some], attended.hyper[:, some]
-        logits = model.apply(variables, image, hyper, gh, method="upscale")
+        image, hyper = attended.image[:, some], attended.hypernetwork_out[:, some]
+        logits = model.apply(variables, image, hyper, gh, method="upscale_masks")
         return logits[0, :, -NUM_MASKS:]
 
     def upscale_next(state):

@@ -2,61 +2,102 @@
 
 Source: segment-anything `modeling/image_encoder.py` (Li et al. 2022, ViTDet).
 
-Differences: any frame divisible by the patch (positions are interpolated); drop path and remat,
-which the released code leaves out; attention as in `attention.py`.
+Differences: images of any size that the patch divides are accepted, because stored positions are
+interpolated; drop path and rematerialization, which the released code leaves out, are options;
+attention is computed as described in `attention.py`.
 """
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, Float
 
 from sam_jax.model.attention import Attention
+from sam_jax.model.fields import Rule, check_rules, multiple_of
 from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xavier_uniform
+
+Remat = Literal["none", "products", "blocks"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class ImageEncoder(nn.Module):
-    """Encodes normalised images 'b h w 3' as 'b gh gw out_dim'.
+    """The image encoder; the default fields are those of ViT-B.
 
     Attributes:
-      image_size: (height, width) in pixels that the position tables are stored for.
-      patch_size: side of a patch in pixels.
-      embed_dim: channels; mlp_ratio: the MLPs' hidden channels over these.
-      depth: blocks; num_heads: attention heads of each.
-      global_blocks: indices of the blocks that attend globally; the others attend in windows.
-      window_size: side of a window in tokens.
-      out_dim: channels of the embedding.
-      drop_path: chance that the last block's branches are dropped; it grows linearly from 0.
-      remat: what the backward pass keeps of a block: "none" recomputed, all but "products", or all
-        of the "blocks" but their inputs.
-      scan_blocks: loop over super-blocks, of which one is compiled; for training on accelerators.
-      dtype: compute type; parameters are float32.
+      image_size: (height, width) in pixels for which position tables are stored. Positions are
+        interpolated for images of other sizes.
+      patch_size: Side of a patch in pixels.
+      embed_dim: Channels of a token inside the encoder.
+      depth: Number of blocks.
+      num_heads: Attention heads of each block.
+      global_blocks: Indices of the blocks that attend globally. The others attend in windows.
+      window_size: Side of a window in tokens.
+      mlp_ratio: Hidden channels of each MLP, as a multiple of `embed_dim`.
+      out_dim: Channels of the embedding that the encoder returns.
+      drop_path: Probability that the last block's residual branches are dropped in training. It
+        grows linearly with the block's index, from 0 for the first block.
+      remat: What the backward pass recomputes to save memory: "none"; everything except the
+        results of matrix "products"; or entire "blocks", of which only the inputs are kept.
+      scan_blocks: Whether to loop over super-blocks (windowed blocks followed by a global one), so
+        that only one of them is compiled. Training on accelerators then starts sooner.
+      dtype: Compute type. Parameters, norms and softmax are float32.
     """
 
-    image_size: tuple[int, int]
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    global_blocks: tuple[int, ...]
-    window_size: int
-    mlp_ratio: int
-    out_dim: int
-    drop_path: float
-    remat: str
-    scan_blocks: bool
-    dtype: str
+    image_size: tuple[int, int] = (1024, 1024)
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    global_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    window_size: int = 14
+    mlp_ratio: int = 4
+    out_dim: int = 256
+    drop_path: float = 0.0
+    remat: Remat = "none"
+    scan_blocks: bool = False
+    dtype: Dtype = "float32"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the tokens of an image of `image_size`."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def rules(self) -> Iterator[Rule]:
+        """Yields the rules that the fields must obey."""
+        yield from patch_rules(self.image_size, self.patch_size)
+        yield from multiple_of("embed_dim", self.embed_dim, self.num_heads, "num_heads")
+        yield Rule("drop_path", self.drop_path, 0 <= self.drop_path < 1, "at least 0 and below 1")
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, if the fields do not fit together."""
+        check_rules(self.rules())
 
     @nn.compact
-    def __call__(self, image, train=False):
+    def __call__(
+        self, image: Float[Array, "b h w 3"], train: bool = False
+    ) -> Float[Array, "b gh gw c"]:
+        """Encodes images.
+
+        Args:
+          image: Normalised images, whose sides are multiples of `patch_size`.
+          train: Whether to drop paths; needs the rng "drop_path".
+
+        Returns:
+          Embeddings of `out_dim` channels.
+        """
         c = self.embed_dim
-        grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
         x = PatchConv(c, self.patch_size, self.dtype, xavier_uniform, name="patch_embed")(image)
-        positions = self.param("pos_embed", nn.initializers.truncated_normal(0.02), (1, *grid, c))
+        init = nn.initializers.truncated_normal(0.02)
+        positions = self.param("pos_embed", init, (1, *self.grid, c))
         x = x + resize_positions(positions, x.shape[1:3]).astype(self.dtype)
 
-        keep = self.draw_kept(len(x)) if train and self.drop_path else None
-        blocks = [self.block(i) for i in range(self.depth)]
+        keep = self.sample_drop_path(len(x)) if train and self.drop_path else None
+        blocks = [self._block(i) for i in range(self.depth)]
+        # Initialization visits each block by itself, since it creates the parameters to stack.
         if self.scan_blocks and not self.is_initializing():
             x = scan_super_blocks(blocks, self.variables["params"], x, keep)
         else:
@@ -64,34 +105,52 @@ class ImageEncoder(nn.Module):
                 x = block(x, None if keep is None else keep[i])
         return Neck(self.out_dim, self.dtype, name="neck")(x)
 
-    def block(self, i):
-        """Block i, with its parameters."""
-        window = 0 if i in self.global_blocks else self.window_size
-        grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
+    def _block(self, index: int) -> nn.Module:
+        window = 0 if index in self.global_blocks else self.window_size
         return rematted(Block, self.remat)(
             num_heads=self.num_heads,
-            table_size=(window, window) if window else grid,
+            table_size=(window, window) if window else self.grid,
             window=window,
             mlp_dim=self.mlp_ratio * self.embed_dim,
             dtype=self.dtype,
-            name=f"block_{i:02d}",
+            name=f"block_{index:02d}",
         )
 
-    def draw_kept(self, b):
-        """Factors 'depth 2 b' of the blocks' branches: 0 for a dropped one, and the mean is 1."""
+    def sample_drop_path(self, b: int) -> Float[Array, "depth 2 b"]:
+        """Samples the factor of each residual branch: 0 if it is dropped, with a mean of 1."""
         rate = self.drop_path * jnp.arange(self.depth) / max(1, self.depth - 1)
-        kept = 1 - rate[:, None, None]
-        draws = jax.random.bernoulli(self.make_rng("drop_path"), kept, (self.depth, 2, b))
-        return jnp.where(draws, 1 / kept, 0.0)
+        keep_prob = 1 - rate[:, None, None]
+        is_kept = jax.random.bernoulli(self.make_rng("drop_path"), keep_prob, (self.depth, 2, b))
+        return jnp.where(is_kept, 1 / keep_prob, 0.0)
 
 
-def scan_super_blocks(blocks, params, x, keep):
-    """Applies blocks in loops, so that only one of each kind is compiled.
+def patch_rules(image_size: tuple[int, int], patch_size: int) -> Iterator[Rule]:
+    """Yields the rules of an image size and the side of a patch."""
+    yield Rule("patch_size", patch_size, patch_size >= 1, "at least 1")
+    fits = len(image_size) == 2 and all(side > 0 and side % patch_size == 0 for side in image_size)
+    yield Rule("image_size", image_size, fits, f"two multiples of patch_size = {patch_size}")
+
+
+def scan_super_blocks(
+    blocks: Sequence[Any],
+    params: dict[str, Any],
+    x: Float[Array, "b gh gw c"],
+    keep: Float[Array, "depth 2 b"] | None,
+) -> Float[Array, "b gh gw c"]:
+    """Applies blocks in loops, so that only one block of each kind is compiled.
 
     Args:
-      blocks: a whole number of super-blocks: some windowed blocks, then a global one.
-      params: the encoder's.
-      x: 'b gh gw c'; keep: 'depth 2 b', or None.
+      blocks: The encoder's blocks: a number of equal super-blocks, each of which is some windowed
+        blocks followed by a global one.
+      params: The encoder's parameters.
+      x: Tokens.
+      keep: Factors of the residual branches, or None.
+
+    Returns:
+      The tokens after the last block.
+
+    Raises:
+      ValueError: If the blocks do not form equal super-blocks.
     """
     ends = [i for i, block in enumerate(blocks) if not block.window]
     period = len(blocks) // max(1, len(ends))
@@ -101,38 +160,46 @@ def scan_super_blocks(blocks, params, x, keep):
             f"{ends} of {len(blocks)} blocks"
         )
     count = len(blocks) // period
-    each = [params[block.name] for block in blocks]
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    windowed = [stack(each[s * period : (s + 1) * period - 1]) for s in range(count) if period > 1]
-    xs = {"global": stack(each[period - 1 :: period])}
-    if windowed:
-        xs["windowed"] = stack(windowed)
+    block_params = [params[block.name] for block in blocks]
+
+    def stack(trees: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    xs = {"global": stack(block_params[period - 1 :: period])}
+    if period > 1:
+        starts = range(0, count * period, period)
+        xs["windowed"] = stack([stack(block_params[s : s + period - 1]) for s in starts])
     if keep is not None:
         xs["keep"] = rearrange(keep, "(s i) branch b -> s i branch b", i=period)
 
-    def apply(block, x, params, keep):
+    def apply(block: Any, x: Array, params: Any, keep: Array | None) -> Array:
         return block.clone(parent=None, name=None).apply({"params": params}, x, keep)
 
-    def super_block(x, xs):
+    def windowed_block(x: Array, block_xs: Any) -> tuple[Array, None]:
+        return apply(blocks[0], x, *block_xs), None
+
+    def super_block(x: Array, xs: dict[str, Any]) -> tuple[Array, None]:
         keep = xs.get("keep")
-        if windowed:
-            within = xs["windowed"], None if keep is None else keep[:-1]
-            x, _ = jax.lax.scan(lambda x, one: (apply(blocks[0], x, *one), None), x, within)
+        if "windowed" in xs:
+            windowed_xs = xs["windowed"], None if keep is None else keep[:-1]
+            x, _ = jax.lax.scan(windowed_block, x, windowed_xs)
         return apply(blocks[-1], x, xs["global"], None if keep is None else keep[-1]), None
 
     return jax.lax.scan(super_block, x, xs)[0]
 
 
-def rematted(block, what):
-    """The class of a block whose backward pass recomputes what `ImageEncoder.remat` says."""
-    if what == "none":
+def rematted(block: type[nn.Module], remat: Remat) -> Any:
+    """Returns a block's class, modified to recompute in the backward pass what `remat` says."""
+    if remat == "none":
         return block
     keep_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return nn.remat(block, policy={"products": keep_products, "blocks": None}[what])
+    return nn.remat(block, policy={"products": keep_products, "blocks": None}[remat])
 
 
-def resize_positions(table, grid):
-    """Interpolates positions '1 th tw c' to a grid (gh, gw), bicubic as PyTorch has it."""
+def resize_positions(
+    table: Float[Array, "1 th tw c"], grid: Sequence[int]
+) -> Float[Array, "1 gh gw c"]:
+    """Interpolates a table of positions to a grid (gh, gw), bicubically as PyTorch does."""
     if table.shape[1:3] == tuple(grid):
         return table
     shape = (1, *grid, table.shape[-1])
@@ -140,46 +207,58 @@ def resize_positions(table, grid):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the norm of its input and added to it; fields as `Attention`'s."""
+    """A transformer block: attention and an MLP, each with a norm before it and a residual.
+
+    Attributes:
+      num_heads: Attention heads.
+      table_size: As in `Attention`.
+      mlp_dim: Hidden channels of the MLP.
+      window: As in `Attention`.
+      dtype: Compute type.
+    """
 
     num_heads: int
     table_size: tuple[int, int] | None
     mlp_dim: int
     window: int = 0
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
 
     @nn.compact
-    def __call__(self, x, keep=None):
-        """Maps 'b gh gw c' to the same; keep: factors '2 b' of the two branches, or None."""
-        c = x.shape[-1]
-        dense = lambda features, name: nn.Dense(
-            features, dtype=self.dtype, kernel_init=xavier_uniform, name=name
-        )
-        factor = lambda y, i: (
-            y if keep is None else y * keep[i, :, None, None, None].astype(y.dtype)
-        )
-        attend = Attention(
+    def __call__(
+        self, x: Float[Array, "b gh gw c"], keep: Float[Array, "2 b"] | None = None
+    ) -> Float[Array, "b gh gw c"]:
+        """Applies the block; `keep` are factors of the two residual branches."""
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, kernel_init=xavier_uniform, name=name)
+
+        def scale(branch: Array, index: int) -> Array:
+            if keep is None:
+                return branch
+            return branch * keep[index, :, None, None, None].astype(branch.dtype)
+
+        attention = Attention(
             self.num_heads, self.table_size, self.window, self.dtype, name="attention"
         )
-        x = x + factor(attend(layer_norm(1e-6, self.dtype, "norm1")(x)), 0)
+        x = x + scale(attention(layer_norm(1e-6, self.dtype, "norm1")(x)), 0)
         y = gelu(dense(self.mlp_dim, "lin1")(layer_norm(1e-6, self.dtype, "norm2")(x)))
-        return x + factor(dense(c, "lin2")(y), 1)
+        return x + scale(dense(x.shape[-1], "lin2")(y), 1)
 
 
 class Neck(nn.Module):
-    """A 1x1 and a 3x3 convolution to `out_dim` channels, a norm after each."""
+    """A 1x1 and a 3x3 convolution to `out_dim` channels, each followed by a norm."""
 
     out_dim: int
-    dtype: str
+    dtype: Dtype
 
     @nn.compact
-    def __call__(self, x):
-        norm = lambda name: layer_norm(1e-6, self.dtype, name)
+    def __call__(self, x: Float[Array, "b gh gw c"]) -> Float[Array, "b gh gw o"]:
+        """Applies the two convolutions."""
         init = fan_in_uniform(x.shape[-1])
         x = PatchConv(self.out_dim, 1, self.dtype, init, bias_init=None, name="conv1")(x)
-        x = norm("norm1")(x)
+        x = layer_norm(1e-6, self.dtype, "norm1")(x)
         init = fan_in_uniform(3 * 3 * self.out_dim)
         conv = nn.Conv(
             self.out_dim, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=init, name="conv2"
         )
-        return norm("norm2")(conv(x))
+        return layer_norm(1e-6, self.dtype, "norm2")(conv(x))

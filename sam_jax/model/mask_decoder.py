@@ -1,11 +1,16 @@
-"""Masks of the prompted objects, from the image's embedding and the prompts' features.
+"""Predicts masks of the prompted objects from an image's embedding and the prompts' features.
 
 Source: segment-anything `modeling/mask_decoder.py`.
 
-Differences: all four masks are always returned (`choose_masks` chooses); the transposed
-convolutions, whose 2x2 patches do not overlap, are dense layers whose pixels stay grouped by token
-until the masks are made, as norm, GELU and the last product act on each pixel alone.
+Differences: all four masks are always returned, and `choose_masks` selects among them; the
+transposed convolutions, whose 2x2 patches do not overlap, are dense layers whose pixels stay
+grouped by token until the masks are made, since norm, GELU and the last product act on each pixel
+separately.
 """
+
+import math
+from collections.abc import Iterator
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -13,13 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Float, Float32
 
+from sam_jax.model.fields import Rule, check_rules
 from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform, gelu, layer_norm
 from sam_jax.model.ops import upscaling
 from sam_jax.model.ops.blocks import has_kernels, over_objects
-from sam_jax.model.two_way_transformer import TwoWayTransformer
+from sam_jax.model.prompt_encoder import PromptFeatures
+from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE, TwoWayTransformer
 
-NUM_MASKS = 4  # 0 is the single-mask output; 1 to 3 are those of an ambiguous prompt
+NUM_MASK_TOKENS = 4  # token 0 is the single-mask output; 1 to 3 are those of an ambiguous prompt
 
 
 @flax.struct.dataclass
@@ -27,31 +35,31 @@ class Masks:
     """Predicted masks of n objects in each of b images.
 
     Attributes:
-      logits: 'b n m lh lw' float32, positive inside; a token is 4x4 of these pixels.
-      iou: 'b n m' float32, predicted IoU of each mask with the truth; not confined to [0, 1].
+      logits: Positive inside the mask; a token is 4x4 of these pixels.
+      iou: Predicted IoU of each mask with the true mask; not confined to [0, 1].
     """
 
-    logits: jax.Array
-    iou: jax.Array
+    logits: Float32[Array, "b n m lh lw"]
+    iou: Float32[Array, "b n m"]
 
 
 @flax.struct.dataclass
-class Attended:
-    """Prompted objects of which all is known but the masks.
+class DecoderState:
+    """The decoder's state before the masks are made.
 
     Attributes:
-      image: 'b n (gh gw) c', what each object made of the image.
-      hyper: 'b n m c/8', the weights of a pixel's channels in each mask.
-      iou: 'b n m' float32, as in `Masks`.
+      image: The image's tokens, p = gh gw, after the objects' tokens have updated them.
+      hypernetwork_out: Weights of a pixel's channels in each mask, k = c / 8.
+      iou: As in `Masks`.
     """
 
-    image: jax.Array
-    hyper: jax.Array
-    iou: jax.Array
+    image: Float[Array, "b n p c"]
+    hypernetwork_out: Float[Array, "b n m k"]
+    iou: Float32[Array, "b n m"]
 
 
-def choose_masks(masks, multimask_output):
-    """Keeps masks 1 to 3 of the four for an ambiguous prompt, else mask 0 alone."""
+def choose_masks(masks: Masks, multimask_output: bool) -> Masks:
+    """Keeps masks 1 to 3 of the four for an ambiguous prompt, and mask 0 alone otherwise."""
     kept = slice(1, None) if multimask_output else slice(0, 1)
     return jax.tree.map(lambda x: x[:, :, kept], masks)
 
@@ -60,62 +68,115 @@ class MaskDecoder(nn.Module):
     """Decodes four masks and their predicted IoUs for every object.
 
     Attributes:
-      dim: channels of a token.
-      depth: two-way blocks; num_heads: attention heads, mlp_dim: hidden channels of their MLPs.
-      iou_hidden_dim: hidden channels of the IoU head.
-      dropout: rate after each attention and MLP of the transformer.
-      dtype: compute type; logits and IoUs are float32.
+      dim: Channels of a token.
+      depth: Number of two-way blocks.
+      num_heads: Attention heads of the two-way blocks.
+      mlp_dim: Hidden channels of the two-way blocks' MLPs.
+      iou_hidden_dim: Hidden channels of the IoU head.
+      dropout: Dropout rate after each attention and MLP of the transformer, in training.
+      dtype: Compute type. Logits and IoUs are float32.
     """
 
-    dim: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    iou_hidden_dim: int
-    dropout: float
-    dtype: str
+    dim: int = 256
+    depth: int = 2
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    iou_hidden_dim: int = 256
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def setup(self):
+    def rules(self) -> Iterator[Rule]:
+        """Yields the rules that the fields must obey."""
+        yield Rule("num_heads", self.num_heads, self.num_heads >= 1, "at least 1")
+        divisor = math.lcm(8, CROSS_DOWNSAMPLE * self.num_heads)
+        allowed = f"a positive multiple of {divisor}, that is, of 8 and of "
+        allowed += f"{CROSS_DOWNSAMPLE} x num_heads"
+        yield Rule("dim", self.dim, self.dim > 0 and self.dim % divisor == 0, allowed)
+        # The image's dropout compares bytes, so that its rate is a multiple of 1/256.
+        has_valid_rate = self.dropout == 0 or 1 / 256 <= self.dropout <= 255 / 256
+        yield Rule("dropout", self.dropout, has_valid_rate, "0, or 1/256 to 255/256")
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, if the fields do not fit together."""
+        check_rules(self.rules())
+
+    def setup(self) -> None:
         c = self.dim
         normal = nn.initializers.normal(1.0)
         self.iou_token = self.param("iou_token", normal, (1, c))
-        self.mask_tokens = self.param("mask_tokens", normal, (NUM_MASKS, c))
+        self.mask_tokens = self.param("mask_tokens", normal, (NUM_MASK_TOKENS, c))
         self.transformer = TwoWayTransformer(
             self.depth, self.num_heads, self.mlp_dim, self.dropout, self.dtype
         )
-        self.hypernetwork = [Mlp((c, c, c // 8), nn.relu, self.dtype) for _ in range(NUM_MASKS)]
+        self.hypernetwork = [
+            Mlp((c, c, c // 8), nn.relu, self.dtype) for _ in range(NUM_MASK_TOKENS)
+        ]
         self.upscaling = Upscaling(self.dtype)
         hidden = self.iou_hidden_dim
-        self.iou_head = Mlp((hidden, hidden, NUM_MASKS), nn.relu, self.dtype)
+        self.iou_head = Mlp((hidden, hidden, NUM_MASK_TOKENS), nn.relu, self.dtype)
 
-    def __call__(self, embedding, features, image_pe, train=False):
-        """Decodes `PromptFeatures` on embeddings 'b gh gw c' with positions '(gh gw) c'."""
-        attended = self.attend(embedding, features, image_pe, train)
-        logits = self.upscale(attended.image, attended.hyper, embedding.shape[1])
-        return Masks(logits=logits, iou=attended.iou)
+    def __call__(
+        self,
+        embedding: Float[Array | np.ndarray, "b gh gw c"],
+        features: PromptFeatures,
+        image_pe: Float[Array, "p c"],
+        train: bool = False,
+    ) -> Masks:
+        """Decodes masks.
 
-    def attend(self, embedding, features, image_pe, train=False):
-        """All but the masks themselves -> `Attended`; arguments as above."""
+        Args:
+          embedding: Embeddings of the images.
+          features: Encoded prompts.
+          image_pe: Positions of the embeddings' tokens, p = gh gw.
+          train: Whether to apply dropout; needs the rng "dropout".
+
+        Returns:
+          The four masks of every object.
+        """
+        state = self.decode_tokens(embedding, features, image_pe, train)
+        logits = self.upscale_masks(state.image, state.hypernetwork_out, embedding.shape[1])
+        return Masks(logits=logits, iou=state.iou)
+
+    def decode_tokens(
+        self,
+        embedding: Float[Array | np.ndarray, "b gh gw c"],
+        features: PromptFeatures,
+        image_pe: Float[Array, "p c"],
+        train: bool = False,
+    ) -> DecoderState:
+        """Runs the decoder up to the masks themselves; arguments as for `__call__`."""
         b, n = features.sparse.shape[:2]
         outputs = jnp.concatenate([self.iou_token, self.mask_tokens]).astype(self.dtype)
         num_outputs = len(outputs)
         outputs = jnp.broadcast_to(outputs, (b, n, *outputs.shape))
         tokens = jnp.concatenate([outputs, features.sparse], axis=2)
-        present = jnp.concatenate([jnp.ones((b, n, num_outputs), bool), features.present], axis=2)
+        is_output = jnp.ones((b, n, num_outputs), bool)
+        token_mask = jnp.concatenate([is_output, features.token_mask], axis=2)
         image = rearrange(embedding, "b gh gw c -> b 1 (gh gw) c").astype(self.dtype)
         tokens, image = self.transformer(
-            tokens, present, image + features.dense, image_pe, num_outputs=num_outputs, train=train
+            tokens,
+            token_mask,
+            image + features.dense,
+            image_pe,
+            num_outputs=num_outputs,
+            train=train,
         )
-        hyper = [mlp(tokens[:, :, 1 + m]) for m, mlp in enumerate(self.hypernetwork)]
+        mask_weights = [mlp(tokens[:, :, 1 + m]) for m, mlp in enumerate(self.hypernetwork)]
         iou = self.iou_head(tokens[:, :, 0]).astype(jnp.float32)
-        return Attended(image=image, hyper=jnp.stack(hyper, axis=2), iou=iou)
+        return DecoderState(image=image, hypernetwork_out=jnp.stack(mask_weights, axis=2), iou=iou)
 
-    def upscale(self, image, hyper, gh):
-        """The masks of an `Attended`, of gh rows of tokens -> logits 'b n m (4 gh) (4 gw)'."""
-        logits = self.upscaling(image, hyper)
+    def upscale_masks(
+        self,
+        image: Float[Array, "b n p c"],
+        hypernetwork_out: Float[Array, "b n m k"],
+        gh: int,
+    ) -> Float32[Array, "b n m lh lw"]:
+        """Makes masks; arguments as for `Sam.upscale_masks`."""
+        logits = self.upscaling(image, hypernetwork_out)
         if not has_kernels(image):
             return rearrange(logits, "b n m (i j) (gh gw) -> b n m (gh i) (gw j)", i=4, gh=gh)
-        # TPUs move numbers within a row slowest, and most quickly by a product, which is exact.
+        # TPUs are slow at moving numbers within a row. A product with a permutation matrix is the
+        # fastest way, and exact.
         logits = rearrange(logits, "b n m (i j) (gh gw) -> b n m (gh i) (j gw)", i=4, gh=gh)
         order = rearrange(np.arange(logits.shape[-1]), "(gw j) -> (j gw)", j=4)
         return jnp.matmul(
@@ -124,17 +185,15 @@ class MaskDecoder(nn.Module):
 
 
 class Upscaling(nn.Module):
-    """Tokens as 4 x 4 pixels each, and masks of them."""
+    """Upscales each token to 4x4 pixels, and multiplies them with the weights of the masks."""
 
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
 
     @nn.compact
-    def __call__(self, image, hyper):
-        """Of tokens 'b n p c', masks that weigh pixels' channels by 'b n m c/8'.
-
-        Returns:
-          'b n m s p' float32, the (4 4) pixels s of each token.
-        """
+    def __call__(
+        self, image: Float[Array, "b n p c"], hypernetwork_out: Float[Array, "b n m k"]
+    ) -> Float32[Array, "b n m 16 p"]:
+        """Returns the masks' logits at the (4 4) pixels of each token."""
         c = image.shape[-1]
         kernel1, bias1 = Deconvolution(c, c // 4, name="conv1")()
         kernel2, bias2 = Deconvolution(c // 4, c // 8, name="conv2")()
@@ -143,26 +202,31 @@ class Upscaling(nn.Module):
             paint = lambda image, hyper: upscaling.paint(
                 image, kernel1, bias1, scale, shift, kernel2, bias2, hyper
             )
-            return over_objects(paint, image, hyper)
+            return over_objects(paint, image, hypernetwork_out)
         x = gelu(layer_norm(1e-6, self.dtype, "norm")(deconvolve(image, kernel1, bias1)))
         x = gelu(deconvolve(x, kernel2, bias2))
-        logits = jnp.einsum("bnpijklc,bnmc->bnpijklm", x, hyper, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "bnpijklc,bnmc->bnpijklm", x, hypernetwork_out, preferred_element_type=jnp.float32
+        )
         return rearrange(logits, "b n p i j k l m -> b n m (i k j l) p")
 
 
 class Deconvolution(nn.Module):
-    """The weights of a transposed convolution of size and stride 2: 'c 2 2 o' and 'o'."""
+    """The parameters of a transposed convolution of size and stride 2."""
 
     in_features: int
     features: int
 
     @nn.compact
-    def __call__(self):
+    def __call__(self) -> tuple[Float[Array, "c 2 2 o"], Float[Array, " o"]]:
+        """Returns the kernel and the bias."""
         init = fan_in_uniform(4 * self.features)
         kernel = self.param("kernel", init, (self.in_features, 2, 2, self.features))
         return kernel, self.param("bias", init, (self.features,))
 
 
-def deconvolve(x, kernel, bias):
-    """A transposed convolution that keeps pixels apart: '... c' -> '... 2 2 o'."""
+def deconvolve(
+    x: Float[Array, "*shape c"], kernel: Float[Array, "c 2 2 o"], bias: Float[Array, " o"]
+) -> Float[Array, "*shape 2 2 o"]:
+    """Applies a transposed convolution whose output pixels stay grouped by input pixel."""
     return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(x.dtype)) + bias.astype(x.dtype)

@@ -1,11 +1,14 @@
-"""Points, boxes and masks as tokens and as an image of features.
+"""Encodes points and boxes as tokens, and masks as an image of features.
 
 Source: segment-anything `modeling/prompt_encoder.py`, in the form of `utils/onnx.py`: one list of
-points in which a box is two points with labels 2 and 3.
+points, in which a box is two points with labels 2 and 3.
 
 Differences: every object has the same number of slots, and absent ones (label -2) are masked out;
-the padding point of the reference (label -1) is added by whoever builds the prompts, not here.
+the reference's padding point (label -1) is added by the code that builds the prompts, not here.
 """
+
+from collections.abc import Iterator
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -13,104 +16,140 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
 
+from sam_jax.model.fields import Rule, check_rules
 from sam_jax.model.layers import PatchConv, Projection, fan_in_uniform, gelu, layer_norm
 
-FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3
+FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3  # labels of points
 NOT_A_POINT = -1  # the reference's padding point: a token of its own, which is attended to
-ABSENT = -2  # an empty slot: never attended to
+ABSENT = -2  # an empty slot, which is never attended to
 
 
 @flax.struct.dataclass
 class Prompts:
-    """What is known of n objects in each of b images.
+    """Prompts for n objects in each of b images.
+
+    >>> click = Prompts(points=jnp.array([[[[32.0, 20.0]]]]), labels=jnp.array([[[1]]]))
 
     Attributes:
-      points: 'b n k 2' float32, (x, y) in pixels of the padded frame; pixel centres lie at +0.5.
-      labels: 'b n k' int32: 1 foreground, 0 background, 2 and 3 the top-left and bottom-right
-        corners of a box, -1 the reference's "not a point" token, -2 absent.
-      mask: 'b n lh lw' float32 logits of an earlier prediction, or None if no object has one.
-      has_mask: 'b n' bool, the objects whose `mask` counts; None if `mask` is.
+      points: (x, y) in pixels of the padded image; pixel centres lie at +0.5.
+      labels: 1 foreground, 0 background, 2 and 3 the top-left and bottom-right corners of a box,
+        -1 the reference's "not a point" token, -2 absent.
+      mask: Logits of an earlier prediction, or None if no object has one.
+      has_mask: The objects whose `mask` is used; None if `mask` is None.
     """
 
-    points: jax.Array | np.ndarray
-    labels: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray | None = None
-    has_mask: jax.Array | np.ndarray | None = None
+    points: Float[Array | np.ndarray, "b n k 2"]
+    labels: Int[Array | np.ndarray, "b n k"]
+    mask: Float[Array | np.ndarray, "b n lh lw"] | None = None
+    has_mask: Bool[Array | np.ndarray, "b n"] | None = None
 
 
 @flax.struct.dataclass
 class PromptFeatures:
-    """Prompts as the mask decoder reads them.
+    """Encoded prompts, as the mask decoder reads them.
 
     Attributes:
-      sparse: 'b n k c' tokens; absent slots are zero and must be masked.
-      present: 'b n k' bool, the slots that are not absent.
-      dense: 'b n (gh gw) c' to be added to the image; n and (gh gw) are 1 where all are alike.
+      sparse: Tokens. Absent slots are zero and must be masked.
+      token_mask: True for slots that are not absent.
+      dense: Features to add to the image's tokens, p = gh gw. The axes n and p have size 1 where
+        all objects or all tokens share the features.
     """
 
-    sparse: jax.Array
-    present: jax.Array
-    dense: jax.Array
+    sparse: Float[Array, "b n k c"]
+    token_mask: Bool[Array, "b n k"]
+    dense: Float[Array, "b n_or_1 p_or_1 c"]
 
 
 class PromptEncoder(nn.Module):
     """Encodes prompts, and positions in general.
 
     Attributes:
-      dim: channels of a token.
-      mask_channels: channels before the last convolution of a mask prompt.
-      position_scale: standard deviation of the frequencies of positions, in cycles per half frame.
-      dtype: compute type; positions are always encoded in float32.
+      dim: Channels of a token.
+      mask_channels: Channels before the last convolution of a mask prompt.
+      position_scale: Standard deviation of the random frequencies of positions, in cycles per half
+        image. With few channels and a coarse grid, lower frequencies are learnt from sooner.
+      dtype: Compute type. Positions are always encoded in float32.
     """
 
-    dim: int
-    mask_channels: int
-    position_scale: float
-    dtype: str
+    dim: int = 256
+    mask_channels: int = 16
+    position_scale: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def setup(self):
+    def rules(self) -> Iterator[Rule]:
+        """Yields the rules that the fields must obey."""
+        channels = self.mask_channels
+        yield Rule("dim", self.dim, self.dim > 0 and self.dim % 2 == 0, "a positive multiple of 2")
+        allowed = "a positive multiple of 4"
+        yield Rule("mask_channels", channels, channels > 0 and channels % 4 == 0, allowed)
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, if the fields do not fit together."""
+        check_rules(self.rules())
+
+    def setup(self) -> None:
         normal = nn.initializers.normal(self.position_scale)
-        gaussian = lambda: normal(self.make_rng("params"), (2, self.dim // 2))
-        self.gaussian = self.variable("constants", "gaussian", gaussian)
-        embedding = lambda name: self.param(name, nn.initializers.normal(1.0), (self.dim,))
-        self.by_label = [  # in the order of the labels 0, 1, 2, 3
-            embedding("background"),
-            embedding("foreground"),
-            embedding("top_left"),
-            embedding("bottom_right"),
+        self.gaussian = self.variable(
+            "constants", "gaussian", lambda: normal(self.make_rng("params"), (2, self.dim // 2))
+        )
+        self.label_embeddings = [  # in the order of the labels 0, 1, 2, 3
+            self._embedding("background"),
+            self._embedding("foreground"),
+            self._embedding("top_left"),
+            self._embedding("bottom_right"),
         ]
-        self.not_a_point = embedding("not_a_point")
-        self.no_mask = embedding("no_mask")
+        self.not_a_point = self._embedding("not_a_point")
+        self.no_mask = self._embedding("no_mask")
         self.mask_downscaling = MaskDownscaling(self.dim, self.mask_channels, self.dtype)
 
-    def __call__(self, prompts, frame):
-        """Encodes `Prompts` on a padded frame of (height, width) pixels as `PromptFeatures`."""
-        height, width = frame
+    def _embedding(self, name: str) -> Float[Array, " c"]:
+        return self.param(name, nn.initializers.normal(1.0), (self.dim,))
+
+    def __call__(self, prompts: Prompts, padded_size: tuple[int, int]) -> PromptFeatures:
+        """Encodes prompts.
+
+        Args:
+          prompts: The prompts.
+          padded_size: (height, width) in pixels of the padded image that they belong to.
+
+        Returns:
+          The features in `dtype`.
+        """
+        height, width = padded_size
         labels = prompts.labels[..., None]
         positions = self.encode_positions((prompts.points + 0.5) / jnp.array([width, height]))
-        sparse = positions + jnp.stack(self.by_label)[jnp.clip(prompts.labels, 0)]
+        sparse = positions + jnp.stack(self.label_embeddings)[jnp.clip(prompts.labels, 0)]
         sparse = jnp.where(labels == NOT_A_POINT, self.not_a_point, sparse)
         sparse = jnp.where(labels == ABSENT, 0.0, sparse)
 
         dense = self.no_mask[None, None, None]
         if prompts.mask is not None:
-            # What is alike for all pixels is chosen before it is added: its gradient is one sum.
+            # The bias and `no_mask` are the same for all pixels. They are selected before they are
+            # broadcast, so that each of their gradients is a single sum.
             has_mask = prompts.has_mask[..., None, None]
             masks, bias = self.mask_downscaling(prompts.mask)
             dense = jnp.where(has_mask, masks, 0) + jnp.where(has_mask, bias, dense)
         return PromptFeatures(
             sparse=sparse.astype(self.dtype),
-            present=prompts.labels != ABSENT,
+            token_mask=prompts.labels != ABSENT,
             dense=dense.astype(self.dtype),
         )
 
-    def encode_grid(self, gh, gw):
-        """Encodes the centres of a grid's cells -> '(gh gw) c' in `dtype`.
+    def encode_grid(self, gh: int, gw: int) -> Float[Array, "p c"]:
+        """Encodes the centres of the cells of a grid.
 
-        As `encode_positions` would, but by the angle sum identities: sines are slow, and those of
-        'gh + gw' angles make all 'gh gw'. A product cannot be fused with the sines, which would
-        compute them anew in every cell.
+        The result is that of `encode_positions`, by the angle sum identities: sines are slow, and
+        those of gh + gw angles give all gh gw of them. They are combined by a matrix product,
+        because XLA would fuse an elementwise sum with the sines and recompute them in every cell.
+
+        Args:
+          gh: Rows of the grid.
+          gw: Columns of the grid.
+
+        Returns:
+          Positions '(gh gw) c' in `dtype`.
         """
         x, y = (jnp.arange(gw) + 0.5) / gw, (jnp.arange(gh) + 0.5) / gh
         x = 2 * jnp.pi * (2 * x - 1)[:, None] * self.gaussian.value[0]
@@ -121,23 +160,33 @@ class PromptEncoder(nn.Module):
         positions = jnp.einsum("skxc,kyc->yxsc", by_x, by_y, precision=jax.lax.Precision.HIGHEST)
         return rearrange(positions, "gh gw s c -> (gh gw) (s c)").astype(self.dtype)
 
-    def encode_positions(self, xy):
-        """Random Fourier features of '... 2' positions in [0, 1] -> '... c' float32."""
+    def encode_positions(self, xy: Float[Array, "*shape 2"]) -> Float[Array, "*shape c"]:
+        """Returns random Fourier features, in float32, of positions from 0 to 1."""
         phase = jnp.matmul(2 * xy - 1, self.gaussian.value, precision=jax.lax.Precision.HIGHEST)
         phase = 2 * jnp.pi * phase
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
 
 class MaskDownscaling(nn.Module):
-    """'b n lh lw' mask logits -> 'b n (lh/4 lw/4) dim' features, less their bias 'dim'."""
+    """Downscales mask logits by four to the grid of the tokens.
+
+    Attributes:
+      dim: Channels of the result.
+      channels: Channels before the last convolution.
+      dtype: Compute type.
+    """
 
     dim: int
     channels: int
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
 
     @nn.compact
-    def __call__(self, mask):
-        def conv(x, features, size, name):
+    def __call__(
+        self, mask: Float[Array | np.ndarray, "b n lh lw"]
+    ) -> tuple[Float[Array, "b n p c"], Float[Array, " c"]]:
+        """Returns the features of each token without the last bias, and this bias."""
+
+        def conv(x: Array, features: int, size: int, name: str) -> Array:
             init = fan_in_uniform(size * size * x.shape[-1])
             return PatchConv(features, size, self.dtype, init, init, name=name)(x)
 

@@ -7,108 +7,115 @@ products on every device; preprocessing and postprocessing live in `sam_jax.pred
 """
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from sam_jax.model.image_encoder import ImageEncoder
-from sam_jax.model.mask_decoder import Attended, MaskDecoder, Masks
+from sam_jax.model.fields import Rule, check_rules
+from sam_jax.model.image_encoder import Dtype, ImageEncoder
+from sam_jax.model.mask_decoder import DecoderState, MaskDecoder, Masks
 from sam_jax.model.prompt_encoder import PromptEncoder, PromptFeatures, Prompts
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB values in 0..255
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB values from 0 to 255
 PIXEL_STD = (58.395, 57.12, 57.375)
+UPSCALING = 4  # pixels of a mask along each side of a token
 
 
 class Sam(nn.Module):
-    """The promptable model. It is its own configuration: frozen, hashable, comparable.
+    """The promptable model, composed of its three parts.
+
+    A Flax module is its own configuration: frozen, hashable and comparable. `build_sam` sets the
+    fields that several parts share, such as `dtype`, all at once.
+
+    >>> model = sam_jax.sam_vit_b(dtype="bfloat16")
+    >>> model.image_encoder.embed_dim
+    768
 
     Attributes:
-      image_size: (height, width) in pixels of the frame that positions are stored for. Images of
-        any size that the patch divides are accepted; positions are interpolated for them.
-      patch_size, embed_dim, depth, num_heads, global_blocks, window_size, mlp_ratio: of the image
-        encoder, see `ImageEncoder`.
-      prompt_dim: channels of embeddings and tokens.
-      mask_channels: channels before the last convolution of a mask prompt.
-      position_scale: standard deviation of the positions' random frequencies when they are drawn;
-        with few channels and a coarse grid, lower ones are learnt from sooner.
-      decoder_depth, decoder_heads, decoder_mlp_dim: two-way blocks, their attention heads, the
-        hidden channels of their MLPs.
-      iou_hidden_dim: hidden channels of the IoU head.
-      drop_path: of the image encoder's last block; dropout: of the mask decoder. In training only.
-      remat: what the backward pass recomputes of the image encoder, to save memory: "none"; all but
-        the results of matrix "products"; or whole "blocks".
-      scan_blocks: loop over the image encoder's super-blocks (windowed blocks and a global one), of
-        which only one is compiled: training on accelerators starts sooner.
-      dtype: "float32" or "bfloat16", the compute type. Parameters, norms, softmax, positions and
-        outputs of the mask decoder are float32 in either case.
+      image_encoder: Encodes images.
+      prompt_encoder: Encodes points, boxes and masks.
+      mask_decoder: Predicts masks from both.
     """
 
-    image_size: tuple[int, int] = (1024, 1024)
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    global_blocks: tuple[int, ...] = (2, 5, 8, 11)
-    window_size: int = 14
-    mlp_ratio: int = 4
-    prompt_dim: int = 256
-    mask_channels: int = 16
-    position_scale: float = 1.0
-    decoder_depth: int = 2
-    decoder_heads: int = 8
-    decoder_mlp_dim: int = 2048
-    iou_hidden_dim: int = 256
-    drop_path: float = 0.0
-    dropout: float = 0.0
-    remat: Literal["none", "products", "blocks"] = "none"
-    scan_blocks: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    image_encoder: ImageEncoder = ImageEncoder()
+    prompt_encoder: PromptEncoder = PromptEncoder()
+    mask_decoder: MaskDecoder = MaskDecoder()
 
-    def setup(self) -> None:
-        self.image_encoder = ImageEncoder(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            embed_dim=self.embed_dim,
-            depth=self.depth,
-            num_heads=self.num_heads,
-            global_blocks=self.global_blocks,
-            window_size=self.window_size,
-            mlp_ratio=self.mlp_ratio,
-            out_dim=self.prompt_dim,
-            drop_path=self.drop_path,
-            remat=self.remat,
-            scan_blocks=self.scan_blocks,
-            dtype=self.dtype,
-        )
-        self.prompt_encoder = PromptEncoder(
-            self.prompt_dim, self.mask_channels, self.position_scale, self.dtype
-        )
-        self.mask_decoder = MaskDecoder(
-            dim=self.prompt_dim,
-            depth=self.decoder_depth,
-            num_heads=self.decoder_heads,
-            mlp_dim=self.decoder_mlp_dim,
-            iou_hidden_dim=self.iou_hidden_dim,
-            dropout=self.dropout,
-            dtype=self.dtype,
-        )
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the padded images that positions are stored for."""
+        return self.image_encoder.image_size
 
-    def __call__(self, image: jax.Array, prompts: Prompts, train: bool = False) -> Masks:
-        """Encodes images and decodes prompts: see `encode` and `decode`."""
+    @property
+    def patch_size(self) -> int:
+        """Side of a token in pixels."""
+        return self.image_encoder.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the embedding of an image of `image_size`."""
+        return self.image_encoder.grid
+
+    @property
+    def low_res(self) -> tuple[int, int]:
+        """(height, width) of the mask logits that `decode` returns for such an image."""
+        return UPSCALING * self.grid[0], UPSCALING * self.grid[1]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Channels of an embedding."""
+        return self.image_encoder.out_dim
+
+    @property
+    def dtype(self) -> Dtype:
+        """Compute type of all parts."""
+        return self.image_encoder.dtype
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, if the fields do not fit together."""
+        encoder, prompts, decoder = self.image_encoder, self.prompt_encoder, self.mask_decoder
+        check_rules(encoder.rules(), "image_encoder.")
+        check_rules(prompts.rules(), "prompt_encoder.")
+        check_rules(decoder.rules(), "mask_decoder.")
+        dims, dtypes = (prompts.dim, decoder.dim), (prompts.dtype, decoder.dtype)
+        check_rules((
+            Rule(
+                "prompt_encoder.dim and mask_decoder.dim",
+                dims,
+                dims == (encoder.out_dim, encoder.out_dim),
+                f"equal to image_encoder.out_dim = {encoder.out_dim}",
+            ),
+            Rule(
+                "prompt_encoder.dtype and mask_decoder.dtype",
+                dtypes,
+                dtypes == (encoder.dtype, encoder.dtype),
+                f"equal to image_encoder.dtype = {encoder.dtype!r}",
+            ),
+        ))  # fmt: skip
+
+    def __call__(
+        self, image: Float[Array, "b h w 3"], prompts: Prompts, train: bool = False
+    ) -> Masks:
+        """Encodes images and decodes prompts; see `encode` and `decode`."""
         return self.decode(self.encode(image, train), prompts, train)
 
-    def encode(self, image: jax.Array, train: bool = False) -> jax.Array:
+    def encode(self, image: Shaped[Array, "..."], train: bool = False) -> Float[Array, "b gh gw c"]:
         """Encodes images.
 
         Args:
-          image: 'b h w 3' float, normalised (`normalize`) and then padded with zeros.
-          train: whether to drop paths; needs the rng "drop_path".
+          image: 'b h w 3' float, normalised (see `normalize`) and then padded with zeros. The
+            patch size must divide its sides.
+          train: Whether to drop paths; needs the rng "drop_path".
+
         Returns:
-          'b gh gw c' in `dtype`.
+          Embeddings in `dtype`.
+
         Raises:
-          ValueError: if the image has another rank, or sides that the patch does not divide.
+          ValueError: If the image has another rank, or sides that the patch does not divide.
         """
         p = self.patch_size
         sides = image.shape[1:3]
@@ -117,84 +124,115 @@ class Sam(nn.Module):
                 f"image must have shape (b, h, w, 3) with h and w divisible by the patch of {p} "
                 f"pixels, e.g. {(1, *self.image_size, 3)}; got {image.shape}"
             )
-        with self.precision():
+        with self._precision():
             return self.image_encoder(image.astype(self.dtype), train)
 
-    def decode(self, embedding: jax.Array, prompts: Prompts, train: bool = False) -> Masks:
+    def decode(
+        self, embedding: Shaped[Array, "..."], prompts: Prompts, train: bool = False
+    ) -> Masks:
         """Decodes four masks for every prompted object; `choose_masks` keeps three or one.
 
         Args:
           embedding: 'b gh gw c' from `encode`.
-          prompts: `Prompts` for b images and n objects each.
-          train: whether to drop out; needs the rng "dropout".
+          prompts: Prompts for b images and n objects in each of them.
+          train: Whether to apply dropout; needs the rng "dropout".
+
         Returns:
-          `Masks`, with logits at a quarter of a token: 'b n m (4 gh) (4 gw)'.
+          Masks with logits 'b n m (4 gh) (4 gw)': four pixels along each side of a token.
+
         Raises:
-          ValueError: if shapes disagree.
+          ValueError: If the shapes disagree.
         """
-        with self.precision():
-            return self.mask_decoder(embedding, *self.encode_prompts(embedding, prompts), train)
+        with self._precision():
+            features, grid_pe = self._encode_prompts(embedding, prompts)
+            return self.mask_decoder(embedding, features, grid_pe, train)
 
-    def attend(self, embedding: jax.Array, prompts: Prompts) -> Attended:
-        """Does all of `decode` but the masks themselves, for those who want few of them."""
-        with self.precision():
-            return self.mask_decoder.attend(embedding, *self.encode_prompts(embedding, prompts))
-
-    def upscale(self, image: jax.Array, hyper: jax.Array, gh: int) -> jax.Array:
-        """Makes the masks of some objects of `attend`.
+    def decode_tokens(self, embedding: Shaped[Array, "..."], prompts: Prompts) -> DecoderState:
+        """Runs `decode` up to the masks themselves, for callers who want only a few of them.
 
         Args:
-          image, hyper: of the objects, see `Attended`; gh: rows of the embedding.
+          embedding: As for `decode`.
+          prompts: As for `decode`.
+
         Returns:
-          The logits that `decode` gives.
+          The state from which `upscale_masks` makes the masks of any of the objects.
+
+        Raises:
+          ValueError: If the shapes disagree.
         """
-        with self.precision():
-            return self.mask_decoder.upscale(image, hyper, gh)
+        with self._precision():
+            features, grid_pe = self._encode_prompts(embedding, prompts)
+            return self.mask_decoder.decode_tokens(embedding, features, grid_pe)
 
-    def encode_prompts(
-        self, embedding: jax.Array, prompts: Prompts
-    ) -> tuple[PromptFeatures, jax.Array]:
-        """Encodes prompts for the embeddings that they are meant for, and the grid's positions."""
-        self.check_prompts(embedding, prompts)
+    def upscale_masks(
+        self,
+        image: Float[Array, "b n p c"],
+        hypernetwork_out: Float[Array, "b n m k"],
+        gh: int,
+    ) -> Float[Array, "b n m lh lw"]:
+        """Makes the masks of some objects of a `DecoderState`.
+
+        Args:
+          image: The objects' part of `DecoderState.image`.
+          hypernetwork_out: The objects' part of `DecoderState.hypernetwork_out`, for any number
+            m of the masks.
+          gh: Rows of the embedding.
+
+        Returns:
+          The logits that `decode` returns for these objects and masks.
+        """
+        with self._precision():
+            return self.mask_decoder.upscale_masks(image, hypernetwork_out, gh)
+
+    def _encode_prompts(
+        self, embedding: Array, prompts: Prompts
+    ) -> tuple[PromptFeatures, Float[Array, "p c"]]:
+        """Encodes prompts for embeddings, and the positions of the embeddings' grid."""
+        _check_prompts(embedding, prompts, self.embedding_dim)
         gh, gw = embedding.shape[1:3]
-        frame = (gh * self.patch_size, gw * self.patch_size)
-        return self.prompt_encoder(prompts, frame), self.prompt_encoder.encode_grid(gh, gw)
+        padded_size = (gh * self.patch_size, gw * self.patch_size)
+        return self.prompt_encoder(prompts, padded_size), self.prompt_encoder.encode_grid(gh, gw)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """By default TPUs multiply float32 in bfloat16 and GPUs in TF32; float32 means float32."""
+    def _precision(self) -> AbstractContextManager[Any]:
+        # By default, TPUs multiply float32 matrices in bfloat16 and GPUs in TF32.
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
 
-    def check_prompts(self, embedding: jax.Array, prompts: Prompts) -> None:
-        if embedding.ndim != 4 or embedding.shape[-1] != self.prompt_dim:
-            raise ValueError(
-                f"embedding must have shape (b, gh, gw, {self.prompt_dim}); got {embedding.shape}"
-            )
-        b, gh, gw, _ = embedding.shape
-        points, labels = prompts.points.shape, prompts.labels.shape
-        if len(points) != 4 or points[0] != b or points[-1] != 2 or labels != points[:-1]:
-            raise ValueError(
-                f"prompts.points must have shape ({b}, n, k, 2) and prompts.labels ({b}, n, k) for "
-                f"{b} embeddings; got {points} and {labels}"
-            )
-        if (prompts.mask is None) != (prompts.has_mask is None):
-            raise ValueError("prompts.mask and prompts.has_mask must both be given, or neither")
-        if prompts.has_mask is not None and prompts.has_mask.shape != points[:2]:
-            raise ValueError(
-                f"prompts.has_mask must have shape {points[:2]}; got {prompts.has_mask.shape}"
-            )
-        expected = (b, points[1], 4 * gh, 4 * gw)
-        if prompts.mask is not None and prompts.mask.shape != expected:
-            raise ValueError(f"prompts.mask must have shape {expected}; got {prompts.mask.shape}")
+
+def _check_prompts(embedding: Array, prompts: Prompts, embedding_dim: int) -> None:
+    """Raises ValueError if embeddings and prompts do not fit together."""
+    if embedding.ndim != 4 or embedding.shape[-1] != embedding_dim:
+        raise ValueError(
+            f"embedding must have shape (b, gh, gw, {embedding_dim}); got {embedding.shape}"
+        )
+    b, gh, gw, _ = embedding.shape
+    points, labels = prompts.points.shape, prompts.labels.shape
+    if len(points) != 4 or points[0] != b or points[-1] != 2 or labels != points[:-1]:
+        raise ValueError(
+            f"prompts.points must have shape ({b}, n, k, 2) and prompts.labels ({b}, n, k) for "
+            f"{b} embeddings; got {points} and {labels}"
+        )
+    if (prompts.mask is None) != (prompts.has_mask is None):
+        raise ValueError("prompts.mask and prompts.has_mask must both be given, or neither")
+    if prompts.has_mask is not None and prompts.has_mask.shape != points[:2]:
+        raise ValueError(
+            f"prompts.has_mask must have shape {points[:2]}; got {prompts.has_mask.shape}"
+        )
+    expected = (b, points[1], UPSCALING * gh, UPSCALING * gw)
+    if prompts.mask is not None and prompts.mask.shape != expected:
+        raise ValueError(f"prompts.mask must have shape {expected}; got {prompts.mask.shape}")
 
 
-def normalize(image: jax.Array, size: jax.Array) -> jax.Array:
-    """Normalises colours, then sets what lies outside the image to zero.
+def normalize(
+    image: UInt8[Array | np.ndarray, "b h w 3"], size: Int[Array | np.ndarray, "b 2"]
+) -> Float[Array, "b h w 3"]:
+    """Normalises colours, then sets the padding to zero.
 
     Args:
-      image: 'b h w 3' uint8 RGB, padded bottom and right.
-      size: 'b 2' int32, (height, width) of each image without its padding.
+      image: RGB images, padded at the bottom and on the right.
+      size: (height, width) of each image without its padding.
+
     Returns:
-      'b h w 3' float32.
+      Normalised images in float32.
     """
     inside_h = jnp.arange(image.shape[1]) < size[:, :1]
     inside_w = jnp.arange(image.shape[2]) < size[:, 1:]
@@ -202,35 +240,97 @@ def normalize(image: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.where(inside, normalize_colors(image), 0.0)
 
 
-def normalize_colors(image: jax.Array) -> jax.Array:
-    """Normalises colours '... 3' of 0 to 255 by those of ImageNet -> float32."""
+def normalize_colors(image: Shaped[Array | np.ndarray, "*shape 3"]) -> Float[Array, "*shape 3"]:
+    """Normalises RGB values from 0 to 255 by ImageNet's mean and deviation, in float32."""
     return (image.astype(jnp.float32) - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
+# Where each flat field of `build_sam` is in a Sam. A field that parts share is set in all of them.
+FLAT_FIELDS = {
+    "image_size": ("image_encoder.image_size",),
+    "patch_size": ("image_encoder.patch_size",),
+    "embed_dim": ("image_encoder.embed_dim",),
+    "depth": ("image_encoder.depth",),
+    "num_heads": ("image_encoder.num_heads",),
+    "global_blocks": ("image_encoder.global_blocks",),
+    "window_size": ("image_encoder.window_size",),
+    "mlp_ratio": ("image_encoder.mlp_ratio",),
+    "prompt_dim": ("image_encoder.out_dim", "prompt_encoder.dim", "mask_decoder.dim"),
+    "mask_channels": ("prompt_encoder.mask_channels",),
+    "position_scale": ("prompt_encoder.position_scale",),
+    "decoder_depth": ("mask_decoder.depth",),
+    "decoder_heads": ("mask_decoder.num_heads",),
+    "decoder_mlp_dim": ("mask_decoder.mlp_dim",),
+    "iou_hidden_dim": ("mask_decoder.iou_hidden_dim",),
+    "drop_path": ("image_encoder.drop_path",),
+    "dropout": ("mask_decoder.dropout",),
+    "remat": ("image_encoder.remat",),
+    "scan_blocks": ("image_encoder.scan_blocks",),
+    "dtype": ("image_encoder.dtype", "prompt_encoder.dtype", "mask_decoder.dtype"),
+}
+
+
+def replace_fields(model: Sam, **fields: Any) -> Sam:
+    """Replaces fields of a model's parts by their flat names.
+
+    Args:
+      model: The model.
+      **fields: New values by flat name; see `FLAT_FIELDS`.
+
+    Returns:
+      A model with the new values.
+
+    Raises:
+      TypeError: If there is no such field.
+    """
+    if unknown := sorted(fields.keys() - FLAT_FIELDS.keys()):
+        raise TypeError(f"Sam has no field {unknown[0]!r}; its fields are {', '.join(FLAT_FIELDS)}")
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        for path in FLAT_FIELDS[name]:
+            part, field = path.split(".")
+            changes.setdefault(part, {})[field] = value
+    parts = {part: getattr(model, part).clone(**values) for part, values in changes.items()}
+    return model.clone(**parts)
+
+
+def build_sam(**fields: Any) -> Sam:
+    """Builds a model from flat fields.
+
+    >>> model = build_sam(depth=2, global_blocks=(1,), dtype="bfloat16")
+
+    Args:
+      **fields: Values by flat name, see `FLAT_FIELDS`; the default values are those of ViT-B.
+
+    Returns:
+      The model.
+
+    Raises:
+      TypeError: If there is no such field.
+    """
+    return replace_fields(Sam(), **fields)
+
+
 def sam_vit_b(**overrides: Any) -> Sam:
-    """The smallest official size: 93.7 M parameters."""
-    return Sam(**overrides)
+    """Builds the smallest official size: 93.7 M parameters; overrides as for `build_sam`."""
+    return build_sam(**overrides)
 
 
 def sam_vit_l(**overrides: Any) -> Sam:
-    """The middle official size: 312 M parameters."""
-    sizes: dict[str, Any] = dict(
-        embed_dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23)
-    )
-    return Sam(**(sizes | overrides))
+    """Builds the middle official size: 312 M parameters; overrides as for `build_sam`."""
+    fields = dict(embed_dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23))
+    return build_sam(**(fields | overrides))
 
 
 def sam_vit_h(**overrides: Any) -> Sam:
-    """The largest official size, the default of the released code: 641 M parameters."""
-    sizes: dict[str, Any] = dict(
-        embed_dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31)
-    )
-    return Sam(**(sizes | overrides))
+    """Builds the largest official size: 641 M parameters; overrides as for `build_sam`."""
+    fields = dict(embed_dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31))
+    return build_sam(**(fields | overrides))
 
 
 def sam_tiny(**overrides: Any) -> Sam:
-    """A size that trains on two CPU cores: 0.36 M parameters on frames of 64 pixels."""
-    sizes: dict[str, Any] = dict(
+    """Builds a size that trains on two CPU cores: 0.36 M parameters, images of 64 pixels."""
+    fields = dict(
         image_size=(64, 64),
         patch_size=8,
         embed_dim=64,
@@ -243,4 +343,4 @@ def sam_tiny(**overrides: Any) -> Sam:
         decoder_mlp_dim=256,
         iou_hidden_dim=64,
     )
-    return Sam(**(sizes | overrides))
+    return build_sam(**(fields | overrides))

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.model.prompt_encoder import Prompts
-from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
+from sam_jax.model.init import init_variables
+from sam_jax.model.mask_decoder import MaskDecoder
+from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, build_sam
 from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
 from sam_jax.weights import mae, names
 from sam_jax.weights.tensors import WeightsError, check_names, count_blocks, listed, shape_of
@@ -54,13 +55,14 @@ def to_torch(model, variables):
       WeightsError: if the variables are not those of the model, or its decoder has not the official
         number of heads, which the tensors cannot say.
     """
-    if model.decoder_heads != Sam.decoder_heads:
+    heads = model.mask_decoder.num_heads
+    if heads != MaskDecoder.num_heads:
         raise WeightsError(
-            f"only models with decoder_heads={Sam.decoder_heads} have an official form; "
-            f"got {model.decoder_heads}"
+            "only models with mask_decoder.num_heads="
+            f"{MaskDecoder.num_heads} have an official form; got {heads}"
         )
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
-    table = names.official_names(model.depth, model.decoder_depth)
+    table = _names_of(model)
     check_shapes(model, flat, "variables")
     return {
         official: np.ascontiguousarray(layout.to_torch(np.asarray(flat[ours], np.float32)))
@@ -87,20 +89,12 @@ def check_shapes(model, flat, what):
 @functools.cache
 def _shapes(model):
     """The shapes of a model's variables, flat: {path: shape}, without computing anything."""
-    shapes = jax.eval_shape(lambda: initialize(model, 0))
+    shapes = jax.eval_shape(lambda: init_variables(model, 0))
     return {k: v.shape for k, v in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
 
 
-def initialize(model, seed):
-    """Draws a model's variables."""
-    gh, gw = (side // model.patch_size for side in model.image_size)
-    prompts = Prompts(
-        points=jnp.zeros((1, 1, 1, 2)),
-        labels=jnp.zeros((1, 1, 1), jnp.int32),
-        mask=jnp.zeros((1, 1, 4 * gh, 4 * gw)),
-        has_mask=jnp.ones((1, 1), bool),
-    )
-    return model.init(jax.random.key(seed), jnp.zeros((1, *model.image_size, 3)), prompts)
+def _names_of(model):
+    return names.official_names(model.image_encoder.depth, model.mask_decoder.depth)
 
 
 def take_tensors(state, notes):
@@ -193,12 +187,12 @@ def _model_of(tensors):
     for what, size, divisor in (
         ("the encoder's width", embed_dim, head_width),
         ("the MLPs' hidden width", mlp_dim, embed_dim),
-        ("the prompt width", prompt_dim, CROSS_DOWNSAMPLE * Sam.decoder_heads),
+        ("the prompt width", prompt_dim, CROSS_DOWNSAMPLE * MaskDecoder.num_heads),
         ("the channels of mask prompts", mask_channels, 4),
     ):
         if size % divisor:
             raise WeightsError(f"{what} must be a multiple of {divisor}; got {size}")
-    return Sam(
+    return build_sam(
         image_size=(gh * patch, gw * patch),
         patch_size=patch,
         embed_dim=embed_dim,
@@ -239,7 +233,7 @@ def _fill(model, tensors, notes):
 
     Relative positions of a file whose absolute positions are for another frame are interpolated.
     """
-    table = names.official_names(model.depth, model.decoder_depth)
+    table = _names_of(model)
     check_names("the file", tensors, {official for official, _ in table.values()})
     shapes, misshapen = _shapes(model), []
     for ours, (official, layout) in table.items():
@@ -272,7 +266,7 @@ def _from_mae(tensors, notes):
             f"an MAE encoder must be {sorted(MAE_HEADS)} wide and its depth a multiple of 4; "
             f"got {width} wide and {depth} deep"
         )
-    model = Sam(
+    model = build_sam(
         embed_dim=width,
         depth=depth,
         num_heads=MAE_HEADS[width],
@@ -282,7 +276,7 @@ def _from_mae(tensors, notes):
 
     @jax.jit
     def fresh():
-        drawn = flax.traverse_util.flatten_dict(initialize(model, 0), sep="/")
+        drawn = flax.traverse_util.flatten_dict(init_variables(model, 0), sep="/")
         return {path: value for path, value in drawn.items() if path not in encoder}
 
     notes.append(

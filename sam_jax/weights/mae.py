@@ -11,21 +11,14 @@ import math
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from sam_jax.model.init import init_variables
 from sam_jax.model.mae import MaskedAutoencoder, encode_positions
 from sam_jax.weights import names
 from sam_jax.weights.tensors import WeightsError, check_names, count_blocks, listed, shape_of
 
 POSITIONS = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_dim"}  # and their channels
-
-
-def initialize(model, seed):
-    """Draws a masked autoencoder's variables."""
-    image = jnp.zeros((1, *model.image_size, 3))
-    keys = jax.random.split(jax.random.key(0), 1)
-    return model.init(jax.random.key(seed), image, keys) | {"constants": {}}
 
 
 def to_torch(model, variables):
@@ -58,7 +51,7 @@ def from_torch(model, tensors):
         expected = _positions_of(model, getattr(model, channels))
         if tensors[name].shape != expected.shape or abs(tensors[name] - expected).max() > 1e-4:
             raise WeightsError(f"{name} must be the sines and cosines of the model's grid")
-    shapes = jax.eval_shape(lambda: initialize(model, 0))
+    shapes = jax.eval_shape(lambda: init_variables(model, 0))
     flat = {}
     for ours, shape in flax.traverse_util.flatten_dict(shapes, sep="/").items():
         theirs, layout = table[ours]
@@ -104,10 +97,11 @@ def encoder_for(model, tensors, notes, grid=None):
     width, depth = width_of(tensors), depth_of(tensors)
     table = names.mae_encoder_names(depth)
     check_names("the MAE checkpoint", tensors, {"pos_embed", *(name for name, _ in table.values())})
-    if (width, depth) != (model.embed_dim, model.depth):
+    encoder = model.image_encoder
+    if (width, depth) != (encoder.embed_dim, encoder.depth):
         raise WeightsError(
-            f"the MAE encoder is {width} wide and {depth} deep; the model is {model.embed_dim} "
-            f"wide and {model.depth} deep"
+            f"the MAE encoder is {width} wide and {depth} deep; the model's is "
+            f"{encoder.embed_dim} wide and {encoder.depth} deep"
         )
     positions = _resize_positions(tensors["pos_embed"], model, grid)
     kernel = _resize_patches(tensors["patch_embed.proj.weight"], model.patch_size)
@@ -115,15 +109,15 @@ def encoder_for(model, tensors, notes, grid=None):
     _check_layers(tensors, width, model)
     notes.append(f"dropped, as SAM has no place for them: {', '.join(dropped)}")
     notes.append(f"positions resized to the {model.image_size} frame")
-    encoder = {
+    params = {
         ours: np.asarray(layout.from_torch(tensors[theirs]), np.float32, order="C")
         for ours, (theirs, layout) in table.items()
     }
-    return {f"params/image_encoder/{k}": v for k, v in (encoder | {"pos_embed": positions}).items()}
+    return {f"params/image_encoder/{k}": v for k, v in (params | {"pos_embed": positions}).items()}
 
 
 def _check_layers(tensors, width, model):
-    hidden, p = model.mlp_ratio * width, model.patch_size
+    hidden, p = model.image_encoder.mlp_ratio * width, model.patch_size
     shapes: dict[str, tuple[int, ...]] = {
         "patch_embed.proj": (width, 3, p, p),
         "attn.qkv": (3 * width, width),
@@ -158,9 +152,8 @@ def _resize_positions(table, model, grid):
         what = f"1 + {gh} * {gw}" if grid else "1 + g * g"
         raise WeightsError(f"pos_embed must have shape (1, {what}, {c}); got {table.shape}")
     table = table[:, 1:].reshape(1, gh, gw, c).astype(np.float32)
-    frame = [size // model.patch_size for size in model.image_size]
     method = jax.image.ResizeMethod.CUBIC_PYTORCH
-    return np.asarray(jax.image.resize(table, (1, *frame, c), method, antialias=False))
+    return np.asarray(jax.image.resize(table, (1, *model.grid, c), method, antialias=False))
 
 
 def _resize_patches(kernel, size):

@@ -7,7 +7,6 @@ fields (`mae.json`) and its tensors as facebookresearch/mae has them (`mae.safet
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
@@ -15,14 +14,13 @@ import shutil
 import tempfile
 import typing
 from pathlib import Path
-from typing import Any
 
 import flax.traverse_util
 import numpy as np
 
+from sam_jax.model.fields import module_fields, module_to_dict
 from sam_jax.model.mae import MaskedAutoencoder
-from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
-from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
+from sam_jax.model.sam import FLAT_FIELDS, PIXEL_MEAN, PIXEL_STD, Sam
 from sam_jax.weights import mae, safetensors_file
 from sam_jax.weights.convert import check_shapes, to_huggingface
 from sam_jax.weights.tensors import WeightsError
@@ -32,7 +30,8 @@ MAE, MAE_WEIGHTS = "mae.json", "mae.safetensors"
 HF_CONFIG, HF_WEIGHTS, HF_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HF_PREPROCESSOR = "preprocessor_config.json"
 _JSON_LIMIT = 1 << 22  # bytes
-MAX_SIDE, MAX_DEPTH = 1 << 14, 256  # of what a file may ask for
+VERSION = 2  # of model.json: the fields of a Sam's parts
+MAX_SIDE, MAX_DEPTH = 1 << 14, 256  # that a file may ask for
 
 
 def write(path, model, variables):
@@ -47,7 +46,7 @@ def write(path, model, variables):
     check_shapes(model, flat, "variables")
     with _replaced(Path(path), marker=MODEL) as folder:
         safetensors_file.write(folder / WEIGHTS, flat)
-        _write_json(folder / MODEL, fields_of(model))
+        _write_json(folder / MODEL, sam_to_json(model))
 
 
 def read(path):
@@ -57,7 +56,7 @@ def read(path):
       ValueError: if a file is missing or damaged, or the two do not belong together.
     """
     path = Path(path)
-    model = model_from_fields(_read_json(path / MODEL), path / MODEL)
+    model = sam_from_json(_read_json(path / MODEL), path / MODEL)
     if not (path / WEIGHTS).is_file():
         raise WeightsError(f"{path / WEIGHTS} is missing")
     flat = safetensors_file.read(path / WEIGHTS)
@@ -77,7 +76,7 @@ def write_mae(path, model, variables):
     state = mae.to_torch(model, variables)
     with _replaced(Path(path), marker=MAE) as folder:
         safetensors_file.write(folder / MAE_WEIGHTS, state)
-        _write_json(folder / MAE, fields_of(model))
+        _write_json(folder / MAE, module_to_dict(model))
 
 
 def read_mae(path):
@@ -87,7 +86,7 @@ def read_mae(path):
       ValueError: if a file is missing or damaged.
     """
     path = Path(path)
-    model = model_from_fields(_read_json(path / MAE), path / MAE, MaskedAutoencoder)
+    model = mae_from_json(_read_json(path / MAE), path / MAE)
     if not (path / MAE_WEIGHTS).is_file():
         raise WeightsError(f"{path / MAE_WEIGHTS} is missing")
     return model, safetensors_file.read(path / MAE_WEIGHTS)
@@ -133,72 +132,99 @@ def read_huggingface(path):
     return tensors
 
 
-def fields_of(model):
-    """A model's fields as a dict; `model_from_fields` undoes it."""
-    return {f.name: getattr(model, f.name) for f in _fields_of_kind(type(model))}
+def sam_to_json(model):
+    """Returns what model.json holds of a model."""
+    return {"version": VERSION, **module_to_dict(model)}
 
 
-def model_from_fields(fields, where, kind=Sam):
-    """The `Sam`, or other kind of model, with these fields, lists for tuples allowed.
+def sam_from_json(content, where):
+    """Builds a `Sam` from what model.json holds; undoes `sam_to_json`.
+
+    Args:
+      content: The JSON object. Version 1, which had no "version", had flat fields.
+      where: The file, for error messages.
+
+    Returns:
+      The model.
 
     Raises:
-      WeightsError: naming what is unknown or of the wrong type, and `where` it stands.
+      WeightsError: If a field is unknown, has a wrong type or value, or if the version is newer.
     """
-    known = {f.name: f.default for f in _fields_of_kind(kind)}
-    if unknown := sorted(fields.keys() - known.keys()):
-        raise WeightsError(f"{where}: unknown fields {unknown}; allowed are {sorted(known)}")
+    content = dict(content)
+    version = content.pop("version", 1)
+    if version not in (1, VERSION):
+        raise WeightsError(f"{where}: version must be at most {VERSION}; got {version!r}")
+    if version == 1:
+        content = _nested(content, where)
+    parts = {field.name: field.default for field in module_fields(Sam)}
+    _check_known(content, parts, where)
+    model = Sam(**{
+        name: _module_from_json(type(default), content.get(name, {}), where, f"{name}.")
+        for name, default in parts.items()
+    })  # fmt: skip
+    depths = model.image_encoder.depth, model.mask_decoder.depth
+    _check_limits(model.image_size, depths, where)
+    return _validated(model, where)
+
+
+def mae_from_json(fields, where):
+    """Builds a `MaskedAutoencoder` from what mae.json holds; see `sam_from_json`."""
+    model = _module_from_json(MaskedAutoencoder, fields, where)
+    _check_limits(model.image_size, (model.depth, model.decoder_depth), where)
+    return _validated(model, where)
+
+
+def _nested(flat, where):
+    """Converts the flat fields of version 1 to those of the model's parts."""
+    _check_known(flat, FLAT_FIELDS, where)
+    nested = {}
+    for name, value in flat.items():
+        for path in FLAT_FIELDS[name]:
+            part, field = path.split(".")
+            nested.setdefault(part, {})[field] = value
+    return nested
+
+
+def _module_from_json(kind, fields, where, prefix=""):
+    """Builds a module of a kind; lists stand for tuples, and absent fields have default values."""
+    if not isinstance(fields, dict):
+        raise WeightsError(f"{where}: {prefix.removesuffix('.')} must be an object; got {fields!r}")
+    defaults = {field.name: field.default for field in module_fields(kind)}
+    _check_known(fields, defaults, where, prefix)
     hints = typing.get_type_hints(kind)
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     for name, value in values.items():
-        if allowed := typing.get_args(hints[name]) if type(known[name]) is str else ():
+        default = defaults[name]
+        if allowed := typing.get_args(hints[name]) if type(default) is str else ():
             if value not in allowed:
-                raise WeightsError(f"{where}: {name} must be one of {allowed}; got {value!r}")
-        elif not _is_like(value, known[name]):
-            raise WeightsError(f"{where}: {name} must be like {known[name]!r}; got {value!r}")
-    model = kind(**values)
-    rules = _rules_of_encoder(model) | (_rules_of_sam if kind is Sam else _rules_of_mae)(model)
-    if broken := [rule for rule, holds in rules.items() if not holds]:
-        raise WeightsError(f"{where}: {'; '.join(broken)}; got {fields_of(model)}")
+                raise WeightsError(
+                    f"{where}: {prefix}{name} must be one of {allowed}; got {value!r}"
+                )
+        elif not _is_like(value, default):
+            raise WeightsError(f"{where}: {prefix}{name} must be like {default!r}; got {value!r}")
+    return kind(**values)
+
+
+def _check_known(fields, known, where, prefix=""):
+    if unknown := sorted(fields.keys() - known.keys()):
+        names = [f"{prefix}{name}" for name in unknown]
+        raise WeightsError(f"{where}: unknown fields {names}; allowed are {sorted(known)}")
+
+
+def _check_limits(image_size, depths, where):
+    """Raises WeightsError for a size that would exhaust the memory before any array is read."""
+    if max(image_size) > MAX_SIDE:
+        raise WeightsError(f"{where}: image_size must be at most {MAX_SIDE}; got {image_size}")
+    if max(depths) > MAX_DEPTH:
+        raise WeightsError(f"{where}: depths must be at most {MAX_DEPTH}; got {depths}")
+
+
+def _validated(model, where):
+    try:
+        model.validate()
+    except ValueError as error:
+        raise WeightsError(f"{where}: {error}") from error
     return model
-
-
-def _rules_of_encoder(model):
-    """How fields must fit each other: {rule: whether it holds}."""
-    p = model.patch_size
-    return {
-        f"image_size must be two multiples of patch_size {p}, at most {MAX_SIDE}": (
-            len(model.image_size) == 2
-            and all(0 < side <= MAX_SIDE and side % p == 0 for side in model.image_size)
-        ),
-        "embed_dim must be a multiple of num_heads": model.embed_dim % model.num_heads == 0,
-        f"depth and decoder_depth must be at most {MAX_DEPTH}": (
-            max(model.depth, model.decoder_depth) <= MAX_DEPTH
-        ),
-    }
-
-
-def _rules_of_mae(model):
-    return {
-        "embed_dim and decoder_dim must be multiples of 4": (
-            model.embed_dim % 4 == model.decoder_dim % 4 == 0
-        ),
-        "decoder_dim must be a multiple of decoder_heads": (
-            model.decoder_dim % model.decoder_heads == 0
-        ),
-    }
-
-
-def _rules_of_sam(model):
-    return {
-        f"prompt_dim must be a multiple of 8, and of {CROSS_DOWNSAMPLE} x decoder_heads": (
-            model.prompt_dim % math.lcm(8, CROSS_DOWNSAMPLE * model.decoder_heads) == 0
-        ),
-        "mask_channels must be a multiple of 4": model.mask_channels % 4 == 0,
-    }
-
-
-def _fields_of_kind(kind):
-    return [f for f in dataclasses.fields(kind) if f.name not in ("parent", "name")]
 
 
 def _is_like(value, default):
@@ -261,36 +287,36 @@ def _read_json(path):
 
 
 def _huggingface_config(model):
-    side = model.image_size[0]
+    side, encoder, decoder = model.image_size[0], model.image_encoder, model.mask_decoder
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
         "vision_config": {
-            "hidden_size": model.embed_dim,
-            "num_hidden_layers": model.depth,
-            "num_attention_heads": model.num_heads,
-            "mlp_dim": model.mlp_ratio * model.embed_dim,
-            "mlp_ratio": float(model.mlp_ratio),
+            "hidden_size": encoder.embed_dim,
+            "num_hidden_layers": encoder.depth,
+            "num_attention_heads": encoder.num_heads,
+            "mlp_dim": encoder.mlp_ratio * encoder.embed_dim,
+            "mlp_ratio": float(encoder.mlp_ratio),
             "image_size": side,
             "patch_size": model.patch_size,
-            "output_channels": model.prompt_dim,
-            "num_pos_feats": model.prompt_dim // 2,
-            "window_size": model.window_size,
-            "global_attn_indexes": list(model.global_blocks),
+            "output_channels": encoder.out_dim,
+            "num_pos_feats": encoder.out_dim // 2,
+            "window_size": encoder.window_size,
+            "global_attn_indexes": list(encoder.global_blocks),
             "layer_norm_eps": 1e-6,
         },
         "prompt_encoder_config": {
-            "hidden_size": model.prompt_dim,
+            "hidden_size": encoder.out_dim,
             "image_size": side,
             "patch_size": model.patch_size,
             "image_embedding_size": side // model.patch_size,
-            "mask_input_channels": model.mask_channels,
+            "mask_input_channels": model.prompt_encoder.mask_channels,
         },
         "mask_decoder_config": {
-            "hidden_size": model.prompt_dim,
-            "mlp_dim": model.decoder_mlp_dim,
-            "num_hidden_layers": model.decoder_depth,
-            "iou_head_hidden_dim": model.iou_hidden_dim,
+            "hidden_size": encoder.out_dim,
+            "mlp_dim": decoder.mlp_dim,
+            "num_hidden_layers": decoder.depth,
+            "iou_head_hidden_dim": decoder.iou_hidden_dim,
             "layer_norm_eps": 1e-5,  # as in the released code; by default transformers has 1e-6
         },
     }

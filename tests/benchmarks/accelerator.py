@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import sam_jax
+from sam_jax.model.init import init_variables
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import sam_vit_b, sam_vit_h, sam_vit_l
-from sam_jax.weights.convert import initialize
 from tests.benchmarks.everything import thresholds_of
 from train.config import Interactive, Optimizer
 from train.flops import decoder_flops, encoder_flops, peak_flops, step_flops
@@ -100,7 +100,7 @@ def scale():
 @functools.cache
 def model_of(size):
     model = SIZES[size](dtype="bfloat16")
-    return model, jax.jit(initialize, static_argnums=(0, 1))(model, 0)
+    return model, jax.jit(init_variables, static_argnums=(0, 1))(model, 0)
 
 
 def time_encoder(size, batch, rivals, peak):
@@ -128,10 +128,10 @@ def transformers_model(size, rival):
 
     model = SIZES[size]()
     config = transformers.SamVisionConfig(
-        hidden_size=model.embed_dim,
-        num_hidden_layers=model.depth,
-        num_attention_heads=model.num_heads,
-        global_attn_indexes=list(model.global_blocks),
+        hidden_size=model.image_encoder.embed_dim,
+        num_hidden_layers=model.image_encoder.depth,
+        num_attention_heads=model.image_encoder.num_heads,
+        global_attn_indexes=list(model.image_encoder.global_blocks),
         attn_implementation="sdpa",
     )
     encoder = transformers.SamVisionModel(config).to("cuda", torch.bfloat16).eval()
@@ -156,7 +156,7 @@ def transformers_encoder(size, batch, rival):
 def time_decoder(size, peak, n=64):
     model, variables = model_of(size)
     gh, gw = (side // model.patch_size for side in model.image_size)
-    embedding = jnp.zeros((1, gh, gw, model.prompt_dim))
+    embedding = jnp.zeros((1, gh, gw, model.embedding_dim))
     prompts = Prompts(
         points=jnp.ones((1, n, PROMPT_TOKENS, 2)), labels=jnp.ones((1, n, PROMPT_TOKENS), int)
     )
@@ -200,9 +200,9 @@ def time_step(size, images, chunk, peak):
     rates = {"drop_path": 0.4, "dropout": 0.1}
     model = SIZES[size](remat="none", dtype="bfloat16", **rates)
     config = Interactive(masks_per_chunk=chunk)
-    optimizer = make_optimizer(Optimizer(), model.depth)
+    optimizer = make_optimizer(Optimizer(), model.image_encoder.depth)
     mesh = make_mesh(images, devices=jax.devices()[:1])
-    make = lambda: init_state(initialize(model, 0), optimizer)
+    make = lambda: init_state(init_variables(model, 0), optimizer)
     state = init_sharded(mesh, make)
     step = make_step(make_interactive(model, config), optimizer, 0, mesh, state, model.dtype)
     batch = random_batch(model, images, config.masks_per_image)

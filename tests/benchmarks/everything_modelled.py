@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import sam_jax
 from sam_jax.everything.candidates import UPSCALED, prompts_of
 from sam_jax.everything.tiled_resize import BATCH, make_matrices, measure_tiles, tile_image
-from sam_jax.model.mask_decoder import NUM_MASKS
+from sam_jax.model.init import init_variables
+from sam_jax.model.mask_decoder import NUM_MASK_TOKENS
 from sam_jax.model.ops.platform import traced_for
-from sam_jax.weights.convert import initialize
 from train.aot.hlo_cost import model_program
 from train.aot.lower import devices_of, on_one
 
@@ -71,13 +71,13 @@ def programs(model):
     """{name: (a function, the shapes of its arguments)}."""
     like = jax.ShapeDtypeStruct
     gh, gw = (side // model.patch_size for side in model.image_size)
-    low, dtype, c = (4 * gh, 4 * gw), jnp.dtype(model.dtype), model.prompt_dim
-    variables = jax.eval_shape(functools.partial(initialize, model, 0))
+    low, dtype, c = (4 * gh, 4 * gw), jnp.dtype(model.dtype), model.embedding_dim
+    variables = jax.eval_shape(functools.partial(init_variables, model, 0))
     encode = functools.partial(model.apply, method="encode")
     attend = lambda variables, embedding, points: model.apply(
-        variables, embedding, prompts_of(points), method="attend"
+        variables, embedding, prompts_of(points), method="decode_tokens"
     )
-    upscale = functools.partial(model.apply, gh=gh, method="upscale")
+    upscale = functools.partial(model.apply, gh=gh, method="upscale_masks")
     tiling = tile_image(SIZE, low, model.image_size)
     tiling = jax.tree.map(lambda x: like(x.shape, x.dtype), tiling)
     measure = functools.partial(measure_tiles, offset=1.0)
@@ -94,7 +94,7 @@ def programs(model):
             upscale,
             variables,
             like((1, n, gh * gw, c), dtype),
-            like((1, n, NUM_MASKS, c // 8), dtype),
+            like((1, n, NUM_MASK_TOKENS, c // 8), dtype),
         ),
         "measure": (
             measure,

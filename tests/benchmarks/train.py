@@ -56,9 +56,10 @@ def main():
 WRITE_WEIGHTS = """
 import sys, torch
 from sam_jax.model.sam import Sam, sam_tiny
-from sam_jax.weights.convert import initialize, to_torch
-model = sam_tiny(decoder_heads=Sam.decoder_heads)  # no weight has a shape that tells
-state = to_torch(model, initialize(model, seed=0))
+from sam_jax.model.init import init_variables
+from sam_jax.weights.convert import to_torch
+model = sam_tiny(decoder_heads=8)  # no weight has a shape that tells
+state = to_torch(model, init_variables(model, seed=0))
 torch.save({name: torch.tensor(x) for name, x in state.items()}, f"{sys.argv[1]}/weights.pth")
 """
 
@@ -213,7 +214,7 @@ def our_step(folder, images, points, num_extra_rounds):
     objective = make_interactive(
         model, Interactive(num_clicks=points, num_extra_rounds=num_extra_rounds)
     )
-    optimizer = make_optimizer(Optimizer(), model.depth)
+    optimizer = make_optimizer(Optimizer(), model.image_encoder.depth)
     mesh = make_mesh(images)
     state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
     batch = shard_batch(mesh, batch)
@@ -270,7 +271,7 @@ def reference_like(model):
     reference = build_reference(image_size=model.image_size[0], **sizes)
     for module in reference.mask_decoder.transformer.modules():
         if hasattr(module, "num_heads"):
-            module.num_heads = model.decoder_heads
+            module.num_heads = model.mask_decoder.num_heads
     return reference
 
 

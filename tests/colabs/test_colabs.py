@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 import sam_jax
-from sam_jax.weights.convert import initialize
+from sam_jax.model.init import init_variables
 
 COLABS = Path(__file__).parents[2] / "colabs"
 NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
@@ -18,7 +18,7 @@ NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
 def tiny_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "sam_tiny"
     model = sam_jax.sam_tiny(decoder_heads=8, position_scale=1.0)  # an official form tells neither
-    sam_jax.save(path, model, jax.jit(lambda: initialize(model, seed=0))())
+    sam_jax.save(path, model, jax.jit(lambda: init_variables(model, seed=0))())
     return path
 
 

@@ -27,7 +27,7 @@ def config_of(name, monkeypatch):
 def test_the_step_traces(name, monkeypatch):
     config = config_of(name, monkeypatch)
     task = task_of(config)
-    optimizer = make_optimizer(config.optimizer, config.model.depth, config.trainable)
+    optimizer = make_optimizer(config.optimizer, task.encoder_depth, config.trainable)
     state = jax.eval_shape(lambda: init_state(task.initialize(), optimizer))
     mesh = make_mesh(config.batch_size, config.fsdp)
     step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
@@ -88,7 +88,10 @@ def test_the_papers_recipe(monkeypatch, name, rate, decay, drop_path, steps, dro
     )
     assert (optimizer.weight_decay, optimizer.b1, optimizer.b2) == (0.1, 0.9, 0.999)
     assert (config.num_steps, config.batch_size) == (steps, batch)
-    assert (config.model.drop_path, config.model.dropout) == (drop_path, 0.1)
+    assert (config.model.image_encoder.drop_path, config.model.mask_decoder.dropout) == (
+        drop_path,
+        0.1,
+    )
     assert config.model.image_size == (1024, 1024)
     assert config.objective == Interactive()
     assert (config.data.flips, config.data.rot90, config.trainable) == (False, False, ())

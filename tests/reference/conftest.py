@@ -131,7 +131,7 @@ def shapes_of_official(model):
     image = jax.ShapeDtypeStruct((1, *model.image_size, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image, given)
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
-    table = official_names(model.depth, model.decoder_depth)
+    table = official_names(model.image_encoder.depth, model.mask_decoder.depth)
     assert shapes.keys() == table.keys()
     return {
         name: layout.to_torch(np.broadcast_to(np.float32(0), shapes[path].shape)).shape

@@ -36,21 +36,21 @@ def trained_pair(build_tiny_reference, tmp_path_factory):
     torch = pytest.importorskip("torch")
     model, variables = sam_jax.load("sam_tiny")
     theirs = build_tiny_reference(
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        global_blocks=model.global_blocks,
-        window_size=model.window_size,
-        prompt_dim=model.prompt_dim,
-        mask_channels=model.mask_channels,
-        decoder_mlp_dim=model.decoder_mlp_dim,
-        iou_hidden_dim=model.iou_hidden_dim,
+        embed_dim=model.image_encoder.embed_dim,
+        depth=model.image_encoder.depth,
+        num_heads=model.image_encoder.num_heads,
+        global_blocks=model.image_encoder.global_blocks,
+        window_size=model.image_encoder.window_size,
+        prompt_dim=model.embedding_dim,
+        mask_channels=model.prompt_encoder.mask_channels,
+        decoder_mlp_dim=model.mask_decoder.mlp_dim,
+        iou_hidden_dim=model.mask_decoder.iou_hidden_dim,
     )
     for module in theirs.mask_decoder.transformer.modules():
         if hasattr(module, "internal_dim"):
-            module.num_heads = model.decoder_heads
+            module.num_heads = model.mask_decoder.num_heads
     path = tmp_path_factory.mktemp("trained") / "sam_tiny.pth"
-    sam_jax.save(path, model.clone(decoder_heads=8), variables)
+    sam_jax.save(path, sam_jax.replace_fields(model, decoder_heads=8), variables)
     theirs.load_state_dict(torch.load(path))
     return theirs, (model, variables)
 

@@ -98,7 +98,7 @@ def keys():
 
 def noise_of(keys):
     """The noise whose order is that in which we take patches."""
-    order = np.asarray(jax.vmap(MODEL.draw_order)(keys))
+    order = np.asarray(jax.vmap(MODEL.sample_order)(keys))
     return torch.tensor(np.argsort(order, axis=1).astype(np.float32))
 
 
@@ -125,7 +125,7 @@ def test_encodings_and_paintings_are_theirs(theirs, params, image, keys):
     with torch.no_grad():
         outputs = theirs(tensor_of(image), noise=noise_of(keys))
         encoded = theirs.vit(tensor_of(image), noise=noise_of(keys)).last_hidden_state
-    visible = jax.vmap(MODEL.draw_order)(keys)[:, : MODEL.num_visible]
+    visible = jax.vmap(MODEL.sample_order)(keys)[:, : MODEL.num_visible]
     ours = MODEL.apply({"params": params}, image, visible, method="encode")
     assert_close(ours, encoded.numpy())
     painted = jax.jit(MODEL.apply)({"params": params}, image, keys)

@@ -200,7 +200,7 @@ def test_vit_b_prediction(truck, prompts, difference, kind, multimask_output):
 
 def test_vit_b_bfloat16(truck, prompts):
     model, variables = truck.ours.model, truck.ours.variables
-    half = sam_jax.SamPredictor(model.clone(dtype="bfloat16"), variables)
+    half = sam_jax.SamPredictor(sam_jax.replace_fields(model, dtype="bfloat16"), variables)
     half.set_image(truck.photo)
     errors = {}
     for kind in ("one point", "box", "mask and points", "mask and box"):

@@ -45,7 +45,7 @@ def test_through_every_format_of_ours_is_bitwise(tiny_reference, tmp_path):
 def test_size_is_found_from_the_shapes(tiny_reference, tmp_path):
     _write(tmp_path / "a.pth", tiny_reference.state_dict())
     model, _ = sam_jax.load(tmp_path / "a.pth")
-    assert model == sam_jax.Sam(
+    assert model == sam_jax.build_sam(
         image_size=(64, 64),
         patch_size=8,
         embed_dim=64,
@@ -72,7 +72,7 @@ def test_frame_that_is_not_square(tiny_reference, tmp_path, suffix):
     _write(tmp_path / f"a{suffix}", state)
     model, variables = sam_jax.load(tmp_path / f"a{suffix}")
     assert model.image_size == (48, 88)
-    assert (model.window_size, model.global_blocks) == (3, (1, 3))
+    assert (model.image_encoder.window_size, model.image_encoder.global_blocks) == (3, (1, 3))
     sam_jax.save(tmp_path / f"b{suffix}", model, variables)
     _assert_same(_read(tmp_path / f"b{suffix}"), state)
 
@@ -109,7 +109,7 @@ def test_tables_of_another_frame_are_resized(tiny_reference, tmp_path, differenc
     with caplog.at_level(logging.WARNING, "sam_jax"):
         model, variables = sam_jax.load(tmp_path / "a.pth")
     assert all(name in caplog.text for name in stored)
-    assert (model.image_size, model.global_blocks) == ((64, 64), (1, 3))
+    assert (model.image_size, model.image_encoder.global_blocks) == ((64, 64), (1, 3))
     sam_jax.save(tmp_path / "b.pth", model, variables)
     saved = _read(tmp_path / "b.pth")
     for name, table in stored.items():
@@ -132,7 +132,7 @@ def test_mae_checkpoint(tmp_path, difference, caplog, size):
     with caplog.at_level(logging.WARNING, "sam_jax"):
         model, variables = sam_jax.load(tmp_path / "mae.pth")
     assert all(name in caplog.text for name in ("cls_token", "norm.weight", "decoder_pos_embed"))
-    assert model == sam_jax.Sam(
+    assert model == sam_jax.build_sam(
         embed_dim=width,
         depth=4,
         num_heads={768: 12, 1280: 16}[width],

@@ -136,7 +136,7 @@ def test_loss_and_gradients(ours, theirs, batch, overheard, difference):
         if len(theirs_):
             assert np.abs(theirs_).max() > SIGNAL, name
             assert difference(ours_, theirs_) <= TOLERANCE, name
-    assert num_key_biases == 7 + model.depth
+    assert num_key_biases == 7 + model.image_encoder.depth
     assert (np.abs(got["mask_decoder.mask_tokens.weight"]).max(axis=1) > SIGNAL).all()
 
 
@@ -148,7 +148,7 @@ def test_five_steps(ours, theirs, batch, overheard, difference):
     """
     model, variables = ours
     params, constants = variables["params"], variables["constants"]
-    optimizer = make_optimizer(OPTIMIZER, model.depth)
+    optimizer = make_optimizer(OPTIMIZER, model.image_encoder.depth)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     trained = copy.deepcopy(theirs)
     their_optimizer = twin.make_optimizer(trained, OPTIMIZER, fused=False)

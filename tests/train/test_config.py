@@ -48,8 +48,8 @@ def refused(function, *args):
         ("optimizer.lr_boundaries=3,2", "(3, 2)", "steps in order"),
         ("optimizer.warmup_steps=-1", "-1", "at least 0"),
         ("model.patch_size=0", "0", "at least 1"),
-        ("model.image_size=(128, 100)", "(128, 100)", "divisible by the patch of 8 pixels"),
-        ("model.image_size=(0, 128)", "(0, 128)", "divisible by the patch of 8 pixels"),
+        ("model.image_size=(128, 100)", "(128, 100)", "two multiples of patch_size = 8"),
+        ("model.image_size=(0, 128)", "(0, 128)", "two multiples of patch_size = 8"),
     ],
 )
 def test_a_rule_names_the_field_what_it_is_and_what_it_may_be(setting, got, allowed):
@@ -149,7 +149,7 @@ def test_defaults_are_the_papers():
         ("model.mask_ratio=0.99", "0.99", "such that some of the 64 patches are hidden"),
         ("model.embed_dim=66", "66", "a multiple of 4"),
         ("model.decoder_dim=6", "6", "a multiple of 4"),
-        ("model.image_size=(64, 60)", "(64, 60)", "divisible by the patch of 8 pixels"),
+        ("model.image_size=(64, 60)", "(64, 60)", "two multiples of patch_size = 8"),
         ("model.patch_size=0", "0", "at least 1"),
         ("data.min_area=0", "0.0", "more than 0, at most 1"),
         ("data.min_area=1.1", "1.1", "more than 0, at most 1"),

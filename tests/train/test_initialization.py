@@ -10,9 +10,9 @@ from flax.traverse_util import flatten_dict
 
 import sam_jax
 from configs.mae_tiny import config as painting
+from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
 from sam_jax.model.sam import sam_tiny
-from sam_jax.weights import mae
 from train.config import ConfigError, Data, TrainConfig
 from train.initialization import initial_variables
 from train.tasks.base import task_of
@@ -41,7 +41,7 @@ def test_matching_changes_queries_and_keys_of_cross_attention_alone(drawn, match
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     layers = [
         f"layer_{i}/{attention}"
-        for i in range(MODEL.decoder_depth)
+        for i in range(MODEL.mask_decoder.depth)
         for attention in ("token_to_image", "image_to_token")
     ]
     paths = [f"mask_decoder/transformer/{name}" for name in (*layers, "final_attention")]
@@ -90,7 +90,7 @@ MAE = mae_tiny(image_size=(32, 48))
 
 @pytest.fixture(scope="module")
 def autoencoder():
-    return mae.initialize(MAE, 3)
+    return init_variables(MAE, 3)
 
 
 def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencoder, tmp_path):
@@ -108,7 +108,7 @@ def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencod
     kernel = autoencoder["params"]["block_01"]["lin1"]["kernel"]
     np.testing.assert_array_equal(after["image_encoder/block_01/lin1/kernel"], kernel)
     file = tmp_path / "mae.pth"
-    sam_jax.save(file, MAE.clone(image_size=(40, 40)), mae.initialize(MAE, 3))
+    sam_jax.save(file, MAE.clone(image_size=(40, 40)), init_variables(MAE, 3))
     matched = dataclasses.replace(CONFIG, init_from=str(file), mimetic_init_scale=2.0)
     begun = initial_variables(matched, lambda: drawn)
     again = flatten_dict(begun["params"], sep="/")

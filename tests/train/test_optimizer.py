@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import sam_tiny, sam_vit_b, sam_vit_h, sam_vit_l
-from sam_jax.weights import mae
 from train.config import ConfigError, Optimizer
 from train.optimizer import (
     check_train_only,
@@ -223,7 +223,7 @@ CONFIG = Optimizer(
 
 def test_what_decays_in_masked_autoencoders():
     """As in MAE, all but biases and norms: class and mask tokens too."""
-    params = jax.eval_shape(lambda: mae.initialize(mae_tiny(), 0))["params"]
+    params = jax.eval_shape(lambda: init_variables(mae_tiny(), 0))["params"]
     for path, decays in flatten(is_decayed(params)).items():
         assert decays == (not path.endswith(("bias", "scale"))), path
 

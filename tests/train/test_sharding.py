@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
+from sam_jax.model.init import init_variables
 from sam_jax.model.sam import sam_tiny
-from sam_jax.weights.convert import initialize
 from train.config import ConfigError, Interactive, Optimizer
 from train.objectives.interactive import make_interactive
 from train.optimizer import make_optimizer
@@ -117,8 +117,8 @@ def losses_of_five_steps(mesh):
     loader = Loader(
         open_source("scenes"), np.arange(64), SegmentationTransform(MODEL.image_size, 2), 8, seed=0
     )
-    optimizer = make_optimizer(Optimizer(peak_lr=1e-3, warmup_steps=2), MODEL.depth)
-    variables = jax.jit(initialize, static_argnums=(0, 1))(MODEL, 0)
+    optimizer = make_optimizer(Optimizer(peak_lr=1e-3, warmup_steps=2), MODEL.image_encoder.depth)
+    variables = jax.jit(init_variables, static_argnums=(0, 1))(MODEL, 0)
     state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
     step = make_step(make_interactive(MODEL, config), optimizer, 0, mesh, state)
     losses = []

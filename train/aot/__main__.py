@@ -21,13 +21,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import numpy as np
 
 from sam_jax.data.example import SourceError
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
+from sam_jax.model.image_encoder import Remat
+from sam_jax.model.mae import MaskedAutoencoder
+from sam_jax.model.sam import Sam, replace_fields
 from train.aot.hlo_cost import CHIPS, GIB
 from train.aot.lower import LOWER, analyse, devices_of
 from train.config import ConfigError, TrainConfig, is_reconstruction
@@ -65,8 +68,8 @@ def sweep(config: TrainConfig, topology: str) -> Iterator[dict[str, Any]]:
     """The largest batch that fits, for a few meshes and ways to recompute."""
     count = len(devices_of(topology)[0])
     for fsdp in (n for n in FSDP if count % n == 0):
-        for remat in get_args(get_type_hints(type(config.model))["remat"]):
-            model = config.model.clone(remat=remat)
+        for remat in get_args(Remat):
+            model = with_remat(config.model, remat)
 
             def compile_with(images, model=model, fsdp=fsdp):
                 tried = dataclasses.replace(
@@ -76,6 +79,13 @@ def sweep(config: TrainConfig, topology: str) -> Iterator[dict[str, Any]]:
 
             images, report = most_images(compile_with)
             yield {"fsdp": fsdp, "remat": remat, "images": images, "report": report}
+
+
+def with_remat(model: Sam | MaskedAutoencoder, remat: Remat) -> Sam | MaskedAutoencoder:
+    """Returns a model that recomputes what `remat` says."""
+    if isinstance(model, Sam):
+        return replace_fields(model, remat=remat)
+    return model.clone(remat=remat)
 
 
 def most_images(compile_with: Callable[[int], dict]) -> tuple[int, dict | None]:
@@ -187,7 +197,7 @@ def main() -> int:
 
 def describe_found(found: dict[str, Any]) -> str:
     """A line of a sweep for people."""
-    name = f"fsdp={found['fsdp']} model.remat={found['remat']}:"
+    name = f"fsdp={found['fsdp']} remat={found['remat']}:"
     if not found["report"]:
         return f"{name} not one image a chip fits"
     report = found["report"]

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from sam_jax.model.image_encoder import Block
+from sam_jax.model.init import init_variables
 from sam_jax.model.ops.platform import traced_for
 from sam_jax.model.prompt_encoder import Prompts
-from sam_jax.weights.convert import initialize
 from train.aot.hlo_cost import CHIPS, GIB, Chip, model_program
 from train.config import ConfigError, TrainConfig, is_reconstruction
 from train.flops import block_flops, decoder_flops, encoder_flops
@@ -59,7 +59,7 @@ def lower_step(config: TrainConfig, devices: list):
     """The training step, before it is compiled; and what of it one device does, in FLOPs."""
     mesh = make_mesh(config.batch_size, config.fsdp, devices)
     task = task_of(config)
-    optimizer = make_optimizer(config.optimizer, config.model.depth, config.trainable)
+    optimizer = make_optimizer(config.optimizer, task.encoder_depth, config.trainable)
     state = jax.eval_shape(lambda: init_state(task.initialize(), optimizer))
     step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
     images = config.batch_size / mesh.devices.size
@@ -69,7 +69,7 @@ def lower_step(config: TrainConfig, devices: list):
 def lower_encode(config: TrainConfig, devices: list):
     """The encoding of a device's share of a batch."""
     images = max(1, config.batch_size // len(devices))
-    variables = jax.eval_shape(functools.partial(initialize, config.model, 0))
+    variables = jax.eval_shape(functools.partial(init_variables, config.model, 0))
     image = jax.ShapeDtypeStruct((images, *config.model.image_size, 3), jnp.float32)
     encode = functools.partial(config.model.apply, method="encode")
     return on_one(devices, encode, variables, image), images * encoder_flops(config.model)
@@ -86,8 +86,8 @@ def lower_decode(config: TrainConfig, devices: list):
         mask=like((1, n, 4 * gh, 4 * gw), jnp.float32),
         has_mask=like((1, n), bool),
     )
-    variables = jax.eval_shape(functools.partial(initialize, model, 0))
-    embedding = like((1, gh, gw, model.prompt_dim), jnp.float32)
+    variables = jax.eval_shape(functools.partial(init_variables, model, 0))
+    embedding = like((1, gh, gw, model.embedding_dim), jnp.float32)
     decode = functools.partial(model.apply, method="decode")
     flops = n * decoder_flops(model, PROMPT_TOKENS)
     return on_one(devices, decode, variables, embedding, prompts), flops
@@ -96,15 +96,15 @@ def lower_decode(config: TrainConfig, devices: list):
 def lower_block(config: TrainConfig, devices: list):
     """The first block of the image encoder, which attends in windows, of an image."""
     model = config.model
-    gh, gw = (side // model.patch_size for side in model.image_size)
+    encoder = model.image_encoder
     block = Block(
-        num_heads=model.num_heads,
-        table_size=(model.window_size,) * 2,
-        window=model.window_size,
-        mlp_dim=model.mlp_ratio * model.embed_dim,
-        dtype=model.dtype,
+        num_heads=encoder.num_heads,
+        table_size=(encoder.window_size,) * 2,
+        window=encoder.window_size,
+        mlp_dim=encoder.mlp_ratio * encoder.embed_dim,
+        dtype=encoder.dtype,
     )
-    x = jax.ShapeDtypeStruct((1, gh, gw, model.embed_dim), jnp.dtype(model.dtype))
+    x = jax.ShapeDtypeStruct((1, *model.grid, encoder.embed_dim), jnp.dtype(encoder.dtype))
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
     return on_one(devices, block.apply, variables, x), block_flops(model, in_windows=True)
 

@@ -8,7 +8,7 @@ Differences: which patches are hidden depends on the step and the image alone.
 import jax
 import jax.numpy as jnp
 
-from sam_jax.model.mae import normalize_patches, patches_of
+from sam_jax.model.mae import normalize_patches, patchify
 from sam_jax.model.sam import normalize_colors
 
 
@@ -40,7 +40,7 @@ def reconstruction_loss(painted, image, patch_size, normalized):
       painted: `ReconstructedPatches`; image: 'b h w 3' float32, normalised.
       normalized: whether patches are painted by their own means and deviations.
     """
-    target = patches_of(image, patch_size)
+    target = patchify(image, patch_size)
     if normalized:
         target = normalize_patches(target)
     error = jnp.mean((painted.patches - target) ** 2, axis=-1)

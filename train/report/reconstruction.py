@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sam_jax.data.crop_batch import check_sides, crop, middle_box, resize
 from sam_jax.data.example import BadSample, Source
-from sam_jax.model.mae import MaskedAutoencoder, mean_and_deviation, patches_of
+from sam_jax.model.mae import MaskedAutoencoder, mean_and_deviation, patchify
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize_colors
 from sam_jax.visualize.dataset_plots import new_figure
 from train.config import Reconstruction
@@ -106,7 +106,7 @@ def paint(model, config, params, index, image):
     losses = reconstruction_loss(painted, normalized, model.patch_size, config.normalized)
     patches = painted.patches
     if config.normalized:
-        patches = in_scale_of(patches_of(normalized, model.patch_size), patches)
+        patches = in_scale_of(patchify(normalized, model.patch_size), patches)
     gh, _ = model.grid
     p = model.patch_size
     pixels = rearrange(patches, "b (gh gw) (i j c) -> b (gh i) (gw j) c", gh=gh, i=p, j=p)

@@ -19,6 +19,7 @@ class Task(Protocol):
       prepare: what makes an example a row of a batch.
       reduce_to: the frame that images are decoded for, see `open_source`; None: in full.
       objective: f(params, constants, batch, key) -> (loss, values).
+      encoder_depth: Blocks of the image encoder, for its layer-wise learning rates.
       flops: of the reference, a training step of one image; None if not all of it is done.
     """
 
@@ -26,6 +27,7 @@ class Task(Protocol):
     transform: Transform
     reduce_to: tuple[int, int] | None
     objective: Callable
+    encoder_depth: int
     flops: float | None
 
     def initialize(self) -> dict:

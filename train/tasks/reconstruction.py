@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sam_jax.data.crop_batch import ImageBatch, RandomResizedCrop
 from sam_jax.data.open import Subset
-from sam_jax.weights import mae
+from sam_jax.model.init import init_variables
 from train.config import TrainConfig
 from train.flops import reconstruction_flops
 from train.objectives.reconstruction import make_reconstruction_objective
@@ -32,7 +32,8 @@ class MaeTask:
         self.reduce_to = smallest if data.half_size_jpeg else None
         self.objective = make_reconstruction_objective(model, config.objective)
         self.flops = reconstruction_flops(model)
-        self.initialize = functools.partial(mae.initialize, model, config.seed)
+        self.initialize = functools.partial(init_variables, model, config.seed)
+        self.encoder_depth = model.depth
 
     def batch_like(self) -> ImageBatch:
         b = self.config.batch_size

@@ -1,6 +1,7 @@
 """To segment what prompts mean: a run of SAM."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from tqdm import tqdm
 from sam_jax.data.open import Subset
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.evaluate.clicks import evaluate_clicks, table
+from sam_jax.model.init import init_variables
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.weights.convert import initialize
 from train.config import TrainConfig, learns_encoder
 from train.embedding_cache import Embeddings
 from train.flops import step_flops
@@ -34,7 +35,8 @@ class SamTask:
         self.reduce_to = model.image_size if data.half_size_jpeg else None
         self.objective = make_interactive(model, objective)
         self.flops = step_flops(model, objective) if learns_encoder(config) else None
-        self.initialize = functools.partial(initialize, model, config.seed)
+        self.initialize = functools.partial(init_variables, model, config.seed)
+        self.encoder_depth = model.image_encoder.depth
 
     def batch_like(self) -> Batch:
         b, n = self.config.batch_size, self.config.objective.masks_per_image
@@ -59,8 +61,7 @@ class SamTask:
         if learns_encoder(self.config):
             return 0
         model = self.config.model
-        gh, gw = (side // model.patch_size for side in model.image_size)
-        return 4 * len(seen.source) * gh * gw * model.prompt_dim
+        return 4 * len(seen.source) * math.prod(model.grid) * model.embedding_dim
 
     def evaluate(self, variables: dict, held_out: Subset) -> dict:
         """See `evaluate_clicks`."""

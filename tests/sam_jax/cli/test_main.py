@@ -13,9 +13,8 @@ from PIL import Image
 import sam_jax
 from sam_jax.cli.main import main
 from sam_jax.masks import rle
+from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
-from sam_jax.weights import mae
-from sam_jax.weights.convert import initialize
 from sam_jax.weights.formats import read_autoencoder, save
 
 
@@ -23,7 +22,7 @@ from sam_jax.weights.formats import read_autoencoder, save
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny"
     model = sam_jax.sam_tiny(depth=2, global_blocks=(1,), decoder_heads=8)
-    sam_jax.save(path, model, jax.jit(lambda: initialize(model, seed=0))())
+    sam_jax.save(path, model, jax.jit(lambda: init_variables(model, seed=0))())
     return str(path)
 
 
@@ -189,7 +188,7 @@ def test_convert_goes_there_and_back(weights, tmp_path, capsys):
 
 def test_convert_writes_an_autoencoder_as_mae_has_it(tmp_path, capsys):
     model = mae_tiny(image_size=(16, 24))
-    save(tmp_path / "mae", model, mae.initialize(model, 0))
+    save(tmp_path / "mae", model, init_variables(model, 0))
     assert main(["convert", str(tmp_path / "mae"), str(tmp_path / "mae.pth")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'mae'} -> {tmp_path / 'mae.pth'}\n"
     _, tensors = read_autoencoder(tmp_path / "mae.pth")

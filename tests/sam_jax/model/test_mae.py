@@ -12,7 +12,7 @@ from sam_jax.model.mae import (
     mae_vit_h,
     mae_vit_l,
     normalize_patches,
-    patches_of,
+    patchify,
 )
 
 MODEL = mae_tiny(image_size=(32, 48), depth=1)
@@ -46,7 +46,7 @@ def test_a_share_of_each_image_is_masked_by_its_own_key(paint):
 
 
 def test_every_patch_is_masked_as_often_as_any_other(variables):
-    order = jax.vmap(MODEL.draw_order)(jax.random.split(jax.random.key(3), 4000))
+    order = jax.vmap(MODEL.sample_order)(jax.random.split(jax.random.key(3), 4000))
     assert (np.sort(order, axis=1) == np.arange(24)).all()
     visible = np.bincount(np.asarray(order)[:, :6].ravel(), minlength=24) / 4000
     np.testing.assert_allclose(visible, 0.25, atol=0.03)
@@ -67,7 +67,7 @@ def test_hidden_patches_are_not_seen_and_visible_ones_are(paint):
 def test_patches_are_painted_in_their_places(variables):
     """The order in which visible patches come changes nothing, nor that of hidden ones."""
     image, keys = draw(1)
-    order = np.asarray(MODEL.draw_order(keys[0]))[None]
+    order = np.asarray(MODEL.sample_order(keys[0]))[None]
     other = np.concatenate([order[:, 5::-1], order[:, :5:-1]], axis=1)
     apply = lambda order: MODEL.apply(
         variables, image, order, method=lambda m, x, o: m.decode(m.encode(x, o[:, :6]), o)
@@ -87,7 +87,7 @@ def test_positions_by_hand():
 
 def test_patches_and_their_scale():
     image = np.random.default_rng(0).standard_normal((2, 16, 24, 3)).astype(np.float32)
-    patches = np.asarray(patches_of(image, 8))
+    patches = np.asarray(patchify(image, 8))
     np.testing.assert_array_equal(patches[1, 4].reshape(8, 8, 3), image[1, 8:, 8:16])
     scaled = np.asarray(normalize_patches(5 * patches + 3))
     np.testing.assert_allclose(scaled.mean(axis=-1), 0, atol=1e-5)
@@ -103,7 +103,7 @@ def test_images_of_another_size_are_refused(variables):
 @pytest.mark.parametrize("ratio", [0.0, 0.99, 1.0, 1.5])
 def test_ratios_that_hide_all_or_nothing_are_refused(variables, ratio):
     keys = jax.random.split(jax.random.key(0), 1)
-    with pytest.raises(ValueError, match="mask_ratio must leave some"):
+    with pytest.raises(ValueError, match="mask_ratio must be such that some"):
         MODEL.clone(mask_ratio=ratio).apply(variables, jnp.zeros((1, 32, 48, 3)), keys)
 
 

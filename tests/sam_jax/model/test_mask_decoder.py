@@ -183,7 +183,7 @@ def test_tokens_are_the_iou_token_the_mask_tokens_and_then_the_prompts(params, i
         np.testing.assert_array_equal(image, embedding.reshape(2, 1, 20, 16) + features.dense)
         np.testing.assert_array_equal(image_pe, pe)
         np.testing.assert_array_equal(present[:, :, :5], True)
-        np.testing.assert_array_equal(present[:, :, 5:], features.present)
+        np.testing.assert_array_equal(present[:, :, 5:], features.token_mask)
         seen.append(True)
 
     present = np.array([[[True, False], [False, False], [True, True]]] * 2)

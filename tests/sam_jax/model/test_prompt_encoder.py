@@ -69,7 +69,7 @@ def test_absent_slots_change_nothing(encoder, recorded):
     np.testing.assert_allclose(
         features.sparse[0, :, :3], recorded["sparse_points"], rtol=0, atol=1e-5
     )
-    np.testing.assert_array_equal(features.present[0], [[True] * 3 + [False] * 5] * 2)
+    np.testing.assert_array_equal(features.token_mask[0], [[True] * 3 + [False] * 5] * 2)
 
 
 def test_grid(encoder, recorded):
@@ -96,7 +96,7 @@ def _encode(encoder, points, labels):
 
 def _check_sparse(encoder, points, labels, expected):
     features = _encode(encoder, points, labels)
-    assert features.present.all()
+    assert features.token_mask.all()
     np.testing.assert_allclose(features.sparse[0], expected, rtol=0, atol=1e-5)
 
 

@@ -20,7 +20,9 @@ from sam_jax.model.sam import (
     PIXEL_MEAN,
     PIXEL_STD,
     Sam,
+    build_sam,
     normalize,
+    replace_fields,
     sam_tiny,
     sam_vit_b,
     sam_vit_h,
@@ -84,7 +86,7 @@ def test_parameter_counts_of_the_official_sizes(model, total, encoder, tensors):
     assert count(flat, "/image_encoder/") == encoder
     assert count(flat, "/prompt_encoder/") == 6_476
     assert count(flat, "/mask_decoder/") == 4_058_340
-    assert len(flat) == tensors == 3 + 14 * model.depth + 6 + 17 + 120
+    assert len(flat) == tensors == 3 + 14 * model.image_encoder.depth + 6 + 17 + 120
 
 
 def test_parameter_count_with_three_decoder_layers():
@@ -97,8 +99,8 @@ def test_the_tiny_size_is_well_under_a_million():
 
 @pytest.mark.parametrize("model", [sam_vit_b(), sam_vit_l(), sam_vit_h()])
 def test_official_sizes_are_four_equal_super_blocks(model):
-    size = model.depth // 4
-    assert model.global_blocks == (size - 1, 2 * size - 1, 3 * size - 1, 4 * size - 1)
+    size = model.image_encoder.depth // 4
+    assert model.image_encoder.global_blocks == (size - 1, 2 * size - 1, 3 * size - 1, 4 * size - 1)
 
 
 def test_paths_are_snake_case_and_blocks_zero_padded():
@@ -178,8 +180,8 @@ def test_models_are_equal_hashable_and_cloned_by_their_fields():
     assert sam_vit_b() == Sam()
     assert hash(sam_vit_b()) == hash(Sam())
     assert sam_vit_b() != sam_vit_l()
-    assert sam_vit_b().clone(depth=2) == Sam(depth=2)
-    assert sam_vit_h(dtype="bfloat16").clone(dtype="float32") == sam_vit_h()
+    assert replace_fields(sam_vit_b(), depth=2) == build_sam(depth=2)
+    assert replace_fields(sam_vit_h(dtype="bfloat16"), dtype="float32") == sam_vit_h()
 
 
 # Batches and padding.
@@ -318,7 +320,7 @@ def transposed(variables):
 def test_height_and_width_are_treated_alike(tiny, encode, decode, frame):
     """A swap of the two anywhere (windows, tables, positions, pixels) breaks this."""
     model, variables = tiny
-    model_t, variables_t = model.clone(image_size=(72, 48)), transposed(variables)
+    model_t, variables_t = replace_fields(model, image_size=(72, 48)), transposed(variables)
     rng = np.random.default_rng(6)
     gh, gw = frame[0] // 8, frame[1] // 8
     image = rng.standard_normal((1, *frame, 3)).astype(np.float32)
@@ -421,7 +423,7 @@ def test_remat_and_loops_change_neither_values_nor_gradients(tiny, jit, images, 
     gradient = functools.partial(jit, static_argnums=0)(
         jax.value_and_grad(loss, argnums=(1, 2), has_aux=True)
     )
-    other = model.clone(remat=remat, scan_blocks=scan_blocks)
+    other = replace_fields(model, remat=remat, scan_blocks=scan_blocks)
     (_, expected), gradients = gradient(model, params, images)
     (_, embedding), again = gradient(other, params, images)
     assert_close(embedding, expected)
@@ -434,7 +436,7 @@ def test_remat_and_loops_change_neither_values_nor_gradients(tiny, jit, images, 
         for name in primitives(jax.make_jaxpr(lambda p: loss(model, p, images))(params))
     )
     if not scan_blocks:
-        assert remats(other) == remats(model) + model.depth
+        assert remats(other) == remats(model) + model.image_encoder.depth
 
 
 @pytest.mark.parametrize("ends", [(), (0,), (0, 3), (1, 2), (0, 1, 3)])
@@ -449,7 +451,7 @@ def test_loops_need_equal_super_blocks(ends, images):
 
 def test_dropping_is_off_unless_training(tiny, encode, decode, embedding, images):
     model, variables = tiny
-    dropping = model.clone(drop_path=0.5, dropout=0.5)
+    dropping = replace_fields(model, drop_path=0.5, dropout=0.5)
     prompts = pack([OBJECTS["points"]], 32, np.random.default_rng(0))
     assert_close(encode(dropping, variables, images), embedding)
     expected = decode(model, variables, embedding[:1], prompts).logits
@@ -461,7 +463,7 @@ def test_dropping_is_off_unless_training(tiny, encode, decode, embedding, images
 
 def test_drop_path_follows_its_key(tiny, encode, embedding, images):
     model, variables = tiny
-    dropping = model.clone(drop_path=0.5)
+    dropping = replace_fields(model, drop_path=0.5)
     run = lambda seed: encode(
         dropping, variables, images, train=True, rngs={"drop_path": jax.random.key(seed)}
     )
@@ -473,7 +475,7 @@ def test_drop_path_follows_its_key(tiny, encode, embedding, images):
 
 def test_dropout_follows_its_key_and_differs_by_object(tiny, decode, embedding):
     model, variables = tiny
-    dropping = model.clone(dropout=0.5)
+    dropping = replace_fields(model, dropout=0.5)
     prompts = pack([OBJECTS["points"]] * 2, 32, np.random.default_rng(0))
     run = lambda seed: (
         decode(
@@ -517,8 +519,8 @@ def test_a_block_multiplies_each_branch_of_an_image_with_its_factor(jit, silent,
 
 
 def test_branches_are_dropped_more_often_with_depth_and_keep_the_mean(tiny, jit):
-    model, b = tiny[0].clone(depth=4, drop_path=0.6), 2000
-    draw = lambda model: model.image_encoder.draw_kept(b)
+    model, b = replace_fields(tiny[0], depth=4, drop_path=0.6), 2000
+    draw = lambda model: model.image_encoder.sample_drop_path(b)
     keep = model.apply({}, rngs={"drop_path": jax.random.key(1)}, method=draw)
     assert keep.shape == (4, 2, b)
     for factors, rate in zip(keep, (0, 0.2, 0.4, 0.6), strict=True):
@@ -577,7 +579,7 @@ def test_float32_multiplies_in_float32(tiny, frame):
 
 def test_bfloat16_multiplies_in_bfloat16_except_for_positions(tiny):
     model, variables = tiny
-    model = model.clone(dtype="bfloat16")
+    model = replace_fields(model, dtype="bfloat16")
     image = np.zeros((1, 48, 72, 3), np.float32)
     prompts = pack([OBJECTS["points"]], 5, np.random.default_rng(0))
     encoded = list(products(lambda v: model.apply(v, image, method="encode"), variables))
@@ -607,7 +609,7 @@ def test_bfloat16_stays_close_to_float32(tiny, jit, images):
     flat = {path: 0.3 * x if path.endswith("kernel") else x for path, x in flat.items()}
     variables = flax.traverse_util.unflatten_dict(flat, sep="/")
     run = lambda model: jit(model.apply)(variables, images, prompts)
-    half_masks, masks = run(model.clone(dtype="bfloat16")), run(model)
+    half_masks, masks = run(replace_fields(model, dtype="bfloat16")), run(model)
     for half_x, x in zip(jax.tree.leaves(half_masks), jax.tree.leaves(masks), strict=True):
         assert half_x.dtype == jnp.float32
         assert 0 < np.linalg.norm(half_x - x) / np.linalg.norm(x) < 0.02

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sam_jax.model.sam import sam_tiny, sam_vit_b, sam_vit_l
+from sam_jax.model.sam import replace_fields, sam_tiny, sam_vit_b, sam_vit_l
 from sam_jax.weights import convert, names
 from sam_jax.weights.convert import WeightsError, from_torch, to_huggingface, to_torch
 
@@ -139,7 +139,7 @@ def official_shapes(c, head, depth, global_blocks):
 )
 def test_official_names_and_shapes_are_those_of_the_specification(model, expected):
     ours = convert._shapes(model)
-    table = names.official_names(model.depth, model.decoder_depth)
+    table = names.official_names(model.image_encoder.depth, model.mask_decoder.depth)
     assert table.keys() == ours.keys()
     theirs = {
         official: layout.to_torch(np.broadcast_to(np.float32(0), ours[path])).shape
@@ -228,7 +228,7 @@ MODELS = {
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
 def test_the_model_is_found_from_the_shapes(tiny, variables_of, fields):
-    model = tiny[0].clone(**fields)
+    model = replace_fields(tiny[0], **fields)
     variables = variables_of(model)
     found, again, notes = load(to_torch(model, variables))
     assert found == model
@@ -238,7 +238,7 @@ def test_the_model_is_found_from_the_shapes(tiny, variables_of, fields):
 
 def test_how_a_model_computes_is_not_in_the_file(tiny):
     model, variables = tiny
-    training = model.clone(dtype="bfloat16", dropout=0.1, drop_path=0.4, remat="blocks")
+    training = replace_fields(model, dtype="bfloat16", dropout=0.1, drop_path=0.4, remat="blocks")
     assert load(to_torch(training, variables))[0] == model
 
 
@@ -378,7 +378,7 @@ def test_positions_for_another_frame_than_the_tables(tiny, state):
     state["image_encoder.pos_embed"] = np.ones((1, 4, 11, 24), np.float32)
     old = {axis: state[f"image_encoder.blocks.1.attn.rel_pos_{axis}"] for axis in "hw"}
     model, variables, notes = load(state)
-    assert model == tiny[0].clone(image_size=(32, 88))
+    assert model == replace_fields(tiny[0], image_size=(32, 88))
     blocks = variables["params"]["image_encoder"]
     for axis, rows in (("h", 7), ("w", 21)):
         table = old[axis]
@@ -403,7 +403,7 @@ def test_positions_for_another_frame_than_the_tables(tiny, state):
     ],
 )
 def test_tables_that_fit_no_windows_are_refused(tiny, variables_of, tables, rows):
-    model = tiny[0].clone(depth=len(tables))
+    model = replace_fields(tiny[0], depth=len(tables))
     state = to_torch(model, variables_of(model))
     for block, (h, w) in tables.items():
         state[f"image_encoder.blocks.{block}.attn.rel_pos_h"] = np.zeros((h, 8), np.float32)
@@ -558,7 +558,7 @@ def test_variables_of_another_model_are_not_written(tiny, square, write):
     with pytest.raises(WeightsError, match=r"missing \[constants/prompt_encoder/gaussian\]"):
         write(tiny[0], {"params": tiny[1]["params"]})
     with pytest.raises(WeightsError, match=r"unknown \[params/image_encoder/block_01/"):
-        write(tiny[0].clone(depth=1), tiny[1])
+        write(replace_fields(tiny[0], depth=1), tiny[1])
     with pytest.raises(
         WeightsError, match=r"block_00/attention/rel_pos_h \(7, 8\) instead of \(5, 8\)"
     ):
@@ -708,7 +708,7 @@ def fresh_zeros(monkeypatch):
     shapes = functools.lru_cache(convert._shapes)
     monkeypatch.setattr(convert, "_shapes", shapes)
     shapes(sam_vit_b(depth=4, global_blocks=(0, 1, 2, 3)))
-    monkeypatch.setattr(convert, "initialize", zeros)
+    monkeypatch.setattr(convert, "init_variables", zeros)
 
 
 def test_mae_encoder(mae, fresh_zeros):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import sam_jax
+from sam_jax.model.init import init_variables
 from sam_jax.model.mae import encode_positions, mae_tiny
-from sam_jax.model.sam import sam_tiny
+from sam_jax.model.sam import replace_fields, sam_tiny
 from sam_jax.weights import mae, safetensors_file, store
 from sam_jax.weights.formats import read_autoencoder
 from sam_jax.weights.tensors import WeightsError
@@ -21,7 +22,7 @@ MODEL = mae_tiny(image_size=(32, 48), decoder_dim=32, decoder_depth=3)
 def random_variables(model, seed=0):
     """In which no two arrays are alike, nor any like its transpose."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: mae.initialize(model, 0))
+    shapes = jax.eval_shape(lambda: init_variables(model, 0))
     draw = lambda x: rng.standard_normal(x.shape).astype(np.float32)
     return jax.tree.map(draw, shapes)
 
@@ -162,12 +163,12 @@ def test_every_layer_of_the_encoder_is_there():
 
 
 def sam_variables(sam):
-    shapes = jax.eval_shape(lambda: sam_jax.weights.convert.initialize(sam, 0))
+    shapes = jax.eval_shape(lambda: init_variables(sam, 0))
     return jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
 
 
 def test_positions_and_patches_are_resized_to_the_sams():
-    sam = SAM.clone(patch_size=16, image_size=(64, 80))
+    sam = replace_fields(SAM, patch_size=16, image_size=(64, 80))
     state = mae.to_torch(MODEL, random_variables(MODEL))
     notes = []
     found = mae.encoder_for(sam, state, notes, grid=(4, 6))
@@ -182,9 +183,21 @@ def test_positions_and_patches_are_resized_to_the_sams():
 
 
 REFUSED = {
-    "another width": (SAM.clone(embed_dim=32), (4, 6), "64 wide and 2 deep; the model is 32 wide"),
-    "another depth": (SAM.clone(depth=3), (4, 6), "2 deep; the model is 64 wide and 3 deep"),
-    "another mlp": (SAM.clone(mlp_ratio=2), (4, 6), r"fc1.weight \(256, 64\) instead of \(128, 64"),
+    "another width": (
+        replace_fields(SAM, embed_dim=32),
+        (4, 6),
+        "64 wide and 2 deep; the model.s is 32 wide",
+    ),
+    "another depth": (
+        replace_fields(SAM, depth=3),
+        (4, 6),
+        "2 deep; the model.s is 64 wide and 3 deep",
+    ),
+    "another mlp": (
+        replace_fields(SAM, mlp_ratio=2),
+        (4, 6),
+        r"fc1.weight \(256, 64\) instead of \(128, 64",
+    ),
     "no square": (SAM, None, r"pos_embed must have shape \(1, 1 \+ g \* g, 64\); got \(1, 25, 64"),
     "another grid": (SAM, (5, 6), r"pos_embed must have shape \(1, 1 \+ 5 \* 6, 64\)"),
 }

@@ -30,7 +30,7 @@ from sam_jax.model.prompt_encoder import (
     TOP_LEFT,
     Prompts,
 )
-from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, Sam
+from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, build_sam
 from train.config import Interactive
 from train.objectives.interactive import CLICK, DROP_PATH, DROPOUT, INSERTION, make_interactive
 from train.objectives.prompt_sampling import click_on_error, first_prompt
@@ -391,7 +391,7 @@ def by_hand(jit, model, config, variables, batch, train=True):
 
 # The whole, with the real model.
 
-SMALL = Sam(
+SMALL = build_sam(
     image_size=(48, 72),
     patch_size=8,
     embed_dim=12,

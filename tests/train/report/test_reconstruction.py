@@ -10,8 +10,8 @@ import pytest
 from configs.mae_tiny import config as tiny
 from sam_jax.data.example import BadSample
 from sam_jax.data.open import open_source, select
+from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny, normalize_patches
-from sam_jax.weights import mae
 from train.config import Reconstruction
 from train.overrides import to_dict
 from train.report import reconstruction
@@ -22,7 +22,7 @@ SCENES = open_source("scenes:40x40", masks=False)
 
 @pytest.fixture(scope="module")
 def params():
-    return mae.initialize(MODEL, 0)["params"]
+    return init_variables(MODEL, 0)["params"]
 
 
 @dataclasses.dataclass(frozen=True)

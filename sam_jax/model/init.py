@@ -1,0 +1,37 @@
+"""A model's first variables, drawn from a seed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sam_jax.model.mae import MaskedAutoencoder
+from sam_jax.model.prompt_encoder import Prompts
+from sam_jax.model.sam import Sam
+
+
+def init_variables(model: Sam | MaskedAutoencoder, seed: int) -> dict[str, Any]:
+    """Initializes a model's variables.
+
+    >>> variables = init_variables(sam_jax.sam_tiny(), seed=0)
+    >>> embedding = model.apply(variables, image, method="encode")
+
+    Args:
+      model: The model.
+      seed: Seed of the random initial values.
+
+    Returns:
+      {"params", "constants"}: float32 arrays by module and parameter name. "constants" is empty
+      for a masked autoencoder.
+    """
+    image = jnp.zeros((1, *model.image_size, 3))
+    if isinstance(model, MaskedAutoencoder):
+        keys = jax.random.split(jax.random.key(0), 1)
+        return model.init(jax.random.key(seed), image, keys) | {"constants": {}}
+    prompts = Prompts(
+        points=jnp.zeros((1, 1, 1, 2)),
+        labels=jnp.zeros((1, 1, 1), jnp.int32),
+        mask=jnp.zeros((1, 1, *model.low_res)),  # without one, its convolutions get no parameters
+        has_mask=jnp.ones((1, 1), bool),
+    )
+    return model.init(jax.random.key(seed), image, prompts)
