@@ -173,18 +173,19 @@ def our_calls(weights):
     import jax.numpy as jnp
 
     import sam_jax
-    from sam_jax.predict.predictor import SamPredictor
+    from sam_jax.predict.decode import decode_objects
+    from sam_jax.predict.prompts import ObjectPrompt
 
     image, embedding, points = inputs()
     model, variables = sam_jax.load(weights)
-    predictor = SamPredictor(model, variables)
     embedding = jnp.asarray(embedding)
     encode = jax.jit(lambda variables, image: model.apply(variables, image, method="encode"))
     label = np.array([1, -1], np.int32)
-    objects = [(np.concatenate([p, [[0, 0]]]), label, None) for p in points]
+    padding = np.zeros((1, 2), np.float32)
+    objects = [ObjectPrompt(np.concatenate([p, padding]), label, None) for p in points]
 
     def decode(objects):
-        ((logits, _),) = predictor.decode(embedding, [objects], multimask_output=True)
+        ((logits, _),) = decode_objects(model, variables, embedding, [objects], True)
         return logits
 
     return {
