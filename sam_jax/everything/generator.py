@@ -14,7 +14,7 @@ dropped.
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,9 @@ class SamAutomaticMaskGenerator:
         self._num_points = -(-most_points // self._points_per_batch) * self._points_per_batch
 
     @classmethod
-    def sa1b(cls, model: Sam, variables: dict[str, Any], **overrides: Any) -> Self:
+    def sa1b(
+        cls, model: Sam, variables: dict[str, Any], **overrides: Any
+    ) -> "SamAutomaticMaskGenerator":
         """Makes a generator with the settings that made SA-1B, see `sa1b_preset`.
 
         Args:

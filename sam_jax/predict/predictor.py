@@ -6,7 +6,7 @@ Differences: `predict_many` and `predict_batch`; prompts are padded to a few fix
 neither their number nor the image's size compiles a new program.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ class SamPredictor:
     def predict_batch(
         self,
         images: Sequence[np.ndarray],
-        prompts: Sequence[Iterable[Prompt]],
+        prompts: Sequence[Sequence[Prompt]],
         multimask_output: bool = True,
         return_logits: bool = False,
         *,
@@ -226,7 +226,7 @@ class SamPredictor:
         return self._embedding, self.original_size
 
     def _prepare(
-        self, prompts: Iterable[Prompt], original_size: tuple[int, int]
+        self, prompts: Sequence[Prompt], original_size: tuple[int, int]
     ) -> list[ObjectPrompt]:
         """Validates the prompts of one image."""
         canvas, low_res = self.model.image_size, low_res_size(self.model)
