@@ -1,9 +1,9 @@
 """Resizes low-resolution masks to the size of their image, one batch of tiles at a time.
 
 No mask is ever held at the full size. A tile is reduced immediately to what is needed of it:
-counts of pixels, the sides of a box, or bits. A pixel lies between the logits around it, so only
-tiles are visited in which a logit may make a pixel of the mask. For most masks these are a small
-part of the image.
+counts of pixels, the sides of a box, or bits. A pixel's logit is a weighted mean of the logits
+around it, so only tiles are visited in which a logit is high enough. For most masks these are a
+small part of the image.
 """
 
 import flax.struct

@@ -1,4 +1,4 @@
-"""Everything mode: what records say, which masks are dropped, and that no size compiles anew.
+"""Everything mode: what records say, which masks are dropped, and that no size compiles a program.
 
 `candidates.py`, `rasterize.py` and `records.py` are tested here, by the masks that they give.
 """
