@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sam_jax.everything.generator import SamAutomaticMaskGenerator, sa1b_preset
+    from sam_jax.everything.generator import SamAutomaticMaskGenerator
+    from sam_jax.everything.options import sa1b_preset
     from sam_jax.model.init import init_variables
     from sam_jax.model.mask_decoder import Masks, choose_masks
     from sam_jax.model.prompt_encoder import Prompts
@@ -36,7 +37,7 @@ _HOMES = {
     "load": "sam_jax.weights.formats",
     "normalize": "sam_jax.model.sam",
     "replace_fields": "sam_jax.model.sam",
-    "sa1b_preset": "sam_jax.everything.generator",
+    "sa1b_preset": "sam_jax.everything.options",
     "sam_tiny": "sam_jax.model.sam",
     "sam_vit_b": "sam_jax.model.sam",
     "sam_vit_h": "sam_jax.model.sam",

@@ -8,7 +8,7 @@ import numpy as np
 
 from sam_jax.data.segmentation_batch import Batch
 from sam_jax.model.sam import Sam
-from sam_jax.predict.predictor import encode_images
+from sam_jax.predict.encode import encode_images
 
 
 class Embeddings:

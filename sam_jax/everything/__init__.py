@@ -1,1 +1,1 @@
-"""Everything mode: masks for everything in an image, without prompts from the user."""
+"""Finds masks of everything in an image, without prompts from the user."""

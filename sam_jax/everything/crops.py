@@ -1,109 +1,141 @@
-"""Where everything mode looks: grids of points, and crops of the image.
+"""Plans grids of points and overlapping crops of the image.
 
-Source: segment-anything `utils/amg.py` (build_point_grid, generate_crop_boxes).
+Source: segment-anything `utils/amg.py` (build_point_grid, build_all_layer_point_grids,
+generate_crop_boxes).
 """
 
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Shaped
+from numpy.typing import ArrayLike
 
 from sam_jax.images.read import ImageError
 
 
-def point_grid(per_side):
-    """Points (x, y) in the middle of `per_side` x `per_side` cells of [0, 1], x fastest: 'n 2'."""
-    offset = 1 / (2 * per_side)
-    side = np.linspace(offset, 1 - offset, per_side)
+def build_point_grid(points_per_side: int) -> Float[np.ndarray, "n 2"]:
+    """Returns the centres of `points_per_side` x `points_per_side` cells of the unit square.
+
+    Args:
+      points_per_side: Points in each row and column.
+
+    Returns:
+      (x, y) in [0, 1], row by row.
+    """
+    offset = 1 / (2 * points_per_side)
+    side = np.linspace(offset, 1 - offset, points_per_side)
     return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
 
 
-def make_grids(per_side, layers, factor):
-    """Grids of points for the image, and for layers of crops that have `factor` fewer a side each.
+def build_point_grids(
+    points_per_side: int, num_layers: int, downscale_factor: int
+) -> list[Float[np.ndarray, "_ 2"]]:
+    """Returns a grid of points for the image and one for each layer of crops.
+
+    Args:
+      points_per_side: Points in each row and column of the image's grid.
+      num_layers: Layers of crops.
+      downscale_factor: The factor by which points per side decrease from layer to layer.
 
     Raises:
-      ValueError: if none are left.
+      ValueError: If a layer has no points.
     """
-    sides = [int(per_side / factor**layer) for layer in range(layers + 1)]
+    sides = [int(points_per_side / downscale_factor**layer) for layer in range(num_layers + 1)]
     if min(sides) < 1:
         raise ValueError(f"points_per_side must leave a point for each layer of crops; got {sides}")
-    return [point_grid(n) for n in sides]
+    return [build_point_grid(side) for side in sides]
 
 
-def checked_grids(grids, layers):
-    """Checks grids 'n 2' of points in [0, 1], one for the image and one for each layer of crops.
+def check_point_grids(
+    grids: Sequence[ArrayLike], num_layers: int
+) -> list[Float[np.ndarray, "_ 2"]]:
+    """Validates grids of points and converts them to float64.
+
+    Args:
+      grids: 'n 2' points (x, y) in [0, 1], a grid for the image and one for each layer of crops.
+      num_layers: Layers of crops.
 
     Raises:
-      ValueError: if one has another shape, or points outside, or if there are too few.
+      ValueError: If a grid has another shape or points outside [0, 1], or if there are too few
+        grids.
     """
-    grids = [np.asarray(grid, np.float64) for grid in grids]
-    for grid in grids:
+    arrays = [np.asarray(grid, np.float64) for grid in grids]
+    for grid in arrays:
         if grid.ndim != 2 or grid.shape[1] != 2 or not len(grid):
             raise ValueError(f"point_grids must be arrays 'n 2' of (x, y); got {grid.shape}")
         if not ((grid >= 0) & (grid <= 1)).all():
             raise ValueError(f"point_grids must be in [0, 1]; got {grid.min()} to {grid.max()}")
-    if len(grids) <= layers:
+    if len(arrays) <= num_layers:
         raise ValueError(
-            f"point_grids must have a grid for the image and each of {layers} layers of crops; "
-            f"got {len(grids)}"
+            f"point_grids must have a grid for the image and each of {num_layers} layers of crops; "
+            f"got {len(arrays)}"
         )
-    return grids
+    return arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """A part of an image.
+    """A rectangular part of an image.
 
     Attributes:
-      box: (x0, y0, x1, y1), x1 and y1 outside; layer: 0 for the whole image, ...
+      box: (x0, y0, x1, y1) in pixels of the image; x1 and y1 are exclusive.
+      layer: 0 for the full image, 1 for its 2 x 2 crops, 2 for its 4 x 4 crops and so on.
     """
 
     box: tuple[int, int, int, int]
     layer: int
 
     @property
-    def corner(self):
-        """(x, y) of its first pixel."""
+    def corner(self) -> tuple[int, int]:
+        """(x, y) of the top-left pixel."""
         return self.box[:2]
 
     @property
-    def size(self):
+    def size(self) -> tuple[int, int]:
         """(height, width)."""
         return self.box[3] - self.box[1], self.box[2] - self.box[0]
 
-    def cut(self, image):
-        """The part of 'h w 3'."""
+    def extract(self, image: Shaped[np.ndarray, "h w ..."]) -> Shaped[np.ndarray, "ch cw ..."]:
+        """Returns a view of the crop's pixels.
+
+        Args:
+          image: The full image.
+        """
         x0, y0, x1, y1 = self.box
         return image[y0:y1, x0:x1]
 
 
-def plan_crops(size, layers, overlap_ratio):
-    """The whole image, then layers of 2 x 2, 4 x 4, ... crops that overlap.
+def plan_crops(size: tuple[int, int], num_layers: int, overlap_ratio: float) -> list[Crop]:
+    """Returns the full image, then layers of 2 x 2, 4 x 4 and so on overlapping crops.
 
     Args:
       size: (height, width) of the image.
-      layers: how many there are beside the whole image.
-      overlap_ratio: of the shorter side, by how much crops of the first layer overlap; half of it
-        for those of the second, and so on.
+      num_layers: Layers of crops in addition to the full image.
+      overlap_ratio: The overlap of the first layer's crops as a fraction of the image's shorter
+        side. Each further layer halves it.
+
     Raises:
-      ImageError: if the image is too small.
+      ImageError: If the image is too small.
     """
     height, width = size
     crops = [Crop((0, 0, width, height), 0)]
-    for layer in range(1, layers + 1):
+    for layer in range(1, num_layers + 1):
         n = 2**layer
         overlap = int(overlap_ratio * min(size) * (2 / n))
-        starts, lengths = zip(*(_divide(side, n, overlap) for side in (width, height)), strict=True)
-        for x, y in itertools.product(*starts):
-            box = (x, y, min(x + lengths[0], width), min(y + lengths[1], height))
+        x_starts, crop_width = _split_side(width, n, overlap)
+        y_starts, crop_height = _split_side(height, n, overlap)
+        for x, y in itertools.product(x_starts, y_starts):
+            box = (x, y, min(x + crop_width, width), min(y + crop_height, height))
             crops.append(Crop(box, layer))
     if any(min(crop.size) < 1 for crop in crops):
-        raise ImageError(f"image must be large enough for {layers} layers of crops; got {size}")
+        raise ImageError(f"image must be large enough for {num_layers} layers of crops; got {size}")
     return crops
 
 
-def _divide(side, n, overlap):
-    """The starts of n parts of a side that overlap, and their length."""
+def _split_side(side: int, n: int, overlap: int) -> tuple[list[int], int]:
+    """Returns the starts of n overlapping parts of a side, and their common length."""
     length = math.ceil((overlap * (n - 1) + side) / n)
     return [(length - overlap) * i for i in range(n)], length

@@ -1,109 +1,142 @@
-"""The masks of an image that are kept: in which order, without duplicates, and cleaned.
+"""Sorts the masks that are kept, drops duplicates, and removes small regions.
 
 Source: segment-anything `automatic_mask_generator.py` (_generate_masks, postprocess_small_regions).
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
+from sam_jax.everything.candidates import Candidates
+from sam_jax.everything.crops import Crop
+from sam_jax.everything.records import SelectedMask
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, non_maximum_suppression
 from sam_jax.masks.regions import remove_small_regions
 
-THREADS = 4  # each needs some ten bytes a pixel of the image
+NUM_THREADS = 4  # each needs about ten bytes per pixel of the image
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Mask:
-    """A mask that is kept.
+def select_masks(crops: Sequence[Crop], candidates: Sequence[Candidates]) -> list[SelectedMask]:
+    """Returns the masks to keep, crop by crop, those of a crop by falling predicted IoU.
 
-    Attributes:
-      crop: the index of the crop that it was found in; number: its index in `Candidates`.
-      box: '4' int, (left, top, right, bottom), inclusive, in pixels of the image.
-      iou: predicted; stability: its score.
-      segmentation: its run lengths in the image, once it is drawn.
+    Args:
+      crops: The crops of an image.
+      candidates: The numpy arrays of each crop's candidates.
     """
-
-    crop: int
-    number: int
-    box: np.ndarray
-    iou: float
-    stability: float
-    segmentation: dict[str, Any] | None = None
-
-    def drawn(self, segmentation, box):
-        """The same with what it is seen to be."""
-        return dataclasses.replace(self, segmentation=segmentation, box=box)
-
-
-def in_order(crops, found):
-    """The masks of `Candidates` of each `Crop`, crop by crop, and the best first."""
     masks = []
-    for i, (crop, candidates) in enumerate(zip(crops, found, strict=True)):
-        kept = np.flatnonzero(candidates.kept)
-        for number in kept[np.argsort(-candidates.iou[kept], kind="stable")]:
-            box = candidates.box[number] + np.tile(crop.corner, 2)
-            iou, stability = candidates.iou[number], candidates.stability[number]
-            masks.append(Mask(i, int(number), box, float(iou), float(stability)))
+    for i, (crop, found) in enumerate(zip(crops, candidates, strict=True)):
+        kept = np.flatnonzero(found.is_kept)
+        for candidate in kept[np.argsort(-found.iou[kept], kind="stable")]:
+            masks.append(
+                SelectedMask(
+                    crop=i,
+                    candidate=int(candidate),
+                    box=np.asarray(found.box[candidate]) + np.tile(crop.corner, 2),
+                    iou=float(found.iou[candidate]),
+                    stability=float(found.stability[candidate]),
+                )
+            )
     return masks
 
 
-def drop_duplicates_of_crops(masks, crops, threshold, capacity):
-    """Drops masks whose boxes overlap those of masks from smaller crops, which come first."""
+def drop_crop_duplicates(
+    masks: Sequence[SelectedMask], crops: Sequence[Crop], threshold: float, capacity: int
+) -> list[SelectedMask]:
+    """Drops masks whose boxes overlap those of masks from smaller crops.
+
+    Args:
+      masks: Masks of all crops.
+      crops: The crops of the image.
+      threshold: The IoU of two boxes above which one is dropped.
+      capacity: A fixed bound on the number of masks, so that every number runs the same program.
+
+    Returns:
+      The remaining masks, those of smaller crops first.
+    """
     scores = [1 / np.float32(math.prod(crops[mask.crop].size)) for mask in masks]
     return _drop_duplicates(masks, scores, threshold, capacity)
 
 
-def clean(masks, min_area, keep_largest, threshold, capacity):
-    """Removes small parts and holes, then masks that are duplicates of others that had none.
+def postprocess_small_regions(
+    masks: Sequence[SelectedMask],
+    min_area: int,
+    *,
+    keep_largest: bool,
+    threshold: float,
+    capacity: int,
+) -> list[SelectedMask]:
+    """Removes small islands and holes, then drops duplicates, preferring unchanged masks.
 
     Args:
-      masks: that are drawn; min_area, keep_largest: see `remove_small_regions`; masks of which
-        nothing is left are dropped.
-      threshold: of the IoU of boxes; capacity: see `_drop_duplicates`.
+      masks: Rasterized masks.
+      min_area: The area in pixels below which an island or hole is small.
+      keep_largest: Keep the largest island of a mask that has only small ones. Otherwise such a
+        mask is dropped.
+      threshold: The IoU of two boxes above which one is dropped.
+      capacity: A fixed bound on the number of masks, so that every number runs the same program.
+
     Returns:
-      The masks that had nothing small first.
+      The remaining masks, unchanged ones first.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        cleaned = pool.map(lambda mask: _clean(mask, min_area, keep_largest), masks)
-        left = [(mask, changed) for mask, changed in cleaned if mask.segmentation]
-    scores = [float(not changed) for _, changed in left]
-    return _drop_duplicates([mask for mask, _ in left], scores, threshold, capacity)
+
+    def clean(mask: SelectedMask) -> tuple[SelectedMask | None, bool]:
+        return _remove_small_regions(mask, min_area, keep_largest)
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        cleaned = [(mask, changed) for mask, changed in pool.map(clean, masks) if mask is not None]
+    scores = [float(not changed) for _, changed in cleaned]
+    return _drop_duplicates([mask for mask, _ in cleaned], scores, threshold, capacity)
 
 
-def float32_below(threshold: float) -> np.float32:
-    """The largest float32 that is not above: a float32 exceeds both or neither."""
+def round_down_to_float32(threshold: float) -> np.float32:
+    """Returns the largest float32 that is not above a float64 threshold.
+
+    A float32 value is above the result exactly if it is above the threshold.
+
+    Args:
+      threshold: The threshold.
+    """
     nearest = np.float32(threshold)
     return nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf))
 
 
-def _clean(mask, min_area, keep_largest):
-    """A mask, without run lengths if nothing is left of it, and whether anything was small."""
+def _remove_small_regions(
+    mask: SelectedMask, min_area: int, keep_largest: bool
+) -> tuple[SelectedMask | None, bool]:
+    """Returns the cleaned mask, or None if nothing is left, and True if it changed."""
+    assert mask.segmentation is not None
     pixels, changed = remove_small_regions(
         rle.decode(mask.segmentation), min_area, keep_largest=keep_largest
     )
     if not changed:
         return mask, False
-    segmentation = rle.encode(pixels) if pixels.any() else None
-    return mask.drawn(segmentation, box_of_mask(pixels)), True
+    if not pixels.any():
+        return None, True
+    box = box_of_mask(pixels)
+    return dataclasses.replace(mask, segmentation=rle.encode(pixels), box=box), True
 
 
-def _drop_duplicates(masks, scores, threshold, capacity):
-    """The masks whose boxes do not overlap those of better ones, the best first.
+def _drop_duplicates(
+    masks: Sequence[SelectedMask],
+    scores: Sequence[float | np.float32],
+    threshold: float,
+    capacity: int,
+) -> list[SelectedMask]:
+    """Drops masks whose boxes overlap those of higher scores, and sorts the rest by their scores.
 
-    They are padded to `capacity`, so that their number compiles no program.
+    The masks are padded to `capacity`, so that their number compiles no program.
     """
-    scores = np.array(scores, np.float32)
-    padded = lambda values, shape: np.resize(np.array(values, np.float32), shape)
+    boxes = np.zeros((capacity, 4), np.float32)
+    padded_scores = np.zeros(capacity, np.float32)
+    if masks:
+        boxes[: len(masks)] = [mask.box for mask in masks]
+        padded_scores[: len(masks)] = scores
     is_kept = non_maximum_suppression(
-        padded([mask.box for mask in masks], (capacity, 4)),
-        padded(scores, capacity),
-        np.arange(capacity) < len(masks),
-        float32_below(threshold),
+        boxes, padded_scores, np.arange(capacity) < len(masks), round_down_to_float32(threshold)
     )
     kept = np.flatnonzero(is_kept)
-    return [masks[i] for i in kept[np.argsort(-scores[kept], kind="stable")]]
+    return [masks[i] for i in kept[np.argsort(-padded_scores[kept], kind="stable")]]

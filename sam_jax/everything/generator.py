@@ -1,43 +1,70 @@
-"""All masks of an image, from a grid of points: numpy in, numpy out.
+"""Finds all masks of an image from a grid of points: numpy in, numpy out.
 
 Source: segment-anything `automatic_mask_generator.py`, whose parameters, records and order are
 kept; Kirillov et al. 2023, appendix B, for what the released code lacks.
 
-Differences: only the masks that are left when duplicates are gone are painted. First all are judged
-on the device (`candidates.py`) by measures that are taken tile by tile; then the few that are left
-are decoded once more and leave the device as bits, within their boxes. Ties between duplicates go
-to the first. Images have at most MAX_SIDE pixels a side. Masks of more than 95 % of the image, and
-masks of small parts alone, can be dropped.
+Differences: only masks that remain after duplicates are dropped are computed at the size of the
+image. First the device scores all masks (`candidates.py`) by measures of their tiles. Then the few
+that remain are decoded once more and leave the device as bits, within their boxes
+(`rasterize.py`). Of equally good duplicates the first one is kept. Images have at most MAX_SIDE
+pixels per side. Masks of more than a share of the image, and masks of small islands only, can be
+dropped.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+from numpy.typing import ArrayLike
 
-from sam_jax.everything.candidates import NUM_MASKS, Thresholds, find_candidates
-from sam_jax.everything.crops import checked_grids, make_grids, plan_crops
-from sam_jax.everything.filtering import clean, drop_duplicates_of_crops, float32_below, in_order
-from sam_jax.everything.rasterize import finish_drawing, start_drawing
-from sam_jax.everything.tiled_resize import MAX_SIDE, tile_image
+from sam_jax.everything.candidates import (
+    NUM_MULTIMASK_OUTPUTS,
+    Candidates,
+    Thresholds,
+    find_candidates,
+)
+from sam_jax.everything.crops import Crop, plan_crops
+from sam_jax.everything.filtering import (
+    drop_crop_duplicates,
+    postprocess_small_regions,
+    select_masks,
+)
+from sam_jax.everything.options import GeneratorOptions, sa1b_preset
+from sam_jax.everything.rasterize import PendingMasks, finish_rasterizing, start_rasterizing
+from sam_jax.everything.records import SelectedMask, make_record
+from sam_jax.everything.tiling import MAX_SIDE, Tiling, plan_tiles
+from sam_jax.everything.tuning import current_tuning
 from sam_jax.images.read import ImageError
-from sam_jax.images.resize import apply_coords, resize_and_pad
+from sam_jax.images.resize import apply_coords
 from sam_jax.masks import rle
-from sam_jax.masks.boxes import xyxy_to_xywh
-from sam_jax.model.ops.platform import platform
 from sam_jax.model.sam import Sam
-from sam_jax.predict.predictor import CHUNK, check_image, encode_images
-
-OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-ENCODED = 8  # images at a time, on accelerators
+from sam_jax.predict.encode import resize_and_encode
+from sam_jax.predict.predictor import check_image
 
 
 class SamAutomaticMaskGenerator:
-    """Masks all that is in an image."""
+    """Finds masks of everything in an image.
+
+    Example:
+      >>> model, variables = sam_jax.load("sam_tiny")
+      >>> generator = sam_jax.SamAutomaticMaskGenerator(
+      ...     model, variables, points_per_side=8, pred_iou_thresh=0.3, stability_score_thresh=0.5
+      ... )
+      >>> masks = generator.generate(np.zeros((150, 200, 3), np.uint8))
+      >>> masks[0]["segmentation"].shape
+      (150, 200)
+
+    Attributes:
+      model: The model.
+      variables: Its variables, on the device that computes.
+      options: The other arguments.
+      point_grids: Points (x, y) in [0, 1] for the image and for each layer of crops.
+    """
 
     def __init__(
         self,
@@ -53,95 +80,114 @@ class SamAutomaticMaskGenerator:
         crop_nms_thresh: float = 0.7,
         crop_overlap_ratio: float = 512 / 1500,
         crop_n_points_downscale_factor: int = 1,
-        point_grids: Sequence[np.ndarray] | None = None,
+        point_grids: Sequence[ArrayLike] | None = None,
         min_mask_region_area: int = 0,
         output_mode: str = "binary_mask",
         *,
         max_image_share: float | None = None,
         remove_small_masks: bool = False,
     ) -> None:
-        """Sets what `generate` does; the defaults suit the official ViT-H.
+        """Sets the options of `generate`. The defaults suit the official ViT-H.
 
         Args:
-          model, variables: as from `sam_jax.load`; the device that holds the variables computes.
-          points_per_side: of the grid of points; or None, if point_grids are given.
-          points_per_batch: points at a time, at most; on CPUs a few are the fastest.
-          pred_iou_thresh: the predicted IoU of a mask must be above; 0 and less are no limit.
-          stability_score_thresh: its stability, the IoU of the masks of two levels of its logits,
-            must reach this; 0 and less are no limit.
-          stability_score_offset: what the levels differ by from 0.
-          box_nms_thresh: in a crop, a mask is dropped whose box overlaps a better one's by more.
-          crop_n_layers: layers of crops, of 2 x 2, 4 x 4, ..., that are looked at too.
-          crop_nms_thresh: as box_nms_thresh, among crops; masks of smaller crops are better.
-          crop_overlap_ratio: of the image's shorter side, by which the first layer's crops overlap.
-          crop_n_points_downscale_factor: by which each layer has fewer points a side.
-          point_grids: 'n 2' points (x, y) in [0, 1] for the image and each layer of crops.
-          min_mask_region_area: holes and parts of fewer pixels are filled and removed; 0: none.
-          output_mode: of `segmentation`: "binary_mask" 'h w' bool, "uncompressed_rle" or
-            "coco_rle"; see `sam_jax.masks.rle`.
-          max_image_share: masks that cover this share of the image, or more, are dropped.
-          remove_small_masks: drop masks of which all parts are smaller than min_mask_region_area,
-            instead of keeping their largest part.
+          model: The model, as `sam_jax.load` returns it.
+          variables: Its variables. The device that holds them computes.
+          points_per_side: Points in each row and column of the grid, or None if `point_grids` are
+            given.
+          points_per_batch: The most points that are decoded at a time. On CPUs a few are fastest,
+            so no more are used there.
+          pred_iou_thresh: A mask's predicted IoU must be above; 0 or less disables the threshold.
+          stability_score_thresh: A mask's stability score, the IoU of the masks at two levels of
+            its logits, must be at least this; 0 or less disables the threshold.
+          stability_score_offset: The distance of these levels from 0.
+          box_nms_thresh: A mask is dropped if the IoU of its box with a better mask's in the same
+            crop is above.
+          crop_n_layers: Layers of 2 x 2, 4 x 4 and so on crops in addition to the full image.
+          crop_nms_thresh: As box_nms_thresh, but across crops, where masks from smaller crops win.
+          crop_overlap_ratio: The overlap of the first layer's crops as a fraction of the image's
+            shorter side.
+          crop_n_points_downscale_factor: The factor by which each layer has fewer points per side
+            than the one before.
+          point_grids: 'n 2' points (x, y) in [0, 1] for the image and for each layer of crops.
+          min_mask_region_area: Holes and islands of fewer pixels are filled and removed; 0 disables
+            this.
+          output_mode: The form of "segmentation": "binary_mask", 'h w' bool; "uncompressed_rle"; or
+            "coco_rle". See `sam_jax.masks.rle`.
+          max_image_share: Masks that cover at least this share of the image are dropped; None
+            disables this.
+          remove_small_masks: Drop masks whose islands are all smaller than min_mask_region_area
+            instead of keeping their largest island.
+
         Raises:
-          ValueError: naming the argument that is wrong.
+          ValueError: If an argument is invalid. The message names it.
         """
-        if (points_per_side is None) == (point_grids is None):
-            raise ValueError("exactly one of points_per_side and point_grids must be given")
-        if output_mode not in OUTPUT_MODES:
-            raise ValueError(f"output_mode must be one of {OUTPUT_MODES}; got {output_mode!r}")
-        _check_at_least(0, crop_n_layers=crop_n_layers, min_mask_region_area=min_mask_region_area)
-        _check_at_least(0, stability_score_offset=stability_score_offset)
-        _check_at_least(1, points_per_batch=points_per_batch)
-        if not 0 <= crop_overlap_ratio <= 1:
-            raise ValueError(f"crop_overlap_ratio must be 0 to 1; got {crop_overlap_ratio}")
-        if max_image_share is not None and not 0 < max_image_share <= 1:
-            raise ValueError(f"max_image_share must be above 0, up to 1; got {max_image_share}")
-        if point_grids is None:
-            _check_at_least(1, crop_n_points_downscale_factor=crop_n_points_downscale_factor)
-            point_grids = make_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
-        self.point_grids = checked_grids(point_grids, crop_n_layers)
+        self.options = GeneratorOptions(
+            points_per_side=points_per_side,
+            points_per_batch=points_per_batch,
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset,
+            box_nms_thresh=box_nms_thresh,
+            crop_n_layers=crop_n_layers,
+            crop_nms_thresh=crop_nms_thresh,
+            crop_overlap_ratio=crop_overlap_ratio,
+            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+            point_grids=point_grids,
+            min_mask_region_area=min_mask_region_area,
+            output_mode=output_mode,
+            max_image_share=max_image_share,
+            remove_small_masks=remove_small_masks,
+        )
+        self.point_grids = self.options.make_point_grids()
         self.model = model
         self.variables = jax.tree.map(jnp.asarray, variables)
         self._device = next(iter(jax.tree.leaves(self.variables)[0].devices()))
-        self._limits = Thresholds(
-            iou=np.float32(pred_iou_thresh if pred_iou_thresh > 0 else -np.inf),
-            stability=np.float32(stability_score_thresh if stability_score_thresh > 0 else -np.inf),
-            offset=np.float32(stability_score_offset),
-            area=np.float32(np.inf),
-            box_iou=float32_below(box_nms_thresh),
-        )
-        self.box_nms_thresh = box_nms_thresh
-        self.crop_n_layers = crop_n_layers
-        self.crop_nms_thresh = crop_nms_thresh
-        self.crop_overlap_ratio = crop_overlap_ratio
-        self.min_mask_region_area = min_mask_region_area
-        self.output_mode = output_mode
-        self.max_image_share = max_image_share
-        self.remove_small_masks = remove_small_masks
-        most = max(map(len, self.point_grids))
         with jax.default_device(self._device):
-            at_once = CHUNK if platform() == "cpu" else points_per_batch
-        self._chunk = min(most, points_per_batch, at_once)
-        self._num_points = -(-most // self._chunk) * self._chunk
+            self._tuning = current_tuning()
+        most_points = max(map(len, self.point_grids))
+        platform_limit = self._tuning.max_points_per_batch or points_per_batch
+        self._points_per_batch = min(most_points, points_per_batch, platform_limit)
+        # Grids are padded to a multiple of the batch.
+        self._num_points = -(-most_points // self._points_per_batch) * self._points_per_batch
+
+    @classmethod
+    def sa1b(
+        cls, model: Sam, variables: dict[str, Any], **overrides: Any
+    ) -> "SamAutomaticMaskGenerator":
+        """Makes a generator with the settings that made SA-1B, see `sa1b_preset`.
+
+        Args:
+          model: The model, as `sam_jax.load` returns it.
+          variables: Its variables.
+          **overrides: Arguments to use instead of the preset's.
+
+        Raises:
+          ValueError: If an argument is invalid. The message names it.
+        """
+        return cls(model, variables, **(sa1b_preset() | overrides))
 
     def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
-        """Masks an image.
+        """Finds the masks of an image.
 
         Args:
           image: 'h w 3' uint8 RGB.
+
         Returns:
-          A record for each mask: those of smaller crops first, and of a crop the best first. With
-            min_mask_region_area, those that had nothing to be removed come before all others.
-          segmentation: see output_mode;
-          area: int, in pixels;
-          bbox: [x, y, w, h], where w is the last column less the first one, so one less than their
-            number, as in the reference;
-          predicted_iou, stability_score: float;
-          point_coords: [[x, y]], the point that gave it;
+          A record for each mask. Masks from smaller crops come first, and those of a crop by
+          falling predicted IoU. With min_mask_region_area, masks without small regions come before
+          all others. A record holds:
+          segmentation: The mask in the form of `output_mode`.
+          area: Its area in pixels.
+          bbox: [x, y, w, h], where w is the last column minus the first one, so one less than the
+            number of columns, and h likewise, as in the reference.
+          predicted_iou: The predicted IoU.
+          point_coords: [[x, y]], the point that prompted it.
+          stability_score: The stability score.
           crop_box: [x, y, w, h] of the crop that it was found in.
+
         Raises:
-          ValueError: if the image has another shape or type.
-          ImageError: if it is too small for crops, or too large.
+          ValueError: If the image has another shape or type.
+          ImageError: If it is too small for crops, or too large.
         """
         size = check_image(image).shape[:2]
         if max(size) > MAX_SIDE or size[0] * size[1] > rle.MAX_PIXELS:
@@ -149,138 +195,120 @@ class SamAutomaticMaskGenerator:
                 f"image must have sides of at most {MAX_SIDE} pixels, and at most "
                 f"{rle.MAX_PIXELS} in all; got {size}"
             )
-        crops = plan_crops(size, self.crop_n_layers, self.crop_overlap_ratio)
+        options = self.options
+        crops = plan_crops(size, options.crop_n_layers, options.crop_overlap_ratio)
         with jax.default_device(self._device):
-            return self._generate(image, crops, size)
+            masks = self._generate(image, crops, size)
+        records = []
+        for mask in masks:
+            crop = crops[mask.crop]
+            point = self.point_grids[crop.layer][mask.candidate // NUM_MULTIMASK_OUTPUTS]
+            records.append(make_record(mask, crop, point, options.output_mode))
+        return records
 
-    def _generate(self, image, crops, size):
-        embeddings = self._encode([crop.cut(image) for crop in crops])
-        found = [self._find(*pair, size) for pair in zip(crops, embeddings, strict=True)]
-        masks = in_order(crops, jax.device_get(found))
-        capacity = len(crops) * self._num_points * NUM_MASKS
+    def _generate(
+        self, image: UInt8[np.ndarray, "h w 3"], crops: list[Crop], size: tuple[int, int]
+    ) -> list[SelectedMask]:
+        """Finds the masks of an image of `size` in its crops."""
+        embeddings = self._encode([crop.extract(image) for crop in crops])
+        thresholds = self.options.make_thresholds(size)
+        candidates = [
+            self._find_candidates(crop, embedding, thresholds, size)
+            for crop, embedding in zip(crops, embeddings, strict=True)
+        ]
+        masks = select_masks(crops, jax.device_get(candidates))
+        capacity = len(crops) * self._num_points * NUM_MULTIMASK_OUTPUTS
         if len(crops) > 1:
-            masks = drop_duplicates_of_crops(masks, crops, self.crop_nms_thresh, capacity)
-        masks = self._draw(masks, crops, embeddings, size)
-        if self.min_mask_region_area:
-            masks = clean(
+            masks = drop_crop_duplicates(masks, crops, self.options.crop_nms_thresh, capacity)
+        masks = self._rasterize(masks, crops, embeddings, size)
+        if self.options.min_mask_region_area:
+            masks = postprocess_small_regions(
                 masks,
-                self.min_mask_region_area,
-                not self.remove_small_masks,
-                max(self.box_nms_thresh, self.crop_nms_thresh),
-                capacity,
+                self.options.min_mask_region_area,
+                keep_largest=not self.options.remove_small_masks,
+                threshold=max(self.options.box_nms_thresh, self.options.crop_nms_thresh),
+                capacity=capacity,
             )
-        return [self._record(mask, crops[mask.crop]) for mask in masks]
+        return masks
 
-    def _encode(self, images):
-        """The embeddings '1 gh gw c' of images 'h w 3', on accelerators some at a time."""
-        batch = 1 if platform() == "cpu" else min(ENCODED, len(images))
+    def _encode(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+    ) -> list[Float[Array, "1 gh gw c"]]:
+        """Encodes the crops of an image, several in one program where that is faster."""
+        batch_size = min(self._tuning.images_per_batch, len(images))
         embeddings = []
-        for start in range(0, len(images), batch):
-            some = [resize_and_pad(x, self.model.image_size) for x in images[start : start + batch]]
-            padded, sizes = zip(*some, *some[-1:] * (batch - len(some)), strict=True)
-            arrays = np.stack(padded), np.array(sizes, np.int32)
-            embedded = encode_images(self.model, self.variables, *arrays)
-            embeddings += [embedded[i : i + 1] for i in range(len(some))]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            embedding, _ = resize_and_encode(self.model, self.variables, batch, batch_size)
+            embeddings += [embedding[i : i + 1] for i in range(len(batch))]
         return embeddings
 
-    def _find(self, crop, embedding, size):
-        """The `Candidates` of a crop of an image of (height, width), which may be under way."""
-        limits = self._limits
-        if self.max_image_share is not None:
-            limits = dataclasses.replace(
-                limits, area=np.float32(self.max_image_share * size[0] * size[1])
-            )
+    def _find_candidates(
+        self,
+        crop: Crop,
+        embedding: Float[Array, "1 gh gw c"],
+        thresholds: Thresholds,
+        size: tuple[int, int],
+    ) -> Candidates:
+        """Scores the masks of a crop, without waiting for the result."""
         return find_candidates(
             self.model,
             self.variables,
             embedding,
-            self._points_in_frame(crop),
+            self._points_on_canvas(crop),
             len(self.point_grids[crop.layer]),
             self._tiling(crop),
-            limits,
+            thresholds,
             np.array(crop.box),
             np.array(size),
-            chunk=self._chunk,
+            points_per_batch=self._points_per_batch,
+            tuning=self._tuning,
         )
 
-    def _draw(self, masks, crops, embeddings, size):
-        """The `Mask`s with their run lengths in the image of (height, width)."""
-        drawings = []
+    def _rasterize(
+        self,
+        masks: list[SelectedMask],
+        crops: list[Crop],
+        embeddings: list[Float[Array, "1 gh gw c"]],
+        size: tuple[int, int],
+    ) -> list[SelectedMask]:
+        """Returns the masks with their run lengths in the image of `size`."""
+        pending: list[tuple[int, PendingMasks]] = []
         for i, (crop, embedding) in enumerate(zip(crops, embeddings, strict=True)):
-            here = [mask for mask in masks if mask.crop == i]
-            if here:
-                started = start_drawing(
+            crop_masks = [mask for mask in masks if mask.crop == i]
+            if crop_masks:
+                started = start_rasterizing(
                     self.model,
                     self.variables,
                     embedding,
-                    self._points_in_frame(crop),
-                    np.array([mask.number for mask in here]),
-                    np.array([mask.box for mask in here]) - np.tile(crop.corner, 2),
+                    self._points_on_canvas(crop),
+                    np.array([mask.candidate for mask in crop_masks]),
+                    np.array([mask.box for mask in crop_masks]) - np.tile(crop.corner, 2),
                     self._tiling(crop),
-                    chunk=self._chunk,
+                    points_per_batch=self._points_per_batch,
                 )
-                drawings += [(i, drawing) for drawing in started]
-        with ThreadPoolExecutor() as pool:
-            finish = lambda i, drawing: finish_drawing(drawing, crops[i].corner, size)
-            finished = pool.map(finish, *zip(*drawings, strict=True)) if drawings else ()
-            drawn = {
-                (i, number): mask
-                for (i, _), masks_of_one in zip(drawings, finished, strict=True)
-                for number, mask in masks_of_one.items()
-            }
-        return [mask.drawn(*drawn[mask.crop, mask.number]) for mask in masks]
+                pending += [(i, crop_pending) for crop_pending in started]
 
-    def _points_in_frame(self, crop):
-        """The points of a crop 'n 2' float32 in pixels of the frame, padded to a fixed number."""
+        def finish(item: tuple[int, PendingMasks]) -> dict:
+            i, crop_pending = item
+            return finish_rasterizing(crop_pending, crops[i].corner, size)
+
+        rasterized = {}
+        with ThreadPoolExecutor() as pool:
+            for (i, _), finished in zip(pending, pool.map(finish, pending), strict=True):
+                for candidate, (segmentation, box) in finished.items():
+                    rasterized[i, candidate] = {"segmentation": segmentation, "box": box}
+        return [
+            dataclasses.replace(mask, **rasterized[mask.crop, mask.candidate]) for mask in masks
+        ]
+
+    def _points_on_canvas(self, crop: Crop) -> Float32[np.ndarray, "p 2"]:
+        """Returns a crop's points in pixels of the canvas, padded to a fixed number."""
         points = np.zeros((self._num_points, 2), np.float32)
         grid = self.point_grids[crop.layer]
         points[: len(grid)] = apply_coords(grid * crop.size[::-1], crop.size, self.model.image_size)
         return points
 
-    def _tiling(self, crop):
-        """The `Tiling` of a crop."""
-        frame, patch = self.model.image_size, self.model.patch_size
-        return tile_image(crop.size, (4 * frame[0] // patch, 4 * frame[1] // patch), frame)
-
-    def _record(self, mask, crop):
-        point = self.point_grids[crop.layer][mask.number // NUM_MASKS] * crop.size[::-1]
-        write: dict[str, Callable[[dict], Any]] = {
-            "binary_mask": rle.decode,
-            "uncompressed_rle": rle.uncompress,
-            "coco_rle": rle.compress,
-        }
-        return {
-            "segmentation": write[self.output_mode](mask.segmentation),
-            "area": rle.area(mask.segmentation),
-            "bbox": xyxy_to_xywh(mask.box).tolist(),
-            "predicted_iou": mask.iou,
-            "point_coords": [(point + crop.corner).tolist()],
-            "stability_score": mask.stability,
-            "crop_box": xyxy_to_xywh(np.array(crop.box)).tolist(),
-        }
-
-
-def sa1b_preset() -> dict[str, Any]:
-    """The arguments with which SA-1B was made: appendix B of the paper.
-
-    As the released code, a predicted IoU of 0.88 exactly is not enough, and parts are of pixels
-    that touch by 8 neighbours; the paper says neither.
-    """
-    return dict(
-        points_per_side=32,
-        pred_iou_thresh=0.88,
-        stability_score_thresh=0.95,
-        box_nms_thresh=0.7,
-        crop_n_layers=2,
-        crop_nms_thresh=0.7,
-        crop_n_points_downscale_factor=2,
-        min_mask_region_area=100,
-        max_image_share=0.95,
-        remove_small_masks=True,
-    )
-
-
-def _check_at_least(least, **arguments):
-    for name, value in arguments.items():
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
+    def _tiling(self, crop: Crop) -> Tiling:
+        """Returns the tiles of a crop."""
+        return plan_tiles(crop.size, self.model.low_res, self.model.image_size, self._tuning.window)

@@ -1,1 +1,1 @@
-"""Prediction: numpy in, numpy out."""
+"""Predicts masks from prompts: numpy in, numpy out."""

@@ -1,4 +1,4 @@
-"""Masks of an image from points, boxes and masks: numpy in, numpy out.
+"""Predicts masks of an image from points, boxes and masks: numpy in, numpy out.
 
 Source: segment-anything `predictor.py`, whose signatures, shapes and numerics are kept.
 
@@ -6,97 +6,110 @@ Differences: `predict_many` and `predict_batch`; prompts are padded to a few fix
 neither their number nor the image's size compiles a new program.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Bool, Float, Float32, UInt8
+from numpy.typing import ArrayLike
 
-from sam_jax.images.resize import postprocess_masks, resize_and_pad
-from sam_jax.model.mask_decoder import choose_masks
-from sam_jax.model.sam import Sam, normalize
-from sam_jax.predict.prompts import check_prompt, mask_of, points_of, stack_prompts
+from sam_jax.images.resize import postprocess_masks
+from sam_jax.model.sam import Sam
+from sam_jax.predict.decode import decode_objects
+from sam_jax.predict.encode import resize_and_encode
+from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
 
-Prompt = dict[str, Any]  # some of the first four arguments of `SamPredictor.predict`
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # masks, scores, low-resolution logits
+# Masks (logits if asked for), scores and low-resolution logits, of one object and of several.
+ObjectPrediction = tuple[
+    Bool[np.ndarray, "m h w"] | Float32[np.ndarray, "m h w"],
+    Float32[np.ndarray, " m"],
+    Float32[np.ndarray, "m lh lw"],
+]
+Prediction = tuple[
+    Bool[np.ndarray, "n m h w"] | Float32[np.ndarray, "n m h w"],
+    Float32[np.ndarray, "n m"],
+    Float32[np.ndarray, "n m lh lw"],
+]
 
-MASK_THRESHOLD = 0.0
-CHUNK = 4  # objects decoded at a time: what they need stays in the cache
-GROUP = 32  # objects of one program, where there are as many
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def encode_images(model, variables, images, sizes):
-    """Encodes padded images 'b h w 3' uint8, whose sizes are 'b 2', in one program."""
-    return model.apply(variables, normalize(images, sizes), method="encode")
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def decode_prompts(model, variables, embedding, prompts):
-    """Decodes `Prompts` into `Masks`, CHUNK objects at a time, in one program for each shape."""
-    decode = functools.partial(model.apply, variables, embedding, method="decode")
-    if prompts.points.shape[1] <= CHUNK:
-        return decode(prompts)
-    split = lambda x: rearrange(x, "b (s r) ... -> s b r ...", r=CHUNK)
-    join = lambda x: rearrange(x, "s b r ... -> b (s r) ...")
-    return jax.tree.map(join, jax.lax.map(decode, jax.tree.map(split, prompts)))
+MASK_THRESHOLD = 0.0  # a pixel is in a mask if its logit is above
 
 
 class SamPredictor:
-    """Encodes an image once and predicts masks from prompts.
+    """Encodes an image once and predicts masks from any number of prompts.
+
+    Example:
+      >>> model, variables = sam_jax.load("sam_tiny")
+      >>> predictor = sam_jax.SamPredictor(model, variables)
+      >>> predictor.set_image(np.zeros((60, 80, 3), np.uint8))
+      >>> masks, scores, low_res_logits = predictor.predict([[45, 30]], [1])
+      >>> masks.shape, scores.shape
+      ((3, 60, 80), (3,))
 
     Attributes:
-      model, variables: as given.
-      original_size, input_size: (height, width) of the image, and of it in the model's frame.
+      model: The model.
+      variables: Its variables.
+      original_size: (height, width) of the image, or None if no image is set.
+      input_size: (height, width) of the resized image in the padded input of the model, or None.
     """
 
     def __init__(self, model: Sam, variables: dict[str, Any]) -> None:
+        """Makes a predictor without an image.
+
+        Args:
+          model: The model, as `sam_jax.load` returns it.
+          variables: Its variables.
+        """
         self.model = model
         self.variables = variables
-        self.original_size: tuple[int, ...] | None = None
-        self.input_size: tuple[int, ...] | None = None
-        self._embedding: jax.Array | None = None
+        self.original_size: tuple[int, int] | None = None
+        self.input_size: tuple[int, int] | None = None
+        self._embedding: Float[Array, "1 gh gw c"] | None = None
 
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
         """Encodes an image for the predictions that follow.
 
         Args:
-          image: 'h w 3' uint8.
-          image_format: the order of its channels, "RGB" or "BGR".
+          image: 'h w 3' uint8, values 0 to 255.
+          image_format: The order of its channels, "RGB" or "BGR".
+
         Raises:
-          ValueError: if the image has another shape or type.
+          ValueError: If the image has another shape or type. The image that was set before stays.
         """
         image = check_image(image, image_format)
         self.reset_image()
-        self._embedding, (self.input_size,) = self._encode([image], 1)
+        self._embedding, (self.input_size,) = resize_and_encode(
+            self.model, self.variables, [image], batch_size=1
+        )
         self.original_size = image.shape[:2]
 
     def predict(
         self,
-        point_coords: np.ndarray | None = None,
-        point_labels: np.ndarray | None = None,
-        box: np.ndarray | None = None,
-        mask_input: np.ndarray | None = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
-    ) -> Arrays:
+    ) -> ObjectPrediction:
         """Predicts masks of one object.
 
         Args:
-          point_coords: 'k 2' points (x, y) in pixels of the image.
-          point_labels: 'k', 1 foreground and 0 background.
+          point_coords: 'k 2', points (x, y) in pixels of the image.
+          point_labels: 'k', 1 for foreground and 0 for background.
           box: '4', (x0, y0, x1, y1) in pixels of the image.
-          mask_input: '1 lh lw' low-resolution logits of an earlier prediction.
-          multimask_output: return three masks, for an ambiguous prompt, instead of one.
-          return_logits: return logits instead of masks.
+          mask_input: '1 lh lw', low-resolution logits of an earlier prediction.
+          multimask_output: Return three masks, for an ambiguous prompt, instead of one.
+          return_logits: Return logits instead of masks.
+
         Returns:
-          masks: 'm h w' bool (float32 if logits); scores: 'm' float32, the predicted IoU of each;
-          low_res_logits: 'm lh lw' float32.
+          masks: At the size of the image.
+          scores: The predicted IoU of each mask.
+          low_res_logits: The masks' low-resolution logits, which `mask_input` takes.
+
         Raises:
-          RuntimeError: if no image is set.
-          ValueError: naming the argument that is wrong.
+          RuntimeError: If no image is set.
+          ValueError: If an argument is invalid. The message names it.
         """
         prompt = {
             "point_coords": point_coords,
@@ -108,20 +121,32 @@ class SamPredictor:
         return masks[0], scores[0], low_res[0]
 
     def predict_many(
-        self, prompts: Sequence[Prompt], multimask_output: bool = True, return_logits: bool = False
-    ) -> Arrays:
-        """Predicts masks of n objects of the image.
+        self,
+        prompts: Sequence[Prompt],
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> Prediction:
+        """Predicts masks of n objects in the image.
 
         Args:
-          prompts: n dicts of `predict`'s first four arguments, each with any number of points.
-          multimask_output, return_logits: as in `predict`.
+          prompts: One dict per object with the first four arguments of `predict`, each optional.
+            Objects may have different numbers of points.
+          multimask_output: Return three masks of each object instead of one.
+          return_logits: Return logits instead of masks.
+
         Returns:
-          masks 'n m h w', scores 'n m' and low_res_logits 'n m lh lw', as in `predict`.
+          Masks, scores and low-resolution logits as of `predict`, with an axis of objects in front.
+
+        Raises:
+          RuntimeError: If no image is set.
+          ValueError: If a prompt is invalid. The message names the argument.
         """
-        self._check_image_set()
-        objects = [self._objects(prompts, self.original_size)]
-        ((low_res, scores),) = self.decode(self._embedding, objects, multimask_output)
-        return self._finish(low_res, scores, self.original_size, return_logits)
+        embedding, size = self._require_image()
+        objects = [self._prepare(prompts, size)]
+        ((low_res, scores),) = decode_objects(
+            self.model, self.variables, embedding, objects, multimask_output
+        )
+        return self._resize_masks(low_res, size, return_logits), scores, low_res
 
     def predict_batch(
         self,
@@ -132,18 +157,26 @@ class SamPredictor:
         *,
         image_format: str = "RGB",
         batch_size: int = 1,
-    ) -> list[Arrays]:
+    ) -> list[Prediction]:
         """Predicts masks of any number of objects in each of many images.
+
+        The image that is set stays.
 
         Args:
           images: 'h w 3' uint8 each, of any sizes.
-          prompts: for each image, a list of prompts as in `predict_many`.
-          multimask_output, return_logits, image_format: as in `predict` and `set_image`.
-          batch_size: images in one program; more use an accelerator better, and take more memory.
+          prompts: For each image, a list of prompts as of `predict_many`.
+          multimask_output: Return three masks of each object instead of one.
+          return_logits: Return logits instead of masks.
+          image_format: The order of the images' channels, "RGB" or "BGR".
+          batch_size: The number of images in one program. More images use an accelerator better and
+            need more memory.
+
         Returns:
-          For each image, what `predict_many` returns.
+          For each image, masks, scores and low-resolution logits as of `predict_many`.
+
         Raises:
-          ValueError: naming the argument that is wrong, before anything is computed.
+          ValueError: If an argument is invalid. It is raised before anything is computed, and the
+            message names the argument.
         """
         if len(images) != len(prompts):
             raise ValueError(
@@ -153,98 +186,77 @@ class SamPredictor:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         images = [check_image(image, image_format) for image in images]
         objects = [
-            self._objects(of_image, image.shape[:2])
-            for image, of_image in zip(images, prompts, strict=True)
+            self._prepare(image_prompts, image.shape[:2])
+            for image, image_prompts in zip(images, prompts, strict=True)
         ]
-        results = []
+        predictions = []
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)
-            embedding, _ = self._encode(images[batch], batch_size)
-            decoded = self.decode(embedding, objects[batch], multimask_output)
+            embedding, _ = resize_and_encode(self.model, self.variables, images[batch], batch_size)
+            decoded = decode_objects(
+                self.model, self.variables, embedding, objects[batch], multimask_output
+            )
             for image, (low_res, scores) in zip(images[batch], decoded, strict=True):
-                results.append(self._finish(low_res, scores, image.shape[:2], return_logits))
-        return results
+                masks = self._resize_masks(low_res, image.shape[:2], return_logits)
+                predictions.append((masks, scores, low_res))
+        return predictions
 
     @property
     def is_image_set(self) -> bool:
-        """Whether there is an image to predict on."""
+        """True if there is an image to predict on."""
         return self._embedding is not None
 
-    def get_image_embedding(self) -> np.ndarray:
-        """The image's embedding '1 c gh gw' float32, as the reference lays it out."""
-        self._check_image_set()
-        return rearrange(np.asarray(self._embedding, np.float32), "b gh gw c -> b c gh gw")
+    def get_image_embedding(self) -> Float32[np.ndarray, "1 c gh gw"]:
+        """Returns the image's embedding with its axes in the reference's order.
+
+        Raises:
+          RuntimeError: If no image is set.
+        """
+        embedding, _ = self._require_image()
+        return rearrange(np.asarray(embedding, np.float32), "b gh gw c -> b c gh gw")
 
     def reset_image(self) -> None:
         """Forgets the image."""
         self.original_size = self.input_size = self._embedding = None
 
-    def _check_image_set(self) -> None:
-        if not self.is_image_set:
+    def _require_image(self) -> tuple[Float[Array, "1 gh gw c"], tuple[int, int]]:
+        """Returns the image's embedding and original size."""
+        if self._embedding is None or self.original_size is None:
             raise RuntimeError("no image is set: call set_image(image) first")
+        return self._embedding, self.original_size
 
-    def _objects(self, prompts, original_size):
-        """Checks the prompts of one image -> a list of (points, labels, mask) in the frame."""
-        frame, patch = self.model.image_size, self.model.patch_size
-        low_res = (4 * frame[0] // patch, 4 * frame[1] // patch)
-        objects = []
-        for prompt in prompts:
-            check_prompt(prompt)
-            points, labels = points_of(prompt, original_size, frame)
-            objects.append((points, labels, mask_of(prompt, low_res)))
-        return objects
+    def _prepare(
+        self, prompts: Sequence[Prompt], original_size: tuple[int, int]
+    ) -> list[ObjectPrompt]:
+        """Validates the prompts of one image."""
+        canvas, low_res = self.model.image_size, self.model.low_res
+        return [prepare_prompt(prompt, original_size, canvas, low_res) for prompt in prompts]
 
-    def _encode(self, images, batch_size):
-        """Encodes up to batch_size images -> 'batch_size gh gw c', and their sizes in the frame."""
-        padded, sizes = zip(
-            *(resize_and_pad(i, self.model.image_size) for i in images), strict=True
-        )
-        missing = batch_size - len(images)
-        padded, all_sizes = padded + padded[-1:] * missing, sizes + sizes[-1:] * missing
-        arrays = np.stack(padded), np.array(all_sizes, np.int32)
-        return encode_images(self.model, self.variables, *arrays), sizes
-
-    def decode(self, embedding, objects, multimask_output):
-        """Decodes the objects of each image -> for each, logits 'n m lh lw' and IoUs 'n m'."""
-        decoded, start = [], 0
-        for size in group_sizes(max(map(len, objects))):
-            some = [of_image[start : start + size] for of_image in objects]
-            some += [[]] * (len(embedding) - len(some))
-            slots = max((len(labels) for of_image in some for _, labels, _ in of_image), default=0)
-            prompts = stack_prompts(some, size, num_slots(slots))
-            masks = decode_prompts(self.model, self.variables, embedding, prompts)
-            decoded.append(jax.device_get(masks))
-            start += size
-        masks = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *decoded)
-        masks = choose_masks(masks, multimask_output)
-        counts = map(len, objects)
-        return [(masks.logits[i, :n], masks.iou[i, :n]) for i, n in enumerate(counts)]
-
-    def _finish(self, low_res, scores, original_size, return_logits):
-        """Brings the masks of an image to its size, an object at a time as they are large."""
+    def _resize_masks(
+        self,
+        low_res: Float32[np.ndarray, "n m lh lw"],
+        original_size: tuple[int, int],
+        return_logits: bool,
+    ) -> Bool[np.ndarray, "n m h w"] | Float32[np.ndarray, "n m h w"]:
+        """Resizes masks to the size of their image, one object at a time to save memory."""
         shape = (*low_res.shape[:2], *original_size)
         masks = np.empty(shape, np.float32 if return_logits else bool)
-        for i, logits in enumerate(low_res):
-            logits = postprocess_masks(logits, original_size, self.model.image_size)
+        for i, object_logits in enumerate(low_res):
+            logits = postprocess_masks(object_logits, original_size, self.model.image_size)
             masks[i] = logits if return_logits else logits > MASK_THRESHOLD
-        return masks, scores, low_res
+        return masks
 
 
-def group_sizes(n: int) -> list[int]:
-    """Splits n objects into programs of 1, CHUNK or GROUP of them, the last perhaps padded."""
-    if n <= 1:
-        return [1]
-    return [GROUP] * (n // GROUP) + [CHUNK] * -(-(n % GROUP) // CHUNK)
+def check_image(image: object, image_format: str = "RGB") -> UInt8[np.ndarray, "h w 3"]:
+    """Validates an image and returns it with its channels in the order RGB.
 
+    Args:
+      image: The image to check.
+      image_format: The order of its channels, "RGB" or "BGR".
 
-def num_slots(most: int) -> int:
-    """The slots for up to `most` points, so that with the decoder's five outputs there are 7 tokens
-    (for a click or a box), 16, 32, 64, ...: few programs, and no wasted lanes."""
-    return 2 if most <= 2 else max(16, 1 << (most + 4).bit_length()) - 5
-
-
-def check_image(image: np.ndarray, image_format: str = "RGB") -> np.ndarray:
-    """Checks an image 'h w 3' uint8 -> the same in the order RGB."""
+    Raises:
+      ValueError: If the image is no 'h w 3' uint8 array, or the order is unknown.
+    """
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f'image_format must be "RGB" or "BGR"; got {image_format!r}')
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:

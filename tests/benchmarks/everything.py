@@ -1,12 +1,13 @@
 """Times everything mode on CPU against PyTorch's segment-anything: part of `make bench`.
 
-The same random ViT-B weights, photo, points and thresholds, float32, two threads each; the image is
-encoded beforehand. Contestants and their turns are as in `tests.benchmarks.predict`: who does not
-find as many masks, with the same pixels in all, is not timed.
+All contestants have the same random ViT-B weights, photo, points and thresholds, float32 and two
+threads; the image is encoded beforehand. Contestants and their turns are those of
+`tests.benchmarks.predict`. Nothing is timed unless all find equally many masks of the same total
+area.
 
-Random weights are sure of nothing, so thresholds are such that the figures are those of a trained
-model on a photo: two masks in five are predicted to be good, and some hundred of 1024 points are
-left. They lie all over the image, where those of a trained model are small.
+Random weights predict low IoUs, so the thresholds are chosen to give the numbers of a trained model
+on a photo: two masks in five are predicted to be good, and about a hundred of 1024 points remain.
+Their masks extend over the image, whereas those of a trained model are small.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np
 from tests.benchmarks.predict import CONTESTANTS, THREADS, ask, environment, write_weights
 
 SIZE = (1200, 1800)
-ROUNDS = {16: 3, 32: 1}  # points a side, and how often each takes its turn
+ROUNDS = {16: 3, 32: 1}  # points per side, and the number of rounds
 GOOD, STABLE = 0.4, 0.08  # the shares of masks that are good, and of these that are stable
 
 
@@ -47,13 +48,13 @@ def main():
 PREPARE = """
 import sys
 from pathlib import Path
-from tests.benchmarks.everything import prepare
-prepare(Path(sys.argv[1]))
+from tests.benchmarks.everything import write_inputs
+write_inputs(Path(sys.argv[1]))
 """
 
 
-def transform(folder):
-    """Writes what all begin with: the photo, its embedding, and thresholds."""
+def write_inputs(folder):
+    """Writes the inputs of all contestants: the photo, its embedding, and thresholds."""
     import sam_jax
     from tests.reference.conftest import make_photo
 
@@ -67,7 +68,7 @@ def transform(folder):
 
 
 def thresholds_of(model, variables, photo):
-    """The predicted IoU and the stability that GOOD and STABLE masks have."""
+    """Returns the thresholds that the shares GOOD and STABLE of masks pass."""
     import sam_jax
 
     masks = sam_jax.SamAutomaticMaskGenerator(
@@ -83,12 +84,12 @@ def thresholds_of(model, variables, photo):
         np.array([mask[name] for mask in masks]) for name in ("predicted_iou", "stability_score")
     )
     least_iou = np.quantile(iou, 1 - GOOD)
-    assert least_iou > 0, "these weights predict IoUs below 0, which is no limit"
+    assert least_iou > 0, "a threshold of 0 or less would be disabled"
     return least_iou, np.quantile(stability[iou > least_iou], 1 - STABLE)
 
 
 def measure(folder, side, rounds):
-    """Prints a row: the contestants' times, and their peaks in fresh processes."""
+    """Prints the contestants' times, and their peaks in fresh processes."""
     workers = {name: start(name, folder) for name in CONTESTANTS}
     found = {name: ask(worker, side, "masks") for name, worker in workers.items()}
     check_same(found)
@@ -106,22 +107,25 @@ def measure(folder, side, rounds):
         ratio = statistics.median(np.divide(times["ours"], seconds))
         print(
             f"{name:12}{statistics.median(seconds):8.1f} s [{min(seconds):.1f}, {max(seconds):.1f}]"
-            f"{peaks[name]:8.0f} MiB   ours / this: time {ratio:.2f}, "
+            f"{peaks[name]:8.0f} MiB   sam_jax / this: time {ratio:.2f}, "
             f"peak memory {peaks['ours'] / peaks[name]:.2f}",
             flush=True,
         )
 
 
 def check_same(found):
-    """Nobody may be fast and wrong: as many masks, and pixels to a thousandth."""
-    count, pixels = found["torch"]
-    for name, (ours, area) in found.items():
-        if ours != count or abs(area - pixels) > 1e-3 * pixels:
-            sys.exit(f"{name} finds {ours} masks of {area} pixels; torch {count} of {pixels}")
+    """Exits unless all find equally many masks, of equal total area to a thousandth."""
+    expected_count, expected_area = found["torch"]
+    for name, (count, area) in found.items():
+        if count != expected_count or abs(area - expected_area) > 1e-3 * expected_area:
+            sys.exit(
+                f"{name} finds {count} masks of {area} pixels; "
+                f"torch finds {expected_count} of {expected_area}"
+            )
 
 
 def start(name, folder):
-    """A process that answers questions, one JSON line each."""
+    """Starts a process that answers questions, one JSON line each."""
     return subprocess.Popen(
         [sys.executable, __file__, "--contestant", name, "--folder", str(folder)],
         stdin=subprocess.PIPE,
@@ -132,11 +136,11 @@ def start(name, folder):
 
 
 def work(name, folder):
-    """Answers questions on stdin about one contestant."""
+    """Answers the questions on stdin about one contestant."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     with np.load(folder / "inputs.npz") as saved:
         inputs = dict(saved)
-    generate = (our_call if name == "ours" else torch_call)(folder / "sam_vit_b.pth", inputs)
+    generate = (sam_jax_call if name == "ours" else torch_call)(folder / "sam_vit_b.pth", inputs)
     for line in sys.stdin:
         side, question = json.loads(line)
         if question == "masks":
@@ -162,7 +166,7 @@ def options_of(inputs, side):
     )
 
 
-def our_call(weights, inputs):
+def sam_jax_call(weights, inputs):
     import jax.numpy as jnp
 
     import sam_jax

@@ -24,8 +24,10 @@ import jax
 import jax.numpy as jnp
 
 import sam_jax
-from sam_jax.everything.candidates import UPSCALED, prompts_of
-from sam_jax.everything.tiled_resize import BATCH, make_matrices, measure_tiles, tile_image
+from sam_jax.everything.candidates import point_prompts
+from sam_jax.everything.tiled_resize import make_matrices, measure_tiles
+from sam_jax.everything.tiling import plan_tiles
+from sam_jax.everything.tuning import TUNINGS
 from sam_jax.model.init import init_variables
 from sam_jax.model.mask_decoder import NUM_MASK_TOKENS
 from sam_jax.model.ops.platform import traced_for
@@ -56,8 +58,8 @@ def main():
     turns = {
         "encode": 1,
         "attend": (POINTS + KEPT) / CHUNK,
-        "upscale": (GOOD_POINTS * POINTS + KEPT) / UPSCALED["tpu"],
-        "measure": (GOOD_MASKS * POINTS + KEPT) * TILES / BATCH["tpu"],
+        "upscale": (GOOD_POINTS * POINTS + KEPT) / TUNINGS["tpu"].prompts_per_upscaling,
+        "measure": (GOOD_MASKS * POINTS + KEPT) * TILES / TUNINGS["tpu"].tiles_per_measurement,
     }
     print(f"{args.model} on {args.topology}, an image on one device")
     for name, turn in turns.items():
@@ -75,13 +77,13 @@ def programs(model):
     variables = jax.eval_shape(functools.partial(init_variables, model, 0))
     encode = functools.partial(model.apply, method="encode")
     attend = lambda variables, embedding, points: model.apply(
-        variables, embedding, prompts_of(points), method="decode_tokens"
+        variables, embedding, point_prompts(points), method="decode_tokens"
     )
     upscale = functools.partial(model.apply, gh=gh, method="upscale_masks")
-    tiling = tile_image(SIZE, low, model.image_size)
+    tiling = plan_tiles(SIZE, low, model.image_size, TUNINGS["tpu"].window)
     tiling = jax.tree.map(lambda x: like(x.shape, x.dtype), tiling)
     measure = functools.partial(measure_tiles, offset=1.0)
-    n = UPSCALED["tpu"]
+    n = TUNINGS["tpu"].prompts_per_upscaling
     return {
         "encode": (encode, variables, like((1, *model.image_size, 3), jnp.float32)),
         "attend": (
@@ -99,7 +101,7 @@ def programs(model):
         "measure": (
             measure,
             like((3 * CHUNK, *low), jnp.float32),
-            *[like((BATCH["tpu"],), jnp.int32)] * 3,
+            *[like((TUNINGS["tpu"].tiles_per_measurement,), jnp.int32)] * 3,
             tiling,
             jax.eval_shape(make_matrices, tiling),
         ),

@@ -1,11 +1,11 @@
 """Times prediction on CPU against PyTorch's segment-anything: `make bench`.
 
-The same random ViT-B weights and inputs, float32, two threads each. Every contestant lives in a
-process of its own and they take turns within one run; a row is the median over the rounds, and a
-ratio the median of the rounds' ratios. Outputs are compared before anything is timed. PyTorch runs
-twice: as it comes, and with an allocator that keeps its memory, which is the one to beat.
+All contestants have the same random ViT-B weights and inputs, float32 and two threads. Each runs in
+a separate process, and they take turns within one run. A row is the median over the rounds, and a
+ratio is the median of the rounds' ratios. Outputs are compared before anything is timed. PyTorch
+runs twice: with its default allocator, and with one that keeps its memory, which is faster.
 
-Peak memory is the resident set of fresh processes that do one thing once, compilation included.
+Peak memory is the resident set of a fresh process that does one thing once, compilation included.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main():
 
 
 def time_in_turns(weights, rounds):
-    """{work: {contestant: seconds of each round}}."""
+    """Returns {work: {contestant: seconds of each round}}."""
     workers = {name: start(name, weights) for name in CONTESTANTS}
     times = {w: {name: [] for name in workers} for w in WORK}
     for w in WORK:
@@ -65,7 +65,7 @@ def time_in_turns(weights, rounds):
 
 
 def peak_memory(name, weights, w):
-    """MiB that a fresh process needs to load the weights and do the work once."""
+    """Returns the MiB that a fresh process needs to load the weights and do the work once."""
     worker = start(name, weights)
     ask(worker, w, "output")
     peak = ask(worker, w, "peak")
@@ -75,11 +75,11 @@ def peak_memory(name, weights, w):
 
 
 def compare(outputs):
-    """Nobody may be fast and wrong: 5 sampled values of each output, to 1e-3 of the largest."""
+    """Exits unless 5 sampled values of each output agree, to 1e-3 of the largest."""
     expected = np.array(outputs["torch"])
     for name, output in outputs.items():
         if np.abs(np.array(output) - expected).max() > 1e-3 * np.abs(expected).max():
-            sys.exit(f"{name} computes something else than torch: {output} instead of {expected}")
+            sys.exit(f"{name} differs from torch: got {output}, expected {expected}")
 
 
 def print_table(times, peaks):
@@ -91,7 +91,9 @@ def print_table(times, peaks):
             f"{statistics.median(t):.4f} [{min(t):.4f}, {max(t):.4f}]" for t in by_name.values()
         )
         print(f"{w:22}" + "".join(f"{cell:>26}" for cell in cells))
-    print(f"\n{'ours / PyTorch':22}   time: as it comes   kept   peak memory: as it comes   kept")
+    print(
+        f"\n{'sam_jax / PyTorch':22}   time: default       kept   peak memory: default       kept"
+    )
     for w, by_name in times.items():
         ratios = {
             name: statistics.median(np.divide(by_name["ours"], by_name[name]))
@@ -100,12 +102,12 @@ def print_table(times, peaks):
         memory = [peaks["ours"][w] / peaks[name][w] for name in ("torch", "torch kept")]
         print(
             f"{w:22}{ratios['torch']:20.2f}{ratios['torch kept']:7.2f}"
-            f"{memory[0]:27.2f}{memory[1]:7.2f}   (ours: {peaks['ours'][w]:.0f} MiB)"
+            f"{memory[0]:27.2f}{memory[1]:7.2f}   (sam_jax: {peaks['ours'][w]:.0f} MiB)"
         )
 
 
 def write_weights(path):
-    subprocess.run(  # torch's memory must not stay in this process
+    subprocess.run(  # so that this process does not keep the memory of torch
         [sys.executable, "-c", WRITE_WEIGHTS, path], check=True, env=environment({})
     )
 
@@ -120,12 +122,12 @@ torch.save(randomize(model.eval()).state_dict(), sys.argv[1])
 
 
 def environment(extra):
-    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}  # no other's libraries in memory
-    return os.environ | {"OMP_NUM_THREADS": str(THREADS)} | ours | extra
+    settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": str(THREADS)}
+    return os.environ | settings | extra
 
 
 def start(name, weights):
-    """A process that answers questions, one JSON line each."""
+    """Starts a process that answers questions, one JSON line each."""
     return subprocess.Popen(
         [sys.executable, __file__, "--contestant", name, "--weights", weights],
         stdin=subprocess.PIPE,
@@ -142,9 +144,9 @@ def ask(worker, w, question):
 
 
 def work(name, weights):
-    """Answers questions on stdin about one contestant."""
+    """Answers the questions on stdin about one contestant."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    calls = (our_calls if name == "ours" else torch_calls)(weights)
+    calls = (sam_jax_calls if name == "ours" else torch_calls)(weights)
     for line in sys.stdin:
         w, question = json.loads(line)
         if question == "output":
@@ -161,30 +163,31 @@ def work(name, weights):
 
 
 def inputs():
-    """An image, normalised; an embedding; 64 points in a frame of 1024 pixels."""
+    """Returns a normalized image, an embedding, and 64 points on a canvas of 1024 pixels."""
     rng = np.random.default_rng(0)
     image = rng.normal(size=(1, 1024, 1024, 3)).astype(np.float32)
     embedding = rng.normal(size=(1, 64, 64, 256)).astype(np.float32)
     return image, embedding, rng.uniform(0, 1024, (64, 1, 2)).astype(np.float32)
 
 
-def our_calls(weights):
+def sam_jax_calls(weights):
     import jax
     import jax.numpy as jnp
 
     import sam_jax
-    from sam_jax.predict.predictor import SamPredictor
+    from sam_jax.predict.decode import decode_objects
+    from sam_jax.predict.prompts import ObjectPrompt
 
     image, embedding, points = inputs()
     model, variables = sam_jax.load(weights)
-    predictor = SamPredictor(model, variables)
     embedding = jnp.asarray(embedding)
     encode = jax.jit(lambda variables, image: model.apply(variables, image, method="encode"))
     label = np.array([1, -1], np.int32)
-    objects = [(np.concatenate([p, [[0, 0]]]), label, None) for p in points]
+    padding = np.zeros((1, 2), np.float32)
+    objects = [ObjectPrompt(np.concatenate([p, padding]), label, None) for p in points]
 
     def decode(objects):
-        ((logits, _),) = predictor.decode(embedding, [objects], multimask_output=True)
+        ((logits, _),) = decode_objects(model, variables, embedding, [objects], True)
         return logits
 
     return {

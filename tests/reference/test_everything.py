@@ -1,4 +1,4 @@
-"""Everything mode against segment-anything's: the same masks, in the same order."""
+"""Everything mode finds the masks of segment-anything, in the same order."""
 
 from pathlib import Path
 
@@ -23,19 +23,19 @@ ALL = dict(box_nms_thresh=1.0, crop_nms_thresh=1.0)  # nothing is a duplicate
 
 @pytest.fixture(scope="module")
 def random_pair(tiny_reference, tmp_path_factory):
-    """The reference with random weights, and ours."""
+    """The reference model with random weights, and the same model in `sam_jax`."""
     return tiny_reference, _load(tiny_reference, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def trained_pair(build_tiny_reference, tmp_path_factory):
-    """The trained model that comes with the package, as a model of the reference, and ours.
+    """The trained model of the package as a reference model, and itself.
 
-    Its decoder has fewer heads than the reference has by default, which no weight tells.
+    Its decoder has fewer heads than the reference's default, which the weights do not tell.
     """
     torch = pytest.importorskip("torch")
     model, variables = sam_jax.load("sam_tiny")
-    theirs = build_tiny_reference(
+    reference = build_tiny_reference(
         embed_dim=model.image_encoder.embed_dim,
         depth=model.image_encoder.depth,
         num_heads=model.image_encoder.num_heads,
@@ -46,19 +46,19 @@ def trained_pair(build_tiny_reference, tmp_path_factory):
         decoder_mlp_dim=model.mask_decoder.mlp_dim,
         iou_hidden_dim=model.mask_decoder.iou_hidden_dim,
     )
-    for module in theirs.mask_decoder.transformer.modules():
+    for module in reference.mask_decoder.transformer.modules():
         if hasattr(module, "internal_dim"):
             module.num_heads = model.mask_decoder.num_heads
     path = tmp_path_factory.mktemp("trained") / "sam_tiny.pth"
     sam_jax.save(path, sam_jax.replace_fields(model, decoder_heads=8), variables)
-    theirs.load_state_dict(torch.load(path))
-    return theirs, (model, variables)
+    reference.load_state_dict(torch.load(path))
+    return reference, (model, variables)
 
 
 @pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT], ids=["landscape", "portrait"])
 @pytest.mark.parametrize("options", [{}, CROPS, dict(min_mask_region_area=40)], ids=str)
 def test_random_weights(segment_anything, random_pair, photo, size, options):
-    """Masks all over the image, whose boxes hardly differ."""
+    """Masks extend over the image, and their boxes hardly differ."""
     limits = dict(points_per_side=16, pred_iou_thresh=-1.0, stability_score_thresh=0.2)
     masks = _compare(segment_anything, random_pair, photo(size), limits | ALL | options)
     assert len(masks) > 100
@@ -67,7 +67,7 @@ def test_random_weights(segment_anything, random_pair, photo, size, options):
 @pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT], ids=["landscape", "portrait"])
 @pytest.mark.parametrize("options", [{}, CROPS, CROPS | dict(min_mask_region_area=60)], ids=str)
 def test_trained_weights(segment_anything, trained_pair, size, options):
-    """Masks of objects, many of them duplicates."""
+    """Masks are those of objects, and many are duplicates."""
     limits = dict(
         points_per_side=16,
         pred_iou_thresh=0.3,
@@ -111,7 +111,7 @@ def test_unequal_thresholds(segment_anything, trained_pair):
 
 
 def test_default_thresholds(segment_anything, trained_pair):
-    """On an image that is larger than any frame, with point_grids and without limits too."""
+    """The image is larger than the canvas. Custom point grids and no thresholds work too."""
     image = SyntheticScenes((700, 1100)).image(2)
     _compare(segment_anything, trained_pair, image, dict(points_per_side=8))
     grid = np.random.default_rng(0).uniform(0, 1, (20, 2))
@@ -121,7 +121,7 @@ def test_default_thresholds(segment_anything, trained_pair):
 
 
 def test_small_regions():
-    """Against OpenCV, on blots of all sizes."""
+    """Small regions are those of the reference, which uses OpenCV, for blobs of all sizes."""
     pytest.importorskip("cv2")
     amg = pytest.importorskip("segment_anything.utils.amg")
     rng = np.random.default_rng(0)
@@ -132,12 +132,12 @@ def test_small_regions():
         min_area = int(rng.integers(1, 60))
         areas = np.sort(np.bincount(ndimage.label(mask, np.ones((3, 3)))[0].ravel())[1:])
         if not len(areas) or (len(areas) > 1 and areas[-1] == areas[-2] < min_area):
-            continue  # nothing, or parts that are equally large: see `regions`
-        ours, changed = remove_small_regions(mask, min_area)
-        filled, by_holes = amg.remove_small_regions(mask, min_area, mode="holes")
-        theirs, by_islands = amg.remove_small_regions(filled, min_area, mode="islands")
-        np.testing.assert_array_equal(ours, theirs)
-        assert changed == (by_holes or by_islands)
+            continue  # no island, or equally large ones, whose order differs: see `regions`
+        actual, changed = remove_small_regions(mask, min_area)
+        filled, holes_changed = amg.remove_small_regions(mask, min_area, mode="holes")
+        expected, islands_changed = amg.remove_small_regions(filled, min_area, mode="islands")
+        np.testing.assert_array_equal(actual, expected)
+        assert changed == (holes_changed or islands_changed)
 
 
 def _load(reference, tmp_path_factory):
@@ -148,27 +148,28 @@ def _load(reference, tmp_path_factory):
 
 
 def _compare(segment_anything, pair, image, options):
-    """Our masks of an image, once they are seen to equal the reference's."""
-    theirs, (model, variables) = pair
+    """Returns the masks of an image after comparing them with the reference's."""
+    reference, (model, variables) = pair
     options = options | dict(output_mode="uncompressed_rle")
-    theirs = segment_anything.SamAutomaticMaskGenerator(theirs, **options).generate(image)
-    ours = SamAutomaticMaskGenerator(model, variables, **options).generate(image)
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys()
-        assert one["point_coords"] == other["point_coords"]
-        assert one["crop_box"] == other["crop_box"]
-        assert abs(one["predicted_iou"] - other["predicted_iou"]) <= 1e-4
-        _compare_masks(one, other)
-    return ours
+    expected = segment_anything.SamAutomaticMaskGenerator(reference, **options).generate(image)
+    actual = SamAutomaticMaskGenerator(model, variables, **options).generate(image)
+    assert len(actual) == len(expected)
+    for record, other in zip(actual, expected, strict=True):
+        assert record.keys() == other.keys()
+        assert record["point_coords"] == other["point_coords"]
+        assert record["crop_box"] == other["crop_box"]
+        assert abs(record["predicted_iou"] - other["predicted_iou"]) <= 1e-4
+        _compare_masks(record, other)
+    return actual
 
 
-def _compare_masks(one, other):
-    """A pixel whose logit is a level but for rounding may be on either side of it."""
-    mask, expected = rle.decode(one["segmentation"]), rle.decode(other["segmentation"])
+def _compare_masks(record, other):
+    """Compares masks, allowing pixels whose logits equal a level up to rounding to differ."""
+    mask, expected = rle.decode(record["segmentation"]), rle.decode(other["segmentation"])
     union = max(1, np.sum(mask | expected))
     assert np.sum(mask & expected) >= 0.999 * union - 1
-    assert np.abs(np.subtract(one["bbox"], other["bbox"])).max() <= 1
-    assert one["area"] == mask.sum()
+    assert np.abs(np.subtract(record["bbox"], other["bbox"])).max() <= 1
+    assert record["area"] == mask.sum()
     rounding = 1e-4 + 2 / union
-    assert np.isclose(one["stability_score"], other["stability_score"], 0, rounding, equal_nan=True)
+    scores = record["stability_score"], other["stability_score"]
+    assert np.isclose(*scores, 0, rounding, equal_nan=True)

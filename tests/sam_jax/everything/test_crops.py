@@ -1,16 +1,16 @@
-"""Grids of points and crops, by the specification's numbers."""
+"""Grids of points and crops have the numbers of the specification."""
 
 import numpy as np
 import pytest
 
-from sam_jax.everything.crops import plan_crops, point_grid
+from sam_jax.everything.crops import build_point_grid, plan_crops
 
 
-def test_grid():
+def test_points_are_centres_of_cells():
     np.testing.assert_allclose(
-        point_grid(2), [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
+        build_point_grid(2), [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
     )
-    np.testing.assert_allclose(point_grid(1), [[0.5, 0.5]])
+    np.testing.assert_allclose(build_point_grid(1), [[0.5, 0.5]])
 
 
 def test_crops_of_sa1b():
@@ -29,11 +29,11 @@ def test_crops_cover_the_image(size):
         covered = np.zeros(size, bool)
         for crop in plan_crops(size, 2, 0.2):
             if crop.layer == layer:
-                crop.cut(covered)[:] = True
-                assert crop.cut(covered).shape == crop.size
+                crop.extract(covered)[:] = True
+                assert crop.extract(covered).shape == crop.size
         assert covered.all()
 
 
-def test_too_small_for_crops():
+def test_an_image_too_small_for_crops_is_an_error():
     with pytest.raises(ValueError, match="large enough for 2 layers of crops; got \\(1, 2\\)"):
         plan_crops((1, 2), 2, 0.3)

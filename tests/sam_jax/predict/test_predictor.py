@@ -1,18 +1,19 @@
-"""The predictor: shapes, batches, errors, and how often it compiles."""
+"""The predictor: shapes, batches, errors, and how often it compiles.
 
+`encode.py` and `decode_objects` are tested here, by the masks that they lead to.
+"""
+
+import doctest
 import logging
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
 import sam_jax
-from sam_jax.predict.predictor import (
-    decode_prompts,
-    encode_images,
-    group_sizes,
-    num_slots,
-)
+from sam_jax.predict.decode import decode_prompts
+from sam_jax.predict.encode import encode_images
 
 CLICK = {"point_coords": np.array([[30.0, 20.0]]), "point_labels": np.array([1])}
 CLICKS = {"point_coords": np.array([[30, 20], [5, 6], [50, 40]]), "point_labels": [1, 0, 0]}
@@ -32,13 +33,21 @@ def with_image(predictor):
     return predictor
 
 
+@pytest.fixture
+def without_type_checks():
+    """Disables jaxtyping's checks, which would report a wrong type before the code under test."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def photo(size, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-def close(ours, theirs):
-    """Equal to 1e-5 of the largest magnitude; masks as logits, so that none hides a difference."""
-    for a, b in zip(ours, theirs, strict=True):
+def assert_close(prediction, expected):
+    """Compares predictions, masks as logits, to 1e-5 of the largest magnitude."""
+    for a, b in zip(prediction, expected, strict=True):
         assert a.shape == b.shape
         assert np.abs(a - b).max(initial=0) <= 1e-5 * np.abs(b).max(initial=0)
 
@@ -56,13 +65,13 @@ def test_shapes_and_types_are_the_official_ones(with_image, multimask, m):
     assert with_image.get_image_embedding().shape == (1, 32, 6, 9)
 
 
-def test_low_resolution_logits_go_back_in(with_image):
+def test_low_resolution_logits_can_be_the_mask_input(with_image):
     _, scores, low_res = with_image.predict(**CLICK)
     masks, _, _ = with_image.predict(**CLICK, mask_input=low_res[[np.argmax(scores)]])
     assert masks.shape == (3, 60, 70)
 
 
-def test_bgr_is_rgb_with_its_channels_turned(predictor):
+def test_bgr_is_rgb_with_reversed_channels(predictor):
     image = photo((30, 50))
     predictor.set_image(image)
     rgb = predictor.get_image_embedding()
@@ -70,51 +79,51 @@ def test_bgr_is_rgb_with_its_channels_turned(predictor):
     assert np.array_equal(predictor.get_image_embedding(), rgb)
 
 
-def test_every_kind_of_prompt_matters(with_image):
+def test_every_kind_of_prompt_changes_the_masks(with_image):
     logits = [with_image.predict(**kind)[2] for kind in KINDS]
     for i, a in enumerate(logits):
         assert all(np.abs(a - b).max() > 1e-2 for b in logits[:i])
 
 
-def test_many_objects_are_as_one_by_one(with_image):
+def test_many_objects_equal_single_ones(with_image):
     """In programs of 32 and 4 objects, with and without masks, next to others of all kinds."""
     prompts = (KINDS * 6)[:38]
     together = with_image.predict_many(prompts, return_logits=True)
     assert together[0].shape == (38, 3, 60, 70)
     for i in (0, 1, 2, 3, 4, 5, 6, 31, 32, 37):
         alone = with_image.predict(**prompts[i], return_logits=True)
-        close([x[i] for x in together], alone)
+        assert_close([x[i] for x in together], alone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_batches_of_images_are_as_one_by_one(predictor, batch_size):
+def test_batches_of_images_equal_single_ones(predictor, batch_size):
     images = [
         photo(size, seed) for seed, size in enumerate([(60, 70), (20, 90), (99, 31), (48, 72)])
     ]
     prompts = [[CLICK], [], [BOX, CLICKS, CLICK | MASK], [CLICKS | BOX] * 5]
     results = predictor.predict_batch(images, prompts, return_logits=True, batch_size=batch_size)
     assert [len(masks) for masks, _, _ in results] == [1, 0, 3, 5]
-    for image, of_image, result in zip(images, prompts, results, strict=True):
+    for image, image_prompts, result in zip(images, prompts, results, strict=True):
         predictor.set_image(image)
-        close(result, predictor.predict_many(of_image, return_logits=True))
+        assert_close(result, predictor.predict_many(image_prompts, return_logits=True))
         assert result[0].shape[1:] == (3, *image.shape[:2])
 
 
-def test_nothing_in_nothing_out(predictor, with_image):
+def test_no_images_and_no_prompts_give_empty_results(predictor, with_image):
     assert predictor.predict_batch([], []) == []
     masks, scores, low_res = with_image.predict_many([])
     assert (masks.shape, scores.shape, low_res.shape) == ((0, 3, 60, 70), (0, 3), (0, 3, 24, 36))
 
 
-def test_a_batch_leaves_the_image_that_is_set(with_image):
+def test_a_batch_does_not_change_the_image_that_is_set(with_image):
     before = with_image.get_image_embedding()
     with_image.predict_batch([photo((20, 20))], [[CLICK]])
     assert np.array_equal(with_image.get_image_embedding(), before)
     assert with_image.original_size == (60, 70)
 
 
-def test_fifty_images_of_fifty_sizes_compile_nothing_new(predictor, caplog):
-    """`jax.log_compiles` sees every program, also those outside of the predictor."""
+def test_fifty_images_of_fifty_sizes_compile_no_program(predictor, caplog):
+    """`jax.log_compiles` reports every program, also those outside the predictor."""
     rng = np.random.default_rng(0)
 
     def prompts(n, points):
@@ -140,25 +149,10 @@ def test_fifty_images_of_fifty_sizes_compile_nothing_new(predictor, caplog):
     assert compilations == []
 
 
-def test_log_compiles_would_have_seen_a_new_program(caplog):
+def test_log_compiles_reports_a_new_program(caplog):
     with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
         jax.jit(lambda x: x + 1)(np.zeros(3))
     assert any("compil" in r.getMessage().lower() for r in caplog.records)
-
-
-@pytest.mark.parametrize("n", [1, 2, 4, 5, 31, 32, 33, 64, 100])
-def test_groups_hold_all_objects_with_little_to_spare(n):
-    sizes = group_sizes(n)
-    assert set(sizes) <= {1, 4, 32}
-    assert n <= sum(sizes) < n + 4
-
-
-def test_slots_are_few_sizes_that_hold_all_points():
-    assert [num_slots(k) for k in (0, 1, 2, 3, 11, 12, 27, 28, 59, 60)] == [
-        *(2, 2, 2, 11, 11, 27, 27, 59, 59, 123)
-    ]
-    assert all(num_slots(k) >= k for k in range(1000))
-    assert len({num_slots(k) for k in range(1000)}) == 8
 
 
 @pytest.mark.parametrize(
@@ -172,7 +166,7 @@ def test_slots_are_few_sizes_that_hold_all_points():
         ([[[0, 0, 0]]], "got list"),
     ],
 )
-def test_wrong_images(with_image, image, message):
+def test_invalid_images_are_errors(with_image, without_type_checks, image, message):
     with pytest.raises(ValueError, match=message):
         with_image.set_image(image)
     assert with_image.original_size == (60, 70), "the image that was set stays"
@@ -188,12 +182,12 @@ def test_wrong_images(with_image, image, message):
         ({"point_labels": [1]}, "point_labels were given without point_coords"),
         (
             {"point_coords": [1, 2], "point_labels": [1]},
-            r"point_coords must have shape \(k, 2\), one \(x, y\) a point; got \(2,\)",
+            r"point_coords must have shape \(k, 2\), one \(x, y\) per point; got \(2,\)",
         ),
         ({"point_coords": [[1, 2, 3]], "point_labels": [1]}, r"got \(1, 3\)"),
         (
             {"point_coords": [[1, 2]], "point_labels": [1, 0]},
-            r"point_labels must have shape \(1,\), one a point; got \(2,\)",
+            r"point_labels must have shape \(1,\), one per point; got \(2,\)",
         ),
         (
             {"point_coords": [[1, 2], [3, 4]], "point_labels": [1, 2]},
@@ -216,14 +210,14 @@ def test_wrong_images(with_image, image, message):
         ({"mask_input": np.full((1, 24, 36), np.nan)}, "mask_input must be finite"),
     ],
 )
-def test_wrong_prompts(with_image, prompt, message):
+def test_invalid_prompts_are_errors(with_image, prompt, message):
     with pytest.raises(ValueError, match=message):
         with_image.predict(**prompt)
     with pytest.raises(ValueError, match=message):
         with_image.predict_batch([photo((20, 20))], [[CLICK, prompt]])
 
 
-def test_wrong_batches(with_image):
+def test_invalid_batches_are_errors(with_image, without_type_checks):
     with pytest.raises(ValueError, match="prompts must hold one list for each of 1 images; got 2"):
         with_image.predict_batch([photo((20, 20))], [[CLICK], [CLICK]])
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
@@ -236,7 +230,7 @@ def test_wrong_batches(with_image):
         with_image.set_image(photo((20, 20)), image_format="rgb")
 
 
-def test_there_must_be_an_image(tiny):
+def test_predicting_without_an_image_is_an_error(tiny):
     predictor = sam_jax.SamPredictor(*tiny)
     for use in (
         lambda: predictor.predict(**CLICK),
@@ -251,3 +245,13 @@ def test_there_must_be_an_image(tiny):
     predictor.reset_image()
     with pytest.raises(RuntimeError, match="no image is set"):
         predictor.predict(**CLICK)
+
+
+def test_the_example_runs(tiny, monkeypatch):
+    monkeypatch.setattr(sam_jax, "load", lambda source: tiny)
+    (example,) = doctest.DocTestFinder(recurse=False).find(
+        sam_jax.SamPredictor, globs={"sam_jax": sam_jax, "np": np}
+    )
+    results = doctest.DocTestRunner().run(example)
+    assert results.failed == 0
+    assert results.attempted == 5

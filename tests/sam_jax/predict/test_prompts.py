@@ -1,18 +1,34 @@
-"""Prompts as people write them, as arrays with hand-checked numbers; and what is refused."""
+"""Prompts become arrays with hand-checked numbers, and invalid ones are errors."""
 
+import jaxtyping
 import numpy as np
 import pytest
 
 from sam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT
-from sam_jax.predict.prompts import KEYS, check_prompt, mask_of, points_of, stack_prompts
+from sam_jax.predict.prompts import (
+    PROMPT_KEYS,
+    ObjectPrompt,
+    prepare_mask,
+    prepare_points,
+    prepare_prompt,
+    stack_prompts,
+)
 
-SIZE, FRAME = (50, 100), (64, 64)  # the image becomes 32 by 64: all is scaled by 0.64
+SIZE, CANVAS = (50, 100), (64, 64)  # the image becomes 32 by 64: the scale is 0.64
 POINTS = {"point_coords": [[10, 20], [100, 50]], "point_labels": [1, 0]}
 BOX = {"box": [5, 0, 50, 25]}
 
 
-def tokens(prompt, size=SIZE, frame=FRAME):
-    points, labels = points_of(prompt, size, frame)
+@pytest.fixture
+def without_type_checks():
+    """Disables jaxtyping's checks, which would report a wrong type before the code under test."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def tokens(prompt, size=SIZE, canvas=CANVAS):
+    points, labels = prepare_points(prompt, size, canvas)
     assert points.dtype == np.float32
     assert labels.dtype == np.int32
     return [(round(float(x), 4), round(float(y), 4)) for x, y in points], labels.tolist()
@@ -26,32 +42,34 @@ def test_a_box_is_two_corners_without_a_padding_point():
     assert tokens(BOX) == ([(3.2, 0), (32, 16)], [2, 3])
 
 
-def test_points_come_before_the_box_and_need_no_padding_then():
+def test_points_precede_the_box_without_a_padding_point():
     expected = [(6.4, 12.8), (64, 32), (3.2, 0), (32, 16)], [1, 0, 2, 3]
     assert tokens(POINTS | BOX) == expected
     assert tokens(BOX | POINTS) == expected
 
 
-@pytest.mark.parametrize("prompt", [{}, dict.fromkeys(KEYS), {"mask_input": np.zeros((3, 3))}])
+@pytest.mark.parametrize(
+    "prompt", [{}, dict.fromkeys(PROMPT_KEYS), {"mask_input": np.zeros((3, 3))}]
+)
 def test_without_points_and_box_there_are_no_tokens(prompt):
     assert tokens(prompt) == ([], [])
 
 
-def test_no_points_are_no_prompt():
+def test_empty_points_give_no_tokens():
     assert tokens({"point_coords": np.zeros((0, 2)), "point_labels": []}) == ([], [])
 
 
-def test_each_axis_has_its_own_factor_as_sides_are_rounded():
+def test_each_axis_has_its_scale_since_sides_are_rounded():
     # 30 by 70 becomes 27 by 64 (27.43 is rounded), 90 by 7 becomes 64 by 5 (4.98 is).
     coords = {"point_coords": [[35, 15]], "point_labels": [1]}
     assert tokens(coords, (30, 70))[0][0] == (32, 13.5)
     coords = {"point_coords": [[7, 45]], "point_labels": [1]}
     assert tokens(coords, (90, 7))[0][0] == (5, 32)
-    assert tokens(coords, (90, 7), (45, 90))[0][0] == (4, 22.5)  # the height fills that frame
+    assert tokens(coords, (90, 7), (45, 90))[0][0] == (4, 22.5)  # the height fills that canvas
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, lambda x: np.array(x, np.int16)])
-def test_lists_tuples_and_arrays_are_alike(kind):
+def test_lists_tuples_and_arrays_are_equivalent(kind):
     prompt = {name: kind(value) for name, value in (POINTS | BOX).items()}
     assert tokens(prompt) == tokens(POINTS | BOX)
 
@@ -62,13 +80,13 @@ def test_a_box_may_be_a_row_and_labels_may_be_bools_or_floats():
     assert tokens(POINTS | {"point_labels": [1.0, 0.0]}) == tokens(POINTS)
 
 
-def test_what_is_given_stays_as_it_is():
+def test_arguments_are_not_changed():
     prompt = {"point_coords": np.array([[10.0, 20.0]]), "point_labels": np.array([1])}
     prompt |= {"box": np.array([5.0, 0, 50, 25]), "mask_input": np.ones((1, 3, 4))}
     copies = {name: value.copy() for name, value in prompt.items()}
-    points, _ = points_of(prompt, SIZE, FRAME)
+    points, _ = prepare_points(prompt, SIZE, CANVAS)
     points[:] = -1
-    mask_of(prompt, (3, 4))[:] = -1
+    prepare_mask(prompt, (3, 4))[:] = -1
     for name, value in copies.items():
         np.testing.assert_array_equal(prompt[name], value)
 
@@ -76,20 +94,20 @@ def test_what_is_given_stays_as_it_is():
 def test_masks_with_and_without_a_leading_axis():
     mask = np.arange(12.0).reshape(3, 4)
     for given in (mask, mask[None], mask.tolist(), mask.astype(np.float16)):
-        actual = mask_of({"mask_input": given}, (3, 4))
+        actual = prepare_mask({"mask_input": given}, (3, 4))
         assert actual.dtype == np.float32
         np.testing.assert_array_equal(actual, mask)
-    assert mask_of({}, (3, 4)) is None
-    assert mask_of({"mask_input": None}, (3, 4)) is None
+    assert prepare_mask({}, (3, 4)) is None
+    assert prepare_mask({"mask_input": None}, (3, 4)) is None
 
 
-def object_of(*labels, mask=None):
+def make_object(*labels, mask=None):
     points = np.arange(2 * len(labels), dtype=np.float32).reshape(-1, 2)
-    return points, np.array(labels, np.int32), mask
+    return ObjectPrompt(points, np.array(labels, np.int32), mask)
 
 
-def test_stacking_fills_up_with_absent_slots_never_with_the_padding_point():
-    objects = [[object_of(1, NOT_A_POINT), object_of(2, 3, 1)], []]
+def test_stacking_pads_with_absent_slots_not_with_the_padding_point():
+    objects = [[make_object(1, NOT_A_POINT), make_object(2, 3, 1)], []]
     prompts = stack_prompts(objects, 3, 4)
     _ = ABSENT
     np.testing.assert_array_equal(
@@ -103,10 +121,10 @@ def test_stacking_fills_up_with_absent_slots_never_with_the_padding_point():
     assert prompts.has_mask is None
 
 
-def test_stacking_marks_the_objects_that_have_masks():
+def test_stacking_marks_objects_with_masks():
     mask = np.ones((3, 4), np.float32)
     prompts = stack_prompts(
-        [[object_of(1), object_of(1, mask=mask)], [object_of(mask=2 * mask)]], 2, 1
+        [[make_object(1), make_object(1, mask=mask)], [make_object(mask=2 * mask)]], 2, 1
     )
     np.testing.assert_array_equal(prompts.has_mask, [[False, True], [True, False]])
     assert prompts.mask.shape == (2, 2, 3, 4)
@@ -133,7 +151,7 @@ def test_stacking_marks_the_objects_that_have_masks():
         ({"point_coords": [[1, 2]], "point_labels": [np.nan]}, r"point_labels must be finite"),
         ({"point_coords": [[np.nan, 2]], "point_labels": [1]}, r"point_coords must be finite"),
         ({"point_coords": [[np.inf, 2]], "point_labels": [1]}, r"point_coords must be finite"),
-        # Finite, but not where they are computed with.
+        # Finite in float64, but not in float32.
         ({"point_coords": [[1e39, 2]], "point_labels": [1]}, r"point_coords must be finite"),
         ({"point_coords": [["a", "b"]], "point_labels": [1]}, r"point_coords.*numbers; got"),
         ({"point_coords": [[1, 2], [3]], "point_labels": [1, 1]}, r"point_coords.*numbers; got"),
@@ -161,12 +179,6 @@ def test_stacking_marks_the_objects_that_have_masks():
         (None, r"must be a dict.*got NoneType"),
     ],
 )
-def test_refused(prompt, message):
+def test_invalid_prompts_are_errors(without_type_checks, prompt, message):
     with pytest.raises(ValueError, match=message):
-        check_all(prompt)
-
-
-def check_all(prompt):
-    check_prompt(prompt)
-    points_of(prompt, SIZE, FRAME)
-    mask_of(prompt, (3, 4))
+        prepare_prompt(prompt, SIZE, CANVAS, (3, 4))

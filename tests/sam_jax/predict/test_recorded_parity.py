@@ -1,4 +1,7 @@
-"""`SamPredictor` against what segment-anything predicted: see `tests/reference/record.py`."""
+"""`SamPredictor` equals recorded predictions of segment-anything.
+
+`tests/reference/record.py` makes the recordings.
+"""
 
 from pathlib import Path
 
@@ -8,21 +11,21 @@ import pytest
 import sam_jax
 
 DATA = Path(__file__).parents[2] / "data"
-MODELS = {"reference_tiny": 8, "reference_deep": 4}  # and the kinds of prompts that are recorded
+MODELS = {"reference_tiny": 8, "reference_deep": 4}  # the number of recorded kinds of prompts
 TOLERANCE = 1e-4  # of the largest magnitude
 MASK_IOU = 0.9999
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def recorded(request):
-    """Our predictor with recorded weights, the recorded arrays, and the number of prompts."""
+    """The predictor with recorded weights, the recorded arrays, and the number of prompts."""
     predictor = sam_jax.SamPredictor(*sam_jax.load(DATA / f"{request.param}.safetensors"))
     with np.load(DATA / f"{request.param}.npz") as arrays:
         return predictor, dict(arrays), MODELS[request.param]
 
 
 @pytest.mark.parametrize("photo", ["landscape", "portrait"])
-def test_predictions(recorded, photo):
+def test_predictions_equal_the_recorded_ones(recorded, photo):
     predictor, arrays, num_prompts = recorded
     predictor.set_image(arrays[f"{photo}/image"])
     kinds = {name.split("/")[1] for name in arrays if name.startswith(f"{photo}/")} - {"image"}
@@ -37,10 +40,11 @@ def test_predictions(recorded, photo):
             _assert_close(scores, expected["scores"][kept])
             width = masks.shape[-1]
             recorded_masks = np.unpackbits(expected["masks"][kept], axis=-1, count=width) > 0
-            for ours, theirs in zip(masks, recorded_masks, strict=True):
-                assert (ours & theirs).sum() >= MASK_IOU * (ours | theirs).sum()
+            for mask, recorded_mask in zip(masks, recorded_masks, strict=True):
+                union = (mask | recorded_mask).sum()
+                assert (mask & recorded_mask).sum() >= MASK_IOU * union
 
 
-def _assert_close(ours, theirs):
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+def _assert_close(actual, expected):
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()

@@ -1,0 +1,65 @@
+"""Encodes images of any size in batches of a fixed size."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from sam_jax.images.resize import resize_and_pad
+from sam_jax.model.sam import Sam, normalize
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode_images(
+    model: Sam,
+    variables: dict[str, Any],
+    images: UInt8[Array, "b h w 3"],
+    sizes: Int[Array, "b 2"],
+) -> Float[Array, "b gh gw c"]:
+    """Normalizes and encodes padded images in one program.
+
+    Args:
+      model: The model.
+      variables: Its variables.
+      images: RGB images, padded at the bottom and on the right.
+      sizes: (height, width) of each image without its padding.
+
+    Returns:
+      The embeddings, in the model's `dtype`.
+    """
+    return cast(Array, model.apply(variables, normalize(images, sizes), method="encode"))
+
+
+def resize_and_encode(
+    model: Sam,
+    variables: dict[str, Any],
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    batch_size: int,
+) -> tuple[Float[Array, "b gh gw c"], list[tuple[int, int]]]:
+    """Resizes, pads and encodes up to `batch_size` images in one program.
+
+    If there are fewer images, copies of the last one fill the batch, so that every call with the
+    same `batch_size` runs the same program.
+
+    Args:
+      model: The model.
+      variables: Its variables.
+      images: RGB images of any sizes, at least one and at most `batch_size`.
+      batch_size: The number of embeddings that are computed, b.
+
+    Returns:
+      The embeddings, those of `images` first, and the (height, width) of each resized image
+      without its padding.
+    """
+    padded, sizes = [], []
+    for image in images:
+        canvas, size = resize_and_pad(image, model.image_size)
+        padded.append(canvas)
+        sizes.append(size)
+    missing = batch_size - len(images)
+    image_batch = np.stack(padded + padded[-1:] * missing)
+    size_batch = np.array(sizes + sizes[-1:] * missing, np.int32)
+    return encode_images(model, variables, image_batch, size_batch), sizes
