@@ -1,16 +1,40 @@
-"""How much masks overlap, from their run lengths: nothing is painted.
+"""Overlap of masks, given as arrays or as run lengths.
 
-Source: `common/maskApi.c` in cocodataset/cocoapi (rleIou), for masks that are no crowds; as there,
-two empty masks have an IoU of 0. Deliberate difference: masks of several sizes are an error, where
-pycocotools answers -1.
+Source: `common/maskApi.c` in cocodataset/cocoapi (rleIou) for `iou`, with masks that are not
+crowds. As there, `iou` of two empty masks is 0, while `mask_iou` gives 1.
+
+Differences: `iou` raises an error for masks of different sizes, where pycocotools returns -1.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from sam_jax.masks import rle
+
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
+
+
+def mask_iou(
+    a: Bool[ArrayT, "*#batch h w"], b: Bool[ArrayT, "*#batch h w"]
+) -> Float[ArrayT, "..."]:
+    """Computes the intersection over union of masks.
+
+    Args:
+      a: Masks as a numpy or a jax array.
+      b: Masks of the same size, as an array of the same kind. Leading axes are broadcast.
+
+    Returns:
+      One IoU a pair of masks, 1 if both are empty: float64 for numpy, float32 for jax.
+    """
+    xp: Any = jnp if isinstance(a, jax.Array) else np
+    intersection = xp.sum(a & b, axis=(-2, -1))
+    union = xp.sum(a | b, axis=(-2, -1))
+    return xp.where(union == 0, 1.0, intersection / xp.maximum(union, 1))
 
 
 def iou(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> np.ndarray:
