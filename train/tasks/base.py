@@ -17,14 +17,14 @@ class Task(Protocol):
     Attributes:
       needs_masks: whether examples' masks have to be read.
       prepare: what makes an example a row of a batch.
-      reduce_to: the frame that images are decoded for, see `open_source`; None: in full.
+      decode_size: the frame that images are decoded for, see `open_source`; None: in full.
       objective: f(params, constants, batch, key) -> (loss, values).
       flops: of the reference, a training step of one image; None if not all of it is done.
     """
 
     needs_masks: bool
     transform: Transform
-    reduce_to: tuple[int, int] | None
+    decode_size: tuple[int, int] | None
     objective: Callable
     flops: float | None
 

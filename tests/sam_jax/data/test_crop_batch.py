@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from sam_jax.data.crop_batch import (
-    ASPECT,
+    ASPECT_RATIOS,
     ImageBatch,
     RandomResizedCrop,
     crop,
-    draw_box,
     middle_box,
     resize,
+    sample_box,
 )
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.loader import Loader
@@ -24,7 +24,7 @@ FRAME = (32, 48)
 
 def boxes(size, min_area=0.2, count=3000):
     rng = np.random.default_rng(0)
-    return np.array([draw_box(size, min_area, rng) for _ in range(count)])
+    return np.array([sample_box(size, min_area, rng) for _ in range(count)])
 
 
 def test_boxes_lie_in_the_image_with_areas_and_aspects_as_asked():
@@ -35,8 +35,8 @@ def test_boxes_lie_in_the_image_with_areas_and_aspects_as_asked():
     area, aspect = height * width / np.prod(size), width / height
     assert 0.19 < area.min() < 0.22
     assert 0.9 < area.max() <= 1
-    assert ASPECT[0] * 0.98 < aspect.min() < 0.76
-    assert 1.32 < aspect.max() < ASPECT[1] * 1.02
+    assert ASPECT_RATIOS[0] * 0.98 < aspect.min() < 0.76
+    assert 1.32 < aspect.max() < ASPECT_RATIOS[1] * 1.02
     assert abs(np.log(aspect[area < 0.4]).mean()) < 0.02, "as often high as wide"
     for offset, room in ((top, 300 - height), (left, 400 - width)):
         assert abs((offset / np.maximum(room, 1))[room > 20].mean() - 0.5) < 0.03

@@ -15,14 +15,14 @@ from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.masks import rle
 
-FRAME = (48, 56)
+CANVAS = (48, 56)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructedPatches:
     """Images with a mask in each colour, by index: white where the mask is. Some are unusable."""
 
-    size: tuple[int, int] = FRAME
+    size: tuple[int, int] = CANVAS
     count: int = 10
     bad: tuple[int, ...] = ()
 
@@ -65,7 +65,7 @@ class Given:
 
 def loader(source, **changes):
     of_prepare = {f.name for f in dataclasses.fields(SegmentationTransform)} & changes.keys()
-    transform = {"frame": FRAME, "masks_per_image": 3} | {k: changes.pop(k) for k in of_prepare}
+    transform = {"canvas": CANVAS, "masks_per_image": 3} | {k: changes.pop(k) for k in of_prepare}
     fields = dict(indices=np.arange(len(source)), batch_size=4, seed=0) | changes
     return Loader(source=source, transform=SegmentationTransform(**transform), **fields)
 
@@ -119,7 +119,7 @@ def test_packed_bits_are_the_masks_in_the_order_of_their_ids():
 
 def test_a_frame_that_eight_does_not_divide():
     source = ReconstructedPatches(size=(20, 13))
-    batch = batch_of(source, frame=(20, 13))
+    batch = batch_of(source, canvas=(20, 13))
     assert batch.masks.shape == (4, 3, 20, 2)
     for b, index in enumerate(batch.image_id):
         for n, mask in enumerate(batch.mask_id[b]):
@@ -230,7 +230,7 @@ def test_hosts_must_share_a_batch_evenly(batch_size, hosts):
 # Masks.
 
 
-def bars(number, size=FRAME):
+def bars(number, size=CANVAS):
     """Masks of different columns."""
     masks = [np.zeros(size, bool) for _ in range(number)]
     for column, mask in enumerate(masks):
@@ -239,7 +239,7 @@ def bars(number, size=FRAME):
 
 
 def test_masks_are_drawn_at_random_without_replacement():
-    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(8))
+    source = Given(np.zeros((*CANVAS, 3), np.uint8), bars(8))
     drawn = [batch_of(source, step, batch_size=1) for step in range(600)]
     ids = np.stack([batch.mask_id[0] for batch in drawn])
     assert all(batch.valid.all() for batch in drawn)
@@ -252,14 +252,14 @@ def test_masks_are_drawn_at_random_without_replacement():
 
 def test_images_of_a_batch_draw_on_their_own():
     """What is drawn depends on the image and the step, not on the row."""
-    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(8), count=8)
+    source = Given(np.zeros((*CANVAS, 3), np.uint8), bars(8), count=8)
     one, other = (batch_of(source, 3, batch_size=8, seed=seed) for seed in (0, 1))
     assert len({tuple(row) for row in one.mask_id.tolist()}) > 4
     assert one.mask_id.tolist() != other.mask_id.tolist()
 
 
 def test_fewer_masks_are_filled_up():
-    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(2))
+    source = Given(np.zeros((*CANVAS, 3), np.uint8), bars(2))
     batch = batch_of(source, batch_size=1, masks_per_image=5)
     np.testing.assert_array_equal(batch.valid, [[True, True, False, False, False]])
     assert sorted(batch.mask_id[0, :2]) == [0, 1]
@@ -298,7 +298,7 @@ def test_masks_too_small_to_be_seen_are_left_out():
     batch = batch_of(source, batch_size=1)
     np.testing.assert_array_equal(batch.valid, [[True, False, False]])
     assert batch.mask_id[0, 0] == 0
-    expected = np.zeros(FRAME, bool)
+    expected = np.zeros(CANVAS, bool)
     expected[1, 2] = True
     np.testing.assert_array_equal(unpack(batch)[0, 0], expected)
 
@@ -322,7 +322,7 @@ def test_flips_and_turns_move_image_and_masks_alike(flips, rot90, number):
     source = ReconstructedPatches(size=(40, 26), count=1)
     example, seen = source[0], collections.Counter()
     for step in range(120):
-        batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=flips, rot90=rot90)
+        batch = batch_of(source, step, batch_size=1, canvas=(40, 40), flips=flips, rot90=rot90)
         h, w = batch.size[0]
         image = batch.image[0, :h, :w]
         matches = [i for i, f in enumerate(SYMMETRIES) if np.array_equal(f(example.image), image)]
@@ -342,7 +342,7 @@ def test_flips_alone_keep_the_sides():
     source = ReconstructedPatches(size=(40, 26), count=1)
     image, seen = source[0].image, set()
     for step in range(40):
-        batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=True)
+        batch = batch_of(source, step, batch_size=1, canvas=(40, 40), flips=True)
         np.testing.assert_array_equal(batch.size, [[40, 26]])
         actual = batch.image[0, :40, :26]
         matches = [i for i, f in enumerate(SYMMETRIES) if np.array_equal(f(image), actual)]

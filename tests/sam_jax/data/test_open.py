@@ -60,14 +60,14 @@ def test_a_folder_by_its_kind(tmp_path, monkeypatch, kind, write, reduced):
     for images in (source, ImagesOnly(source), select(source, ":")):
         assert images.encoded(0) == path.read_bytes()
     monkeypatch.setenv("HOME", str(tmp_path))
-    source = open_source(f"{kind}:~/it", reduce_to=(32, 32))
+    source = open_source(f"{kind}:~/it", decode_size=(32, 32))
     assert source[0].image.shape == reduced
     assert [mask["size"] for mask in source[0].masks] == [[160, 240]]
 
 
 def test_scenes():
     assert open_source("scenes") == SyntheticScenes()
-    assert open_source("scenes:96x128", reduce_to=(8, 8)) == SyntheticScenes(size=(96, 128))
+    assert open_source("scenes:96x128", decode_size=(8, 8)) == SyntheticScenes(size=(96, 128))
     assert open_source("scenes:96x128")[3].image.shape == (96, 128, 3)
     assert open_source("scenes").encoded(3) is None
 
@@ -96,7 +96,7 @@ def test_pictures_are_a_file_a_folder_or_those_of_a_source(tmp_path, monkeypatch
     [
         ("photo.jpg", "there is no file and no folder photo.jpg; it must be one, or sa1b:PATH"),
         ("image:x", r"of no known kind \(did you mean images\?\)"),
-        ("sa1b", "names no place"),
+        ("sa1b", "names no location"),
     ],
 )
 def test_pictures_that_are_not_there(tmp_path, monkeypatch, name, message):
@@ -113,8 +113,8 @@ def test_pictures_that_are_not_there(tmp_path, monkeypatch, name, message):
         ("sa1:images", r"source 'sa1:images' is of no known kind \(did you mean sa1b\?\)"),
         ("label:x", r"\(did you mean labels\?\)"),
         ("SCENES", "is of no known kind"),
-        ("sa1b", "source 'sa1b' names no place; it must be sa1b:PATH"),
-        ("coco:", "names no place; it must be coco:FOLDER"),
+        ("sa1b", "source 'sa1b' names no location; it must be sa1b:PATH"),
+        ("coco:", "names no location; it must be coco:FOLDER"),
         ("sa1b:missing", "sa1b: there is no folder and no tar missing"),
         ("coco:missing", "coco: there is no missing/instances.json"),
         ("labels:missing", "labels: there is no folder missing"),

@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from sam_jax.data.example import SourceError
 from sam_jax.io import tar_index
+from sam_jax.io.tar_index import TarError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -60,7 +60,7 @@ def test_a_sparse_file_is_not_taken_for_its_content(tmp_path):
     entries = [("sa_1.jpg", b"map", sparse), ("sa_2.jpg", b"two", {})]
     assert contents(pack(tmp_path / "a.tar", entries)) == [("sa_2.jpg", b"two")]
     path = pack(tmp_path / "b.tar", [("a", b"", {"type": b"S"})], tarfile.GNU_FORMAT)
-    with pytest.raises(SourceError, match="sparse"):
+    with pytest.raises(TarError, match="sparse"):
         list(tar_index.members(path))
 
 
@@ -87,7 +87,7 @@ def test_a_negative_size_is_damage(tmp_path):
         data = bytearray((tmp_path / "a.tar").read_bytes())
         data[124:136] = size
         (tmp_path / "b.tar").write_bytes(with_sum(data))
-        with pytest.raises(SourceError, match=r"b\.tar is no tar"):
+        with pytest.raises(TarError, match=r"b\.tar is no tar"):
             list(tar_index.members(str(tmp_path / "b.tar")))
     assert len(contents(path)) == 1
 
@@ -97,13 +97,11 @@ def test_damage_and_other_formats_are_named(tmp_path):
     pack(path, [(name, bytes(700), {}) for name in "abc"])
     whole = path.read_bytes()
     path.write_bytes(whole[:1536] + b"X" * 512 + whole[2048:])
-    with pytest.raises(
-        SourceError, match=r"header at byte 1536 is damaged: .* fetch the file again"
-    ):
+    with pytest.raises(TarError, match=r"header at byte 1536 is damaged: .* fetch the file again"):
         list(tar_index.members(str(path)))
     for content in (b"", b"short", b"\x1f\x8b" + os.urandom(2000)):
         path.write_bytes(content)
-        with pytest.raises(SourceError, match="is no tar"):
+        with pytest.raises(TarError, match="is no tar"):
             list(tar_index.members(str(path)))
     path.write_bytes(bytes(1024))
     assert not list(tar_index.members(str(path)))
@@ -132,7 +130,7 @@ def test_any_change_of_a_byte_ends_and_stays_in_the_file(tmp_path, seed):
         (tmp_path / "b.tar").write_bytes(data)
         try:
             found = list(tar_index.members(str(tmp_path / "b.tar")))
-        except SourceError:
+        except TarError:
             continue
         assert all(0 < m.offset <= len(data) and m.size >= 0 for m in found)
 
@@ -143,9 +141,9 @@ def test_a_damaged_extended_header(tmp_path):
         header.type, header.size = tarfile.XHDTYPE, len(record)
         block = header.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + bytes(1024)
         (tmp_path / "a.tar").write_bytes(block)
-        with pytest.raises(SourceError):
+        with pytest.raises(TarError):
             list(tar_index.members(str(tmp_path / "a.tar")))
     header.size = 2**30
     (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
-    with pytest.raises(SourceError, match="no tar"):
+    with pytest.raises(TarError, match="no tar"):
         list(tar_index.members(str(tmp_path / "a.tar")))

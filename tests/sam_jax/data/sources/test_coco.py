@@ -106,7 +106,7 @@ def test_the_public_layouts_of_images(tmp_path):
 def test_images_may_be_decoded_smaller_and_masks_stay(tmp_path):
     folder = write(tmp_path, [image(1, height=400, width=600)], [annotation(1)])
     save(tmp_path / "images" / "1.jpg", (400, 600))
-    example = open_coco(folder, reduce_to=(64, 64))[0]
+    example = open_coco(folder, decode_size=(64, 64))[0]
     assert example.image.shape == (50, 75, 3)
     assert example.masks[0]["size"] == [400, 600]
 

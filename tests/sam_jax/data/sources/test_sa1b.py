@@ -135,20 +135,20 @@ def test_other_files_are_not_looked_at(folder):
 
 def test_images_may_be_decoded_smaller_and_masks_stay(tmp_path):
     write(tmp_path, 1, record(1, size=(240, 361)), jpeg(1, (240, 361)))
-    example = open_sa1b(str(tmp_path), reduce_to=(64, 64))[0]
+    example = open_sa1b(str(tmp_path), decode_size=(64, 64))[0]
     assert example.image.shape == (60, 91, 3)
     assert example.masks[0]["size"] == [240, 361]
     write(tmp_path, 1, record(1, size=(120, 180)), jpeg(1, (240, 360)))
-    assert reason(open_sa1b(str(tmp_path), reduce_to=(64, 64))) == "size mismatch"
+    assert reason(open_sa1b(str(tmp_path), decode_size=(64, 64))) == "size mismatch"
 
 
 def test_an_image_on_its_side_has_the_size_it_is_seen_in(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     write(tmp_path, 1, record(1, size=(360, 240)), jpeg(1, (240, 360), exif=exif))
-    for reduce_to in (None, (64, 64)):
-        image = open_sa1b(str(tmp_path), reduce_to)[0].image
-        assert image.shape == ((360, 240, 3) if reduce_to is None else (90, 60, 3))
+    for decode_size in (None, (64, 64)):
+        image = open_sa1b(str(tmp_path), decode_size)[0].image
+        assert image.shape == ((360, 240, 3) if decode_size is None else (90, 60, 3))
 
 
 def changed(path, value):
@@ -373,7 +373,7 @@ def test_other_processes_read_the_same(packed, method):
 
 def test_a_source_is_small_and_can_be_pickled(packed):
     source = open_sa1b(packed)
-    numbers = (source.place, source.key, source.offset, source.size)
+    numbers = (source.container, source.key, source.offset, source.size)
     assert sum(n.nbytes for n in numbers) == 36 * len(IDS)
     assert same(pickle.loads(pickle.dumps(source))[2], source[2])
 

@@ -177,7 +177,7 @@ def test_tensorflow_is_not_imported(folder):
 import sys
 from sam_jax.data.open import open_source
 for name in ("segment_anything", "lvis/validation"):
-    source = open_source("tfds:" + name + "@{folder}", reduce_to=(8, 8))
+    source = open_source("tfds:" + name + "@{folder}", decode_size=(8, 8))
     print(source[1].image.shape, len(source[1].masks))
 print(sorted(m for m in sys.modules if m.split(".")[0] in ("tensorflow", "jax", "grain", "orbax")))
 """
