@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -38,6 +38,7 @@ class Example:
     masks: Sequence[RLE]
 
 
+@runtime_checkable
 class Source(Protocol):
     """A stateless sequence of examples. Any worker may read any example at any time."""
 

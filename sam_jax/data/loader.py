@@ -7,7 +7,7 @@ by its position in the order. A batch is therefore the same for any number of ho
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -35,6 +35,7 @@ class SkippedSample:
     detail: str
 
 
+@runtime_checkable
 class Transform(Protocol):
     """Turns an example into a row of a batch, as `SegmentationTransform` does.
 
@@ -67,7 +68,7 @@ class Loader:
     Attributes:
       source: The examples.
       indices: Indices of the examples to load.
-      transform: Turns an example into a row, with a random generator of its own for each row.
+      transform: Turns an example into a row, with a separate random generator for each row.
       batch_size: Global batch size, over all hosts.
       seed: Seed of the order and of the transform.
       host: Index of this host, which loads an equal, contiguous share of the rows.

@@ -94,7 +94,7 @@ def non_maximum_suppression(
 
 def _first_and_last(
     line: Bool[np.ndarray, "*batch s"],
-) -> tuple[Int64[np.ndarray, "*batch"], Int64[np.ndarray, "*batch"]]:
+) -> tuple[np.int64 | Int64[np.ndarray, "*batch"], Int64[np.ndarray, "*batch"]]:
     """Returns the first and the last true index, or 0 and 0 if there is none."""
     first = line.argmax(axis=-1)
     last = line.shape[-1] - 1 - line[..., ::-1].argmax(axis=-1)

@@ -14,7 +14,7 @@ from sam_jax.masks.boxes import box_of_mask
 
 
 def remove_small_regions(
-    mask: Bool[np.ndarray, "h w"], min_area: float, *, keep_largest: bool = True
+    mask: Bool[np.ndarray, "h w"], min_area: int, *, keep_largest: bool = True
 ) -> tuple[Bool[np.ndarray, "h w"], bool]:
     """Fills small holes, then removes small islands, both connected by 8 neighbours.
 
@@ -48,7 +48,7 @@ def remove_small_regions(
 
 
 def _small_regions(
-    mask: Bool[np.ndarray, "h w"], min_area: float
+    mask: Bool[np.ndarray, "h w"], min_area: int
 ) -> tuple[Bool[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
     """Returns the pixels of small connected regions, and those of the largest region."""
     from scipy import ndimage

@@ -84,7 +84,7 @@ def encode_bits(
     return {"size": [height, width], "counts": lengths.tolist()}
 
 
-def uncompress(rle: Mapping[str, Any]) -> dict[str, Any]:
+def uncompress(rle: Any) -> dict[str, Any]:
     """Converts an RLE to a list of run lengths.
 
     Args:
@@ -99,7 +99,7 @@ def uncompress(rle: Mapping[str, Any]) -> dict[str, Any]:
     return {"size": list(map(int, rle["size"])), "counts": runs(rle).tolist()}
 
 
-def compress(rle: Mapping[str, Any]) -> dict[str, Any]:
+def compress(rle: Any) -> dict[str, Any]:
     """Converts an RLE to a string.
 
     Args:
@@ -114,11 +114,12 @@ def compress(rle: Mapping[str, Any]) -> dict[str, Any]:
     return {"size": list(map(int, rle["size"])), "counts": _pack(runs(rle))}
 
 
-def decode(rle: Mapping[str, Any]) -> Bool[np.ndarray, "h w"]:
+def decode(rle: Any) -> Bool[np.ndarray, "h w"]:
     """Decodes an RLE.
 
     Args:
-      rle: {"size": [h, w], "counts": compressed str or bytes, or a list of run lengths}.
+      rle: {"size": [h, w], "counts": compressed str or bytes, or a list of run lengths}. It may be
+        read from a file: values of other types are errors.
 
     Returns:
       The mask, contiguous by columns (`np.ascontiguousarray` makes it contiguous by rows).
@@ -133,7 +134,7 @@ def decode(rle: Mapping[str, Any]) -> Bool[np.ndarray, "h w"]:
 
 
 def decode_resized(
-    rle: Mapping[str, Any], new_size: tuple[int, int]
+    rle: Any, new_size: tuple[int, int]
 ) -> Bool[np.ndarray, "{new_size[0]} {new_size[1]}"]:
     """Decodes an RLE at another size by nearest neighbour.
 
@@ -179,7 +180,7 @@ def decode_runs_resized(
     return (columns if num_sampled == new_width else columns[sampled_index]).T
 
 
-def area(rle: Mapping[str, Any]) -> int:
+def area(rle: Any) -> int:
     """Counts the pixels of an RLE without decoding it.
 
     Args:
@@ -229,7 +230,7 @@ def runs(rle: Any) -> Int64[np.ndarray, " r"]:
     return lengths
 
 
-def bounds(rle: Mapping[str, Any]) -> Int64[np.ndarray, "r 2"]:
+def bounds(rle: Any) -> Int64[np.ndarray, "r 2"]:
     """Returns the begin and the end of each run inside a mask, without decoding it.
 
     Args:
@@ -362,7 +363,7 @@ def _check_number(number: int, pixels: int) -> None:
 
 def _is_int(value: Any, limit: int) -> bool:
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return integer and 0 <= value <= limit
+    return integer and bool(0 <= value <= limit)  # a numpy bool otherwise
 
 
 def _got(value: Any) -> str:

@@ -35,7 +35,7 @@ FILE_KINDS = (decode.IMAGE_FILE, decode.JSON_FILE)
 
 # Special values of an offset.
 MISSING = -1
-NOT_IN_TAR = -2  # a file of its own in a folder
+NOT_IN_TAR = -2  # a separate file in a folder
 
 INDEX_VERSION = 1
 

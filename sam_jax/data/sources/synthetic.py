@@ -1,9 +1,9 @@
 """Generates scenes of objects that overlap and contain parts, so that a click is ambiguous.
 
 Every scene is a function of its index alone. An object is a shape. Many objects have parts (a disc
-inside, a band across, a half, a cap), and some parts have a part of their own. There is one mask
-for each object, each part and each part of a part; each includes its parts. Objects occlude those
-behind them: masks are the visible pixels.
+inside, a band across, a half, a cap), and some parts contain a smaller part. Each object and each
+part has a mask, which includes the parts inside. Objects occlude those behind them: masks are the
+visible pixels.
 """
 
 import dataclasses

@@ -71,7 +71,7 @@ class Tfds(FileSource):
         check_index(index, len(self))
         try:
             return tf_example_pb2.Example.FromString(self.records[index]).features.feature
-        except Exception as error:  # array_record raises only RuntimeError, protobuf its own types
+        except Exception as error:  # array_record raises RuntimeError, protobuf others
             is_missing = "No such file" in str(error)
             reason = "missing file" if is_missing else "broken record"
             raise BadSample(reason, str(error)) from error

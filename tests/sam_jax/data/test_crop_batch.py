@@ -15,7 +15,7 @@ from sam_jax.data.crop_batch import (
     resize,
     sample_box,
 )
-from sam_jax.data.example import BadSample, Example
+from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import ImagesOnly, open_source
 
@@ -57,9 +57,9 @@ def test_of_an_image_too_long_for_any_crop_the_middle_is_taken(size, box):
 @pytest.mark.parametrize(
     ("size", "aspect", "box"),
     [
-        ((100, 100), 1, (0, 0, 100, 100)),
-        ((100, 150), 1, (0, 25, 100, 100)),
-        ((150, 100), 2, (50, 0, 50, 100)),
+        ((100, 100), 1.0, (0, 0, 100, 100)),
+        ((100, 150), 1.0, (0, 25, 100, 100)),
+        ((150, 100), 2.0, (50, 0, 50, 100)),
         ((1, 100), 0.5, (0, 49, 1, 1)),
     ],
 )
@@ -114,7 +114,7 @@ def test_an_image_of_a_patch_is_enlarged():
 
 
 @dataclasses.dataclass(frozen=True)
-class Some:
+class Fake(Source):
     """Images of which every third is too small, and whose masks nobody may ask for."""
 
     def __len__(self):
@@ -133,7 +133,7 @@ class Some:
 
 def test_batches_have_no_masks_and_small_images_are_replaced():
     loader = Loader(
-        ImagesOnly(Some()), np.arange(12), RandomResizedCrop(FRAME, 8), batch_size=12, seed=0
+        ImagesOnly(Fake()), np.arange(12), RandomResizedCrop(FRAME, 8), batch_size=12, seed=0
     )
     batch, problems = loader.batch(0)
     assert isinstance(batch, ImageBatch)

@@ -9,7 +9,7 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 
-from sam_jax.data.example import BadSample, Example
+from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.data.loader import Loader
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.data.sources.synthetic import SyntheticScenes
@@ -19,7 +19,7 @@ CANVAS = (48, 56)
 
 
 @dataclasses.dataclass(frozen=True)
-class ReconstructedPatches:
+class Painted(Source):
     """Images with a mask in each colour, by index: white where the mask is. Some are unusable."""
 
     size: tuple[int, int] = CANVAS
@@ -46,10 +46,10 @@ class ReconstructedPatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Source):
     """One example, again and again."""
 
-    image: np.ndarray
+    pixels: np.ndarray
     masks: list
     count: int = 1
 
@@ -60,7 +60,7 @@ class Given:
         return f"number {index}"
 
     def __getitem__(self, index):
-        return Example(image=self.image, masks=self.masks)
+        return Example(image=self.pixels, masks=self.masks)
 
 
 def loader(source, **changes):
@@ -106,10 +106,10 @@ def test_shapes_and_types():
 
 
 def test_packed_bits_are_the_masks_in_the_order_of_their_ids():
-    batch = batch_of(ReconstructedPatches(), batch_size=10)
+    batch = batch_of(Painted(), batch_size=10)
     masks = unpack(batch)
     for b, index in enumerate(batch.image_id):
-        example = ReconstructedPatches()[index]
+        example = Painted()[index]
         np.testing.assert_array_equal(batch.image[b], example.image)
         assert batch.valid[b].all()
         assert sorted(batch.mask_id[b]) == [0, 1, 2]
@@ -118,7 +118,7 @@ def test_packed_bits_are_the_masks_in_the_order_of_their_ids():
 
 
 def test_a_frame_that_eight_does_not_divide():
-    source = ReconstructedPatches(size=(20, 13))
+    source = Painted(size=(20, 13))
     batch = batch_of(source, canvas=(20, 13))
     assert batch.masks.shape == (4, 3, 20, 2)
     for b, index in enumerate(batch.image_id):
@@ -154,29 +154,29 @@ def test_images_fill_the_frame_and_the_rest_is_zero(size, inside):
 
 def test_an_epoch_has_every_image_once():
     """10 images in batches of 4: epochs end within a batch."""
-    ids = np.concatenate([batch_of(ReconstructedPatches(), step).image_id for step in range(15)])
+    ids = np.concatenate([batch_of(Painted(), step).image_id for step in range(15)])
     epochs = ids.reshape(6, 10)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (6, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 6  # each in another order
-    other = [batch_of(ReconstructedPatches(), step, seed=1).image_id for step in range(3)]
+    other = [batch_of(Painted(), step, seed=1).image_id for step in range(3)]
     assert np.concatenate(other)[:10].tolist() != epochs[0].tolist()
 
 
 def test_only_the_given_indices_are_drawn():
     indices = np.array([1, 5, 6, 9])
     for step in range(3):
-        batch = batch_of(ReconstructedPatches(), step, indices=indices)
+        batch = batch_of(Painted(), step, indices=indices)
         np.testing.assert_array_equal(np.sort(batch.image_id), indices)
 
 
 def test_an_epoch_smaller_than_a_batch():
-    ids = batch_of(ReconstructedPatches(), indices=np.array([2, 7, 8]), batch_size=12).image_id
+    ids = batch_of(Painted(), indices=np.array([2, 7, 8]), batch_size=12).image_id
     assert collections.Counter(ids.tolist()) == {2: 4, 7: 4, 8: 4}
 
 
 # The same for everyone.
 
-BAD = ReconstructedPatches(count=12, bad=(1, 4, 5, 11))
+BAD = Painted(count=12, bad=(1, 4, 5, 11))
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
@@ -210,8 +210,8 @@ def test_problems_come_with_their_batch_when_reading_ahead():
 
 
 def test_no_steps():
-    assert list(loader(ReconstructedPatches()).batches(4, 4)) == []
-    assert list(loader(ReconstructedPatches()).batches(4, 4, prefetch=0)) == []
+    assert list(loader(Painted()).batches(4, 4)) == []
+    assert list(loader(Painted()).batches(4, 4, prefetch=0)) == []
 
 
 def test_a_batch_does_not_depend_on_those_before():
@@ -224,7 +224,7 @@ def test_a_batch_does_not_depend_on_those_before():
 @pytest.mark.parametrize(("batch_size", "hosts"), [(4, 3), (2, 4), (7, 2)])
 def test_hosts_must_share_a_batch_evenly(batch_size, hosts):
     with pytest.raises(ValueError, match=f"multiple of the {hosts} hosts; got {batch_size}"):
-        loader(ReconstructedPatches(), batch_size=batch_size, hosts=hosts)
+        loader(Painted(), batch_size=batch_size, hosts=hosts)
 
 
 # Masks.
@@ -319,7 +319,7 @@ SYMMETRIES = [
 )
 def test_flips_and_turns_move_image_and_masks_alike(flips, rot90, number):
     """The frame is square and as long as the image: nothing is resized."""
-    source = ReconstructedPatches(size=(40, 26), count=1)
+    source = Painted(size=(40, 26), count=1)
     example, seen = source[0], collections.Counter()
     for step in range(120):
         batch = batch_of(source, step, batch_size=1, canvas=(40, 40), flips=flips, rot90=rot90)
@@ -339,7 +339,7 @@ def test_flips_and_turns_move_image_and_masks_alike(flips, rot90, number):
 
 
 def test_flips_alone_keep_the_sides():
-    source = ReconstructedPatches(size=(40, 26), count=1)
+    source = Painted(size=(40, 26), count=1)
     image, seen = source[0].image, set()
     for step in range(40):
         batch = batch_of(source, step, batch_size=1, canvas=(40, 40), flips=True)
@@ -356,7 +356,7 @@ def test_flips_alone_keep_the_sides():
 @pytest.mark.parametrize("size", [(90, 160), (200, 120), (31, 17)])
 def test_masks_lie_on_their_image_when_it_is_resized(size):
     """In a frame that is not square, turned images have other sides."""
-    source = ReconstructedPatches(size=size, count=6)
+    source = Painted(size=size, count=6)
     sizes = set()
     for step in range(5):
         batch = batch_of(source, step, flips=True, rot90=True)
@@ -407,7 +407,7 @@ def test_good_samples_stay_where_they_are_beside_bad_ones():
 
 
 def test_replacements_are_not_always_the_same():
-    source = ReconstructedPatches(count=40, bad=tuple(range(20)))
+    source = Painted(count=40, bad=tuple(range(20)))
     replacements = collections.defaultdict(set)
     for step in range(60):
         expected = batch_of(dataclasses.replace(source, bad=()), step).image_id
@@ -429,20 +429,20 @@ def test_replacements_are_not_always_the_same():
 )
 def test_masks_that_cannot_be_used(masks, reason, detail):
     masks = [rle.encode(mask) if isinstance(mask, np.ndarray) else mask for mask in masks]
-    good = ReconstructedPatches((20, 30), count=2)
+    good = Painted((20, 30), count=2)
 
-    class Source(ReconstructedPatches):
+    class Unusable(Painted):
         def __getitem__(self, index):
             return good[1] if index else Example(image=good[0].image, masks=masks)
 
-    batch, problems = loader(Source((20, 30), count=2)).batch(0)
+    batch, problems = loader(Unusable((20, 30), count=2)).batch(0)
     assert batch.image_id.tolist() == [1] * 4
     assert {(problem.index, problem.reason) for problem in problems} == {(0, reason)}
     assert detail in problems[0].detail
 
 
 def test_nothing_but_bad_samples():
-    source = ReconstructedPatches(count=3, bad=(0, 1, 2))
+    source = Painted(count=3, bad=(0, 1, 2))
     with pytest.raises(ValueError, match=r"no usable image .*painting \d: .*fell down"):
         loader(source).batch(0)
     with pytest.raises(ValueError, match="no usable image"):
@@ -450,9 +450,9 @@ def test_nothing_but_bad_samples():
 
 
 def test_other_errors_are_not_hidden():
-    class Wrong(ReconstructedPatches):
+    class Faulty(Painted):
         def __getitem__(self, index):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        loader(Wrong()).batch(0)
+        loader(Faulty()).batch(0)
