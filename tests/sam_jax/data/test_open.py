@@ -1,4 +1,4 @@
-"""Sources by name, and parts of them."""
+"""Tests of sources by name, and of subsets."""
 
 import importlib
 import json
@@ -183,7 +183,7 @@ def test_missing_image_sources(tmp_path, monkeypatch, name, message):
         ("scenes:9999x9999", "scenes:9999x9999 must be"),
     ],
 )
-def test_a_wrong_name_says_what_is_right(tmp_path, monkeypatch, name, message):
+def test_errors_of_wrong_names_list_the_valid_ones(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=message) as error:
         open_source(name)
@@ -244,6 +244,6 @@ def test_a_slice_must_not_be_empty(text):
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_a_bad_sample_can_be_sent_from_a_worker(reason):
+def test_a_bad_sample_can_be_pickled(reason):
     error = pickle.loads(pickle.dumps(BadSample(reason, "why")))
     assert (error.reason, error.detail, str(error)) == (reason, "why", f"{reason}: why")

@@ -1,4 +1,4 @@
-"""All of a source is read, and what cannot be used is counted."""
+"""Tests of validation: every sample is read, and unusable ones are counted."""
 
 import json
 
@@ -29,7 +29,7 @@ class Fake(Source):
         return f"{index}.jpg"
 
 
-def test_every_sample_is_found_usable_or_not():
+def test_every_sample_has_a_finding():
     findings = list(check(Fake()))
     assert [f.index for f in findings] == list(range(5))
     assert [f.reason for f in findings] == [None, "broken image", None, "broken mask", None]
@@ -39,7 +39,7 @@ def test_every_sample_is_found_usable_or_not():
     assert str(findings[2]) == "2.jpg: usable: 2 masks"
 
 
-def test_a_summary_can_go_into_json():
+def test_a_summary_is_ready_for_json():
     summary = json.loads(json.dumps(summarize(check(Fake()))))
     bad = summary.pop("bad")
     assert summary == {
@@ -66,14 +66,14 @@ def test_reasons_come_most_frequent_first():
         ("\udc80\u202e", "\\udc80\\u202e"),
     ],
 )
-def test_names_do_no_harm_to_a_terminal(text, expected):
+def test_control_characters_are_escaped(text, expected):
     assert printable(text) == expected
 
 
 def test_other_errors_are_not_hidden():
     class Faulty(Fake):
         def __getitem__(self, index):
-            raise RuntimeError("a fault of ours")
+            raise RuntimeError("a bug")
 
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(RuntimeError, match="a bug"):
         list(check(Faulty()))

@@ -78,7 +78,7 @@ def upload(folder, address):
     ("kind", "write"),
     [("sa1b", write_sa1b), ("sa1b", write_tars), ("labels", write_labels), ("coco", write_coco)],
 )
-def test_examples_are_those_of_the_folder(bucket, tmp_path, kind, write):
+def test_a_store_gives_the_examples_of_the_folder(bucket, tmp_path, kind, write):
     write(tmp_path)
     upload(tmp_path, bucket / "data")
     here, there = open_source(f"{kind}:{tmp_path}"), open_source(f"{kind}:gs://bucket/data")

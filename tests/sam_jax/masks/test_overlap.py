@@ -60,9 +60,9 @@ def test_mask_iou_broadcasts_and_keeps_the_kind_of_array():
 
 def test_by_hand():
     square, shifted = rectangle(2, 2, 6, 6), rectangle(2, 4, 6, 8)  # 16 pixels, 8 in common
-    below, whole = rectangle(7, 2, 9, 6), rectangle(0, 0, 10, 12)
+    below, full = rectangle(7, 2, 9, 6), rectangle(0, 0, 10, 12)
     expected = [[1, 8 / 24, 0, 16 / 120], [8 / 24, 1, 0, 16 / 120]]
-    actual = iou([square, shifted], [square, shifted, below, whole])
+    actual = iou([square, shifted], [square, shifted, below, full])
     assert actual.dtype == np.float64
     np.testing.assert_array_equal(actual, expected)
 
@@ -77,7 +77,7 @@ def test_masks_that_only_touch_or_interlock_do_not_overlap():
 
 @st.composite
 def several_masks(draw):
-    """Some masks 'n h w' and others 'k h w', of noise in blocks."""
+    """Returns random masks 'n h w' and 'k h w'."""
     size = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
     masks = lambda: hnp.arrays(np.bool_, (draw(st.integers(0, 3)), *size))
     return draw(masks()), draw(masks())
@@ -104,8 +104,8 @@ def test_empty_runs_in_the_middle_and_lists_are_read():
 
 
 def test_no_masks():
-    some = [rectangle(0, 0, 2, 2)] * 2
-    assert [iou(*masks).shape for masks in ([[], []], [some, []], [[], some])] == [
+    squares = [rectangle(0, 0, 2, 2)] * 2
+    assert [iou(*masks).shape for masks in ([[], []], [squares, []], [[], squares])] == [
         (0, 0),
         (2, 0),
         (0, 2),

@@ -17,7 +17,7 @@ def test_a_box_on_the_borders_of_pixels_is_its_pixels():
     assert np.array_equal(rasterize([box(7, 4, 2, 1)], (6, 9)), mask)
 
 
-def test_an_image_is_filled_by_what_is_larger():
+def test_a_polygon_larger_than_the_image_fills_it():
     assert rasterize([box(0, 0, 9, 6)], (6, 9)).all()
     assert rasterize([box(-50, -50.5, 90, 1000)], (6, 9)).all()
     assert not rasterize([box(20, 20, 30, 30)], (6, 9)).any()
@@ -25,11 +25,11 @@ def test_an_image_is_filled_by_what_is_larger():
     assert not rasterize([[3, 3, 3, 3, 3, 3]], (6, 9)).any()
 
 
-def test_polygons_are_united_and_what_one_encloses_twice_is_a_hole():
-    one, other = box(0, 0, 4, 4), box(2, 2, 6, 6)
-    both = rasterize([one], (8, 8)) | rasterize([other], (8, 8))
-    assert np.array_equal(rasterize([one, other], (8, 8)), both)
-    assert not rasterize([one + one[:2] + box(1, 1, 3, 3) + [1, 1]], (8, 8))[2, 2]
+def test_polygons_are_united_and_regions_enclosed_twice_are_holes():
+    first, second = box(0, 0, 4, 4), box(2, 2, 6, 6)
+    both = rasterize([first], (8, 8)) | rasterize([second], (8, 8))
+    assert np.array_equal(rasterize([first, second], (8, 8)), both)
+    assert not rasterize([first + first[:2] + box(1, 1, 3, 3) + [1, 1]], (8, 8))[2, 2]
 
 
 def test_a_disc_has_its_area():
@@ -60,6 +60,6 @@ def test_a_disc_has_its_area():
         [[-1e6, 0, 1e6, 1, 0, 5]],
     ],
 )
-def test_what_is_no_polygon(polygons):
+def test_values_that_are_not_polygons_are_errors(polygons):
     with pytest.raises(PolygonError):
         rasterize(polygons, (8, 8))

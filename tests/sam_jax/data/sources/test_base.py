@@ -1,4 +1,4 @@
-"""A source of files needs only the paths of its images, and how masks are read."""
+"""Tests of the base class: a source needs only paths of images and a way to read masks."""
 
 import dataclasses
 import os
