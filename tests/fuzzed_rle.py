@@ -1,4 +1,4 @@
-"""Compressed run lengths as files may have them, right or wrong; the same ones every time."""
+"""Valid and invalid compressed run lengths to test with, the same ones every time."""
 
 from collections.abc import Iterator
 
@@ -8,12 +8,12 @@ from sam_jax.masks import rle
 
 
 def fuzzed(count: int) -> Iterator[dict]:
-    """RLEs of small sizes, of which a fifth are masks, in str and bytes.
+    """Generates RLEs of small sizes, in str and bytes. At least a fifth of them are masks.
 
     Yields:
-      In turn: any bytes; characters that may occur; a mask's string with a character replaced; with
-      a stretch left out or repeated; a mask as no encoder writes it, with empty runs and with
-      numbers that are longer than needed.
+      In turn: any bytes; any valid characters; a mask's string with a character replaced; a mask's
+      string with a part removed or repeated; a mask with empty runs and with numbers that are
+      longer than needed, which no encoder writes.
     """
     rng = np.random.default_rng(0)
     sizes = [[int(side) for side in rng.integers(1, 20, 2)] for _ in range(100)]
@@ -21,10 +21,10 @@ def fuzzed(count: int) -> Iterator[dict]:
     noise = rng.integers(0, 256, (count, 20), np.uint8)
     characters = rng.integers(48, 112, (count, 20), np.uint8)
     ends = rng.integers(0, 21, count)
-    places = rng.random((count, 20))
+    fractions = rng.random((count, 20))
     for i in range(count):
         size, string = sizes[i // 5 % 100], strings[i // 5 % 100]
-        first, second = (int(place * len(string)) for place in places[i, :2])
+        first, second = (int(fraction * len(string)) for fraction in fractions[i, :2])
         if i % 5 == 0:
             counts = noise[i, : ends[i]].tobytes()
         elif i % 5 == 1:
@@ -35,16 +35,16 @@ def fuzzed(count: int) -> Iterator[dict]:
             counts = string[:first] + string[second:]
         else:
             pixels = size[0] * size[1]
-            bounds = np.sort(places[i, : ends[i]] * (pixels + 1)).astype(int)
+            bounds = np.sort(fractions[i, : ends[i]] * (pixels + 1)).astype(int)
             counts = _write(np.diff(bounds[:pixels], prepend=0, append=pixels).tolist(), i % 3)
         yield {"size": size, "counts": counts if i % 2 else counts.decode("latin-1")}
 
 
 def _write(lengths: list[int], padding: int) -> bytes:
-    """A string of run lengths, with groups of five bits that are not needed after each number."""
+    """Encodes run lengths as a string, with `padding` unneeded groups of bits after each number."""
     codes = []
     for i, length in enumerate(lengths):
         value = length - lengths[i - 2] if i > 2 else length
-        groups = [value >> 5 * place & 31 for place in range(3 + padding)]
+        groups = [value >> 5 * group & 31 for group in range(3 + padding)]
         codes += [group + 32 for group in groups[:-1]] + groups[-1:]
     return bytes(code + 48 for code in codes)

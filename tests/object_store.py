@@ -1,4 +1,4 @@
-"""A stand-in for an object store, which can neither append, nor lock, nor rename."""
+"""A fake object store in memory. Like real ones, it cannot append, lock or rename."""
 
 import fsspec
 from etils import epath
@@ -6,7 +6,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class ObjectStore(MemoryFileSystem):
-    """Whole objects are put, got and listed, parts of them got; all else is refused."""
+    """Objects are written completely, read completely or in part, and listed."""
 
     protocol = ("gs", "gcs")
 
@@ -31,7 +31,7 @@ class ObjectStore(MemoryFileSystem):
 
 
 def install(monkeypatch):
-    """Puts an empty one behind gs:// for a test -> a bucket in it."""
+    """Installs an empty store for gs:// during a test, and returns a bucket in it."""
     for name in ObjectStore.protocol:
         fsspec.register_implementation(name, ObjectStore, clobber=True)
     epath.backend.fsspec_backend._get_filesystem.cache_clear()

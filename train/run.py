@@ -131,7 +131,7 @@ def open_data(config: TrainConfig, task: Task) -> tuple[Subset, Subset]:
 
     Those to evaluate on are always decoded in full.
     """
-    source = open_source(config.data.source, reduce_to=task.reduce_to, masks=task.needs_masks)
+    source = open_source(config.data.source, decode_size=task.decode_size, masks=task.needs_masks)
     whole = open_source(config.data.source, masks=task.needs_masks)
     if not config.data.held_out:
         return select(source, ":"), select(whole, ":")

@@ -216,8 +216,8 @@ def _evaluate_proposals(args):
     from sam_jax.data.open import open_source, select
     from sam_jax.evaluate.proposals import evaluate_proposals, pair_images, table
 
-    truths = select(open_source(args.source, reduce_to=SMALL), args.index)
-    proposals = open_source(args.proposals, reduce_to=SMALL)
+    truths = select(open_source(args.source, decode_size=SMALL), args.index)
+    proposals = open_source(args.proposals, decode_size=SMALL)
     pairs = pair_images(proposals, truths)
     print(f"{len(pairs)} of {len(truths)} images have proposals")
     bar = tqdm(pairs, unit=" images", disable=None)
@@ -254,10 +254,10 @@ def _data_stats(args):
             from sam_jax.visualize import dataset_plots
         except ImportError as error:
             raise ValueError(f'--out draws plots: {error}; pip install "sam_jax[viz]"') from error
-    images = select(open_source(args.source, reduce_to=SMALL), args.index)
+    images = select(open_source(args.source, decode_size=SMALL), args.index)
     source, indices = images.source, images.indices.tolist()
     if args.against:
-        compared = quality.compare(source, open_source(args.against, reduce_to=SMALL), indices)
+        compared = quality.compare(source, open_source(args.against, decode_size=SMALL), indices)
     found = statistics.collect(_shown(statistics.measure(source, indices), len(indices)))
     print(statistics.table(found))
     result = {"source": args.source, "index": args.index, **found}

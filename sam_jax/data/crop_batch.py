@@ -1,76 +1,87 @@
-"""Random crops of images, resized to the frame: what a masked autoencoder learns from.
+"""Batches of random crops of images, to train a masked autoencoder.
 
-Source: facebookresearch/mae's augmentation, torchvision's `RandomResizedCrop` and a mirror image.
+Source: The augmentation in facebookresearch/mae: torchvision's `RandomResizedCrop` and a horizontal
+flip.
 
-Differences: quarter turns, if they are asked for, as for images that have no upside.
+Differences: Optional rotations by multiples of 90 degrees, for images without an upright direction.
 """
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import numpy as np
+from jaxtyping import Array, Bool, Int32, UInt8
 from PIL import Image
 
 from sam_jax.data.example import BadSample, Example
 
-ASPECT = (3 / 4, 4 / 3)  # width over height of a crop, before it is resized to the frame
-ATTEMPTS = 10  # to find a crop that lies in the image
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # width over height of a crop, before it is resized
+MAX_ATTEMPTS = 10  # to sample a crop that fits into the image
 
 
 @flax.struct.dataclass
 class ImageBatch:
-    """Parts of images, which fill the frame.
+    """Crops of images.
 
     Attributes:
-      image: 'b h w 3' uint8 RGB.
-      image_id: 'b' int32, its index in the source; keys randomness.
+      image: RGB pixels.
+      image_id: Index of the image in the source, which random keys are derived from.
     """
 
-    image: Any
-    image_id: Any
+    image: UInt8[Array | np.ndarray, "b h w 3"]
+    image_id: Int32[Array | np.ndarray, " b"]
 
     @property
-    def valid(self) -> np.ndarray:
-        """'b' bool: all of them are to be learnt from."""
+    def valid(self) -> Bool[np.ndarray, " b"]:
+        """True for all images: none is padding."""
         return np.ones(len(self.image), bool)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-    """Crops an example's image at random; its masks are not looked at.
+    """Crops an example's image at random and resizes the crop. Masks are ignored.
 
     Attributes:
-      frame: (height, width) of the model.
-      min_side: pixels of the smallest images that are used.
-      min_area: of the image; crops have at least this share of it.
-      flips, rot90: mirror images left to right, turn them by multiples of 90 degrees, at random.
+      size: (height, width) of the model's input.
+      min_side: Smallest height and width of images that can be used.
+      min_area: Smallest area of a crop, as a fraction of the image.
+      flips: Mirrors images left to right at random.
+      rot90: Rotates images by multiples of 90 degrees at random.
     """
 
-    frame: tuple[int, int]
+    size: tuple[int, int]
     min_side: int
     min_area: float = 0.2
     flips: bool = True
     rot90: bool = False
-    batch: ClassVar[type] = ImageBatch
+    batch_type: ClassVar[type] = ImageBatch
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        """The arrays of a row of `ImageBatch`, without image_id.
+    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns the arrays of a row of `ImageBatch`, without image_id.
+
+        Args:
+          example: An image.
+          rng: The source of randomness.
+
+        Returns:
+          Arrays by field, without the batch axis.
 
         Raises:
-          BadSample: if the image is too small.
+          BadSample: If the image is too small.
         """
         quarter_turns = int(rng.integers(4)) if self.rot90 else 0
         image = np.rot90(example.image, quarter_turns)
         check_sides(image, self.min_side)
-        image = resize(crop(image, *draw_box(image.shape[:2], self.min_area, rng)), self.frame)
+        box = sample_box((image.shape[0], image.shape[1]), self.min_area, rng)
+        image = resize(crop(image, *box), self.size)
         flip = self.flips and bool(rng.integers(2))
         return {"image": image[:, ::-1] if flip else image}
 
 
-def check_sides(image: np.ndarray, min_side: int) -> None:
-    """Raises BadSample for an image 'h w 3' of fewer pixels on a side."""
+def check_sides(image: UInt8[np.ndarray, "h w 3"], min_side: int) -> None:
+    """Raises BadSample if the height or the width of an image is smaller than `min_side`."""
     height, width = image.shape[:2]
     if min(height, width) < min_side:
         raise BadSample(
@@ -78,39 +89,57 @@ def check_sides(image: np.ndarray, min_side: int) -> None:
         )
 
 
-def draw_box(
+def sample_box(
     size: tuple[int, int], min_area: float, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draws (top, left, height, width) of a crop: its area evenly, its aspect evenly by its log.
+    """Samples a crop, uniformly in its area and in the logarithm of its aspect ratio.
 
-    An image so long that no crop of such an area was found in it has its middle taken.
+    Args:
+      size: (height, width) of the image.
+      min_area: Smallest area, as a fraction of the image.
+      rng: The source of randomness.
+
+    Returns:
+      (top, left, height, width). If no sample fits into the image, as in very long images, the
+      largest crop in the middle.
     """
     height, width = size
-    for _ in range(ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         area = height * width * rng.uniform(min_area, 1)
-        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        aspect = math.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1])))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    narrowest, widest = ASPECT
+    narrowest, widest = ASPECT_RATIOS
     return middle_box(size, min(max(width / height, narrowest), widest))
 
 
 def middle_box(size: tuple[int, int], aspect: float) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the largest crop of an aspect, width over height, in the
-    middle."""
+    """Returns the largest crop of an aspect ratio in the middle of an image.
+
+    Args:
+      size: (height, width) of the image.
+      aspect: Width over height of the crop.
+
+    Returns:
+      (top, left, height, width).
+    """
     height, width = size
     h = max(1, min(height, round(width / aspect)))
     w = max(1, min(width, round(height * aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """A part of 'h w 3'."""
+def crop(
+    image: UInt8[np.ndarray, "h w 3"], top: int, left: int, height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """Returns a view of a part of an image."""
     return image[top : top + height, left : left + width]
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes 'h w 3' uint8 by Pillow's antialiased bicubic filter."""
+def resize(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "{size[0]} {size[1]} 3"]:
+    """Resizes an image with Pillow's antialiased bicubic filter."""
     resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(resized)

@@ -1,47 +1,62 @@
-"""The files of a sample, read with care: whatever is wrong with one is a `BadSample`.
+"""Reads and decodes the files of a sample; every defect raises `BadSample`.
 
-Sources hand over what strangers made. So sizes are capped before anything is read or allocated, a
-name in a file cannot lead out of its folder, and no value of a wrong type raises another error.
+The files may come from anybody. Sizes are therefore limited before anything is read or allocated, a
+name in a file cannot lead out of its folder, and values of a wrong type raise no other error.
 """
 
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image
 
 from sam_jax.data.example import RLE, BadSample
-from sam_jax.images.read import FORMATS, MAX_PIXELS, read_image
+from sam_jax.images.read import FORMATS, MAX_IMAGE_PIXELS, read_image
 from sam_jax.io import storage
 from sam_jax.masks import rle
 
-GRAY = ("1", "L", "I;16")  # Pillow's modes of one number a pixel
+SINGLE_CHANNEL_MODES = ("1", "L", "I;16")  # of Pillow
+ORIENTATION = 0x0112  # the EXIF tag
+SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)  # height and width are swapped when the image is upright
 
 
-class Kind(NamedTuple):
-    """A kind of file: the reason to count a broken one by, and the most bytes of any."""
+class FileKind(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+      reason: The reason of `BadSample` for a broken file.
+      max_bytes: The largest size that is read.
+    """
 
     reason: str
     max_bytes: int
 
 
-IMAGE = Kind("broken image", 1 << 28)
-MASK = Kind("broken mask", 1 << 28)
-JSON = Kind("broken json", 1 << 24)  # SA-1B's are below 1 MB
+IMAGE_FILE = FileKind("broken image", 1 << 28)
+MASK_FILE = FileKind("broken mask", 1 << 28)
+JSON_FILE = FileKind("broken json", 1 << 24)  # those of SA-1B are below 1 MB
 
 
-def read_file(path: str, kind: Kind) -> bytes:
-    """Reads a whole file.
+def read_file(path: str, kind: FileKind) -> bytes:
+    """Reads a file.
+
+    Args:
+      path: A path or a URL.
+      kind: The kind of the file.
+
+    Returns:
+      The bytes of the file.
 
     Raises:
-      BadSample: if it is missing, no regular file or too large.
+      BadSample: If the file is missing, not a regular file, or too large.
     """
     try:
-        if not storage.is_file(path):  # a pipe would be waited for
+        if not storage.is_file(path):  # reading a pipe would wait forever
             raise BadSample("missing file", f"there is no file {path}")
         _check_bytes(path, storage.stat(path)[0], kind)
         return storage.read_range(path)
@@ -49,11 +64,20 @@ def read_file(path: str, kind: Kind) -> bytes:
         raise BadSample("missing file", f"{path} cannot be read: {error}") from error
 
 
-def read_range(path: str, offset: int, size: int, kind: Kind) -> bytes:
-    """Reads `size` bytes of a file from an offset.
+def read_range(path: str, offset: int, size: int, kind: FileKind) -> bytes:
+    """Reads a range of a file.
+
+    Args:
+      path: A path or a URL.
+      offset: The first byte.
+      size: The number of bytes.
+      kind: The kind of the file that the range holds.
+
+    Returns:
+      The bytes.
 
     Raises:
-      BadSample: if the file is missing or ends before, or if the part is too large.
+      BadSample: If the file is missing, ends earlier, or the range is too large.
     """
     _check_bytes(path, size, kind)
     try:
@@ -65,28 +89,41 @@ def read_range(path: str, offset: int, size: int, kind: Kind) -> bytes:
     return data
 
 
-def path_in(folder: str, name: Any) -> str:
-    """The path of a file that a file of the folder names.
+def safe_join(folder: str, name: Any) -> str:
+    """Joins a folder and a file name that was read from a file.
+
+    Args:
+      folder: The folder.
+      name: The name, of any type.
+
+    Returns:
+      The path of the file.
 
     Raises:
-      BadSample: if the name is no string, or leads out of the folder.
+      BadSample: If the name is not a string or leads out of the folder.
     """
     if not isinstance(name, str) or not name:
-        raise BadSample("broken json", f"a file name must be a string; got {short(name)}")
+        raise BadSample("broken json", f"a file name must be a string; got {describe(name)}")
     path = PurePath(name)
     if path.is_absolute() or path.drive or ".." in path.parts:
-        raise BadSample("broken json", f"a file name must stay in its folder; got {short(name)}")
+        raise BadSample("broken json", f"a file name must stay in its folder; got {describe(name)}")
     return os.path.join(folder, name)
 
 
 def parse_json(data: bytes) -> Any:
     """Parses JSON.
 
+    Args:
+      data: The bytes of a JSON file.
+
+    Returns:
+      The value.
+
     Raises:
-      BadSample: if it is none, has NaN or infinite constants, or is nested too deeply.
+      BadSample: If the data is not JSON, has NaN or infinite constants, or is nested too deeply.
     """
     try:
-        return json.loads(data, parse_constant=_refuse)
+        return json.loads(data, parse_constant=_refuse_constant)
     except RecursionError:
         raise BadSample("broken json", "it is nested too deeply") from None
     except ValueError as error:
@@ -94,62 +131,78 @@ def parse_json(data: bytes) -> Any:
 
 
 def decode_image(
-    data: bytes, size: tuple[int, int] | None, reduce_to: tuple[int, int] | None = None
-) -> np.ndarray:
+    data: bytes, size: tuple[int, int] | None, decode_size: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an image.
 
     Args:
-      data: a JPEG, PNG or WebP file.
-      size: (height, width) that it must have, upright; any if None.
-      reduce_to: see `read_image`; a JPEG may then be decoded smaller than `size`.
+      data: The bytes of a JPEG, PNG or WebP file.
+      size: (height, width) that the upright image must have. None allows any.
+      decode_size: See `read_image`. A JPEG may be decoded smaller than `size`.
+
     Returns:
-      'h w 3' uint8 RGB.
+      RGB pixels.
+
     Raises:
-      BadSample: if it is broken, too large or of another size.
+      BadSample: If the image is broken, too large, or of another size.
     """
     try:
-        image = read_image(data, reduce_to)
+        image = read_image(data, decode_size)
         found = image.shape[:2]
-        if size is not None and reduce_to is not None and found != size:
+        if size is not None and decode_size is not None and found != size:
             found = _size_in_header(data)
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever they stumble over
+    except Exception as error:  # decoders raise errors of any type
         raise BadSample("broken image", _message(error)) from error
     if size is not None and found != size:
         raise BadSample("size mismatch", f"the image is {_by(found)}, its masks are {_by(size)}")
     return image
 
 
-def decode_labels(data: bytes) -> np.ndarray:
-    """Decodes a PNG of one number a pixel -> 'h w' bool, uint8 or uint16.
+def decode_labels(data: bytes) -> Shaped[np.ndarray, "h w"]:
+    """Decodes a PNG label map.
+
+    Args:
+      data: The bytes of the file.
+
+    Returns:
+      One bool, uint8 or uint16 number a pixel.
 
     Raises:
-      BadSample: if it is broken, too large or has colors.
+      BadSample: If the file is broken, too large, or in color.
     """
-    return _decode_png(data, (*GRAY, "P"))
+    return _decode_png(data, (*SINGLE_CHANNEL_MODES, "P"))
 
 
-def decode_mask(data: bytes) -> np.ndarray:
-    """Decodes a PNG, in color or not, of what is not black -> 'h w' bool.
+def decode_mask(data: bytes) -> Bool[np.ndarray, "h w"]:
+    """Decodes a PNG mask, whose pixels are True where they are not black.
+
+    Args:
+      data: The bytes of the file, in color or not.
+
+    Returns:
+      The mask.
 
     Raises:
-      BadSample: if it is broken or too large.
+      BadSample: If the file is broken or too large.
     """
     pixels = _decode_png(data) != 0
     return pixels if pixels.ndim == 2 else pixels.any(axis=-1)
 
 
 def check_masks(masks: Iterable[Any], size: tuple[int, int]) -> list[RLE]:
-    """Checks run lengths without painting them.
+    """Checks run lengths without decoding them.
 
     Args:
-      masks: what should be run lengths.
-      size: (height, width) that they must have.
+      masks: Values that should be run lengths.
+      size: (height, width) that the masks must have.
+
     Returns:
-      The same, with nothing beside size and counts.
+      The run lengths, with no other keys than size and counts.
+
     Raises:
-      BadSample: if one is broken, empty or of another size, or if there are none.
+      BadSample: If a mask is broken, empty or of another size, or if there are none.
     """
     checked = []
     for i, mask in enumerate(masks):
@@ -169,21 +222,30 @@ def check_masks(masks: Iterable[Any], size: tuple[int, int]) -> list[RLE]:
 
 
 def check_size(height: Any, width: Any) -> tuple[int, int]:
-    """Checks an image's size in a file -> (height, width).
+    """Checks the size of an image that was read from a file.
+
+    Args:
+      height: A value of any type.
+      width: A value of any type.
+
+    Returns:
+      (height, width).
 
     Raises:
-      BadSample: if they are not two positive ints, or too large.
+      BadSample: If they are not two positive ints, or too large.
     """
     for side in (height, width):
-        if type(side) is not int or not 0 < side <= MAX_PIXELS:
-            raise BadSample("broken json", f"height and width must be ints; got {short(side)}")
-    if height * width > MAX_PIXELS:
-        raise BadSample("broken image", f"at most {MAX_PIXELS} pixels; got {_by((height, width))}")
+        if type(side) is not int or not 0 < side <= MAX_IMAGE_PIXELS:
+            raise BadSample("broken json", f"height and width must be ints; got {describe(side)}")
+    if height * width > MAX_IMAGE_PIXELS:
+        raise BadSample(
+            "broken image", f"at most {MAX_IMAGE_PIXELS} pixels; got {_by((height, width))}"
+        )
     return height, width
 
 
-def short(value: Any) -> str:
-    """A value in a message."""
+def describe(value: Any) -> str:
+    """Formats a value of any type for a message, in at most 80 characters."""
     if isinstance(value, list | dict):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, str | int | float | None):
@@ -192,42 +254,44 @@ def short(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _decode_png(data, modes=None):
-    """Pixels as they are in one of these modes; in any mode if None, then 'h w 3' if in color."""
+def _decode_png(data: bytes, modes: Sequence[str] | None = None) -> Shaped[np.ndarray, "h w *c"]:
+    """Decodes a PNG in one of these modes. None allows any, and gives 'h w 3' for color."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
                 size = _by((image.height, image.width))
-                raise BadSample("broken mask", f"at most {MAX_PIXELS} pixels; got {size}")
+                raise BadSample("broken mask", f"at most {MAX_IMAGE_PIXELS} pixels; got {size}")
             if modes is None:
-                return np.asarray(image if image.mode in GRAY else image.convert("RGB"))
+                is_gray = image.mode in SINGLE_CHANNEL_MODES
+                return np.asarray(image if is_gray else image.convert("RGB"))
             if image.mode not in modes:
                 raise BadSample("broken mask", f"one number a pixel is expected; got {image.mode}")
             return np.asarray(image)
     except (BadSample, MemoryError):
         raise
-    except Exception as error:  # decoders raise whatever they stumble over
+    except Exception as error:  # decoders raise errors of any type
         raise BadSample("broken mask", _message(error)) from error
 
 
-def _size_in_header(data):
+def _size_in_header(data: bytes) -> tuple[int, int]:
+    """Returns the (height, width) of the upright image."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        lies = image.getexif().get(0x0112) in (5, 6, 7, 8)  # orientations that lie on a side
-        return (image.width, image.height) if lies else (image.height, image.width)
+        is_sideways = image.getexif().get(ORIENTATION) in SIDEWAYS_ORIENTATIONS
+        return (image.width, image.height) if is_sideways else (image.height, image.width)
 
 
-def _check_bytes(path, size, kind):
+def _check_bytes(path: str, size: int, kind: FileKind) -> None:
     if size > kind.max_bytes:
         raise BadSample(kind.reason, f"{path}: at most {kind.max_bytes} bytes; got {size}")
 
 
-def _refuse(constant):
+def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number")
 
 
-def _message(error):
+def _message(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _by(size):
+def _by(size: Sequence[int]) -> str:
     return f"{size[0]} x {size[1]}"

@@ -1,23 +1,24 @@
-"""What a source of examples is: images with masks, read by index, and why a reading may fail."""
+"""Defines examples, which are images with masks, and sources that read them by index."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import UInt8
 
 RLE = dict[str, Any]  # {"size": [h, w], "counts": ...}, see `sam_jax.masks.rle`
 
-# Why a sample may be unusable.
+# Reasons why a sample cannot be used.
 REASONS = (
-    "missing file",  # or one that cannot be opened
-    "broken image",  # truncated, of another format, or too large
-    "small image",  # smaller than what learns from it can use
-    "refused image",  # by what should mask it
+    "missing file",  # or a file that cannot be opened
+    "broken image",  # truncated, in another format, or too large
+    "small image",  # smaller than the model can use
+    "rejected image",  # the mask generator refused it
     "broken json",
-    "broken record",  # of an archive of records
-    "broken mask",  # run lengths or polygons that are no mask
-    "size mismatch",  # masks of another size than the image
+    "broken record",  # in an archive of records
+    "broken mask",  # run lengths or polygons that do not describe a mask
+    "size mismatch",  # masks and image differ in size
     "empty mask",
     "no masks",
 )
@@ -28,64 +29,74 @@ class Example:
     """One image with its masks.
 
     Attributes:
-      image: 'h w 3' uint8 RGB.
-      masks: run lengths of the image's size, in the order of the annotations; painted only when
-        they are needed. Sources of images alone have none.
+      image: RGB pixels.
+      masks: Run lengths in the size of the original image, in the order of the annotations. They
+        are decoded only where they are needed. Sources of images alone have none.
     """
 
-    image: np.ndarray
+    image: UInt8[np.ndarray, "h w 3"]
     masks: Sequence[RLE]
 
 
+@runtime_checkable
 class Source(Protocol):
-    """Examples by index, without state: any worker may read any of them at any time."""
+    """A stateless sequence of examples. Any worker may read any example at any time."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        ...
 
     def __getitem__(self, index: int) -> Example:
         """Reads an example.
 
         Raises:
-          BadSample: if it is unusable.
+          IndexError: If the index is out of range.
+          BadSample: If the example cannot be used.
         """
         ...
 
-    def image(self, index: int) -> np.ndarray:
-        """Reads the image of an example, 'h w 3', and none of its masks.
+    def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Reads the image of an example without its masks.
 
         Raises:
-          BadSample: if it is unusable.
+          BadSample: If the image cannot be used.
         """
         ...
 
     def encoded(self, index: int) -> bytes | None:
-        """Reads the file of an image as it is; None where images are drawn rather than read.
+        """Reads the file of an image without decoding it. Generated images have none.
 
         Raises:
-          BadSample: if it cannot be read; nothing is decoded.
+          BadSample: If the file cannot be read.
         """
         ...
 
     def name(self, index: int) -> str:
-        """What a person would look for: a file, or a file and the member in it."""
+        """Returns a name that lets people find the example, such as the path of its image."""
         ...
 
 
 class SourceError(ValueError):
-    """A source that cannot be opened, or has no examples."""
+    """A source that cannot be opened or has no examples."""
 
 
 class BadSample(ValueError):
     """A sample that cannot be used.
 
     Attributes:
-      reason: one of REASONS, to count by.
-      detail: what is wrong, for a person.
+      reason: One of REASONS, which samples are counted by.
+      detail: An explanation for people.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
+        """Creates the error.
+
+        Args:
+          reason: One of REASONS.
+          detail: An explanation for people.
+        """
         assert reason in REASONS, reason
-        super().__init__(reason, detail)  # its arguments, with which it is unpickled
+        super().__init__(reason, detail)  # unpickling calls the class with these arguments
         self.reason = reason
         self.detail = detail
 
@@ -94,6 +105,6 @@ class BadSample(ValueError):
 
 
 def check_index(index: int, count: int) -> None:
-    """Raises IndexError, with which iteration ends, unless an index is one of `count`."""
+    """Raises IndexError, which also ends an iteration, unless 0 <= index < count."""
     if not 0 <= index < count:
         raise IndexError(f"index must be 0 to {count - 1}; got {index}")

@@ -1,25 +1,33 @@
-"""Batches by step: a pure function of (seed, step), whoever computes them and in whatever order.
+"""Loads batches by step. A batch is a pure function of (seed, step) and of nothing else.
 
-Images come in an order shuffled anew every epoch. An unusable one is replaced by another, drawn by
-its place in the order; so a batch is the same on any number of hosts, with any number of workers.
+Images are shuffled in every epoch. An unusable image is replaced by another one, which is sampled
+by its position in the order. A batch is therefore the same for any number of hosts and workers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from sam_jax.data.example import BadSample, Example, Source
 
-MAX_REPLACEMENTS = 100  # of one sample, before the source is taken to have no usable image
+MAX_ATTEMPTS = 100  # to find a usable image for one position, before loading fails
 
 
 @dataclasses.dataclass(frozen=True)
 class SkippedSample:
-    """A sample that could not be used, and why."""
+    """A sample that could not be used.
+
+    Attributes:
+      index: Its index in the source.
+      name: Its name in the source.
+      reason: The reason of its `BadSample`.
+      detail: The detail of its `BadSample`.
+    """
 
     index: int
     name: str
@@ -27,38 +35,48 @@ class SkippedSample:
     detail: str
 
 
+@runtime_checkable
 class Transform(Protocol):
-    """Makes an example a row of a batch: `SegmentationTransform` and `RandomResizedCrop` do.
+    """Turns an example into a row of a batch, as `SegmentationTransform` does.
 
     Attributes:
-      batch: the class of the batch; its fields are the arrays, and image_id.
+      batch_type: The class of the batch. Its fields are the arrays, and image_id.
     """
 
-    batch: Any
+    batch_type: Any
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        """The arrays of the row.
+    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns the arrays of a row, without image_id.
+
+        Args:
+          example: The example.
+          rng: The source of randomness.
 
         Raises:
-          BadSample: if the example is unusable.
+          BadSample: If the example cannot be used.
         """
         ...
 
 
+Row = dict[str, Any]  # arrays by field of the batch
+
+
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Draws batches from a source.
+    """Loads batches from a source.
 
     Attributes:
-      source: the examples; indices: 'i', those that are drawn from.
-      prepare: what makes an example a row, with random numbers of its own.
-      batch_size: images of all hosts together.
-      seed: of the order, and of what `transform` draws.
-      host, hosts: which rows of a batch are read here: the host's share, in order.
+      source: The examples.
+      indices: Indices of the examples to load.
+      transform: Turns an example into a row, with a separate random generator for each row.
+      batch_size: Global batch size, over all hosts.
+      seed: Seed of the order and of the transform.
+      host: Index of this host, which loads an equal, contiguous share of the rows.
+      hosts: Number of hosts.
     """
 
     source: Source
-    indices: np.ndarray
+    indices: Int[np.ndarray, " i"]
     transform: Transform
     batch_size: int
     seed: int
@@ -66,85 +84,130 @@ class Loader:
     hosts: int = 1
 
     def __post_init__(self) -> None:
+        """Checks the fields.
+
+        Raises:
+          ValueError: If the hosts cannot share a batch equally.
+        """
         if self.batch_size % self.hosts:
             raise ValueError(
                 f"batch_size must be a multiple of the {self.hosts} hosts; got {self.batch_size}"
             )
 
     def batch(self, step: int) -> tuple[Any, list[SkippedSample]]:
-        """This host's rows of a step's batch, and what could not be used for it."""
+        """Loads this host's rows of the batch of a step.
+
+        Args:
+          step: The step, from 0.
+
+        Returns:
+          The batch, and the samples that were skipped for it.
+
+        Raises:
+          ValueError: If no usable image is found.
+        """
         rows = self.batch_size // self.hosts
-        places = map(self.place, range(step * rows, (step + 1) * rows))
-        return self.collate(list(map(self.sample, places)))
+        positions = map(self.position, range(step * rows, (step + 1) * rows))
+        return self.collate(list(map(self.sample, positions)))
 
     def batches(
         self, start: int, stop: int, workers: int = 0, prefetch: int = 2
     ) -> Iterator[tuple[Any, list[SkippedSample]]]:
-        """`batch` of the steps from start to stop, read ahead.
+        """Loads the batches of several steps ahead of their use.
 
         Args:
-          start, stop: steps.
-          workers: processes that read; 0 for threads of this one.
-          prefetch: batches to be ahead of who takes them; 0 reads each when it is asked for.
+          start: The first step.
+          stop: The step after the last one.
+          workers: Number of processes that load. 0 uses threads of this process.
+          prefetch: Number of batches to load ahead. 0 loads each batch when it is asked for.
+
+        Yields:
+          Results of `batch`.
         """
         if not prefetch:
             yield from map(self.batch, range(start, stop))
             return
         rows = self.batch_size // self.hosts
         samples = grain.MapDataset.range(start * rows, stop * rows)
-        samples = samples.map(self.place).map(self.sample)
+        samples = samples.map(self.position).map(self.sample)
         ahead = rows * prefetch
         options = grain.ReadOptions(num_threads=min(16, ahead), prefetch_buffer_size=ahead)
         stream = samples.to_iter_dataset(options)
         if workers:
-            _parse_grain_flags()
+            _mark_flags_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         yield from stream.batch(rows, batch_fn=self.collate)
 
-    def place(self, row: int) -> int:
-        """The place, in the order of all hosts' samples, of this host's row of all its batches."""
+    def position(self, row: int) -> int:
+        """Maps a row of this host to its position in the global sample order.
+
+        Args:
+          row: The number of the row among all rows that this host loads.
+
+        Returns:
+          The position.
+        """
         rows = self.batch_size // self.hosts
         return row // rows * self.batch_size + self.host * rows + row % rows
 
-    def sample(self, place: int) -> tuple[dict[str, Any], list[SkippedSample]]:
-        """The sample at a place in the endless order of samples, and those it replaces."""
-        problems = []
-        for attempt in range(MAX_REPLACEMENTS):
-            index = self._index(place, attempt)
-            rng = np.random.default_rng((self.seed, place // self.batch_size, index))
+    def sample(self, position: int) -> tuple[Row, list[SkippedSample]]:
+        """Loads the sample at a position of the endless sample order.
+
+        Args:
+          position: The position.
+
+        Returns:
+          The row, and the samples that it replaces.
+
+        Raises:
+          ValueError: If no usable image is found.
+        """
+        skipped: list[SkippedSample] = []
+        for attempt in range(MAX_ATTEMPTS):
+            index = self._index(position, attempt)
+            rng = np.random.default_rng((self.seed, position // self.batch_size, index))
             try:
-                arrays = self.transform(self.source[index], rng)
+                row = self.transform(self.source[index], rng)
             except BadSample as error:
                 name = self.source.name(index)
-                problems.append(SkippedSample(index, name, error.reason, error.detail))
+                skipped.append(SkippedSample(index, name, error.reason, error.detail))
             else:
-                return arrays | {"image_id": np.int32(index)}, problems
+                return row | {"image_id": np.int32(index)}, skipped
         raise ValueError(
-            f"no usable image among {MAX_REPLACEMENTS} of {len(self.indices)} drawn; the last was "
-            f"{problems[-1].name}: {problems[-1].detail}"
+            f"no usable image among {MAX_ATTEMPTS} of {len(self.indices)} drawn; the last was "
+            f"{skipped[-1].name}: {skipped[-1].detail}"
         )
 
-    def collate(self, samples: Any) -> tuple[Any, list[SkippedSample]]:
-        """Stacks samples into a batch, and joins their problems."""
-        arrays, problems = zip(*samples, strict=True)
-        stacked = {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
-        return self.transform.batch(**stacked), [problem for some in problems for problem in some]
+    def collate(
+        self, samples: Sequence[tuple[Row, list[SkippedSample]]]
+    ) -> tuple[Any, list[SkippedSample]]:
+        """Stacks rows to a batch and concatenates their skipped samples.
 
-    def _index(self, place: int, attempt: int) -> int:
+        Args:
+          samples: Results of `sample`.
+
+        Returns:
+          The batch, and the skipped samples.
+        """
+        rows, skipped = zip(*samples, strict=True)
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return self.transform.batch_type(**arrays), [s for of_row in skipped for s in of_row]
+
+    def _index(self, position: int, attempt: int) -> int:
         if attempt == 0:
-            return int(self.indices[_order(len(self.indices), self.seed)[place]])
-        rng = np.random.default_rng((self.seed, place, attempt))
+            return int(self.indices[_shuffled(len(self.indices), self.seed)[position]])
+        rng = np.random.default_rng((self.seed, position, attempt))
         return int(self.indices[rng.integers(len(self.indices))])
 
 
 @functools.lru_cache(maxsize=4)
-def _order(n, seed):
-    """Indices 0 to n - 1 by place, shuffled anew every n places."""
+def _shuffled(n: int, seed: int) -> grain.MapDataset:
+    """Returns the indices 0 to n - 1 by position, shuffled differently in every epoch."""
     return grain.MapDataset.range(n).shuffle(seed).repeat()
 
 
-def _parse_grain_flags():
-    """Grain's workers read absl flags, which nobody parses here."""
+def _mark_flags_as_parsed() -> None:
+    """Marks absl flags as parsed. Workers of grain read them, and no program here parses them."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

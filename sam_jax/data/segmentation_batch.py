@@ -1,79 +1,88 @@
-"""Whole images in the model's frame, with some of their masks: what SAM learns from."""
+"""Batches of images in the model's input size with some of their masks, to train SAM."""
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import flax.struct
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, UInt8
 
-from sam_jax.data.example import BadSample, Example
+from sam_jax.data.example import RLE, BadSample, Example
 from sam_jax.images.resize import resize_and_pad
 from sam_jax.masks import rle
 
-MAX_AREA = 0.9  # of the image; larger masks are left out. Kirillov et al. 2023, appendix A
+MAX_AREA = 0.9  # fraction of the image; larger masks are skipped. Kirillov et al. 2023, appendix A
 
 
 @flax.struct.dataclass
 class Batch:
-    """Images in the model's frame, with n masks each.
+    """Images on the model's canvas with n masks each.
 
     Attributes:
-      image: 'b h w 3' uint8 RGB, zero outside the image.
-      size: 'b 2' int32, (height, width) of the image in the frame.
-      image_id: 'b' int32, its index in the source; keys randomness.
-      masks: 'b n h (w/8)' uint8, eight pixels a byte, the leftmost in the highest bit.
-      mask_id: 'b n' int32, index of the mask in its image's annotations; keys randomness.
-      valid: 'b n' bool, the masks that are not fillers.
-      embedding: 'b gh gw c' of the images, where it is known already.
+      image: RGB pixels, zero outside of the image.
+      size: (height, width) of the image on the canvas.
+      image_id: Index of the image in the source, which random keys are derived from.
+      masks: Eight pixels a byte, the leftmost one in the highest bit.
+      mask_id: Index of the mask in its image's annotations, which random keys are derived from.
+      valid: False for padding after the masks of an image.
+      embedding: Image embeddings, where they are already known.
     """
 
-    image: Any
-    size: Any
-    image_id: Any
-    masks: Any
-    mask_id: Any
-    valid: Any
-    embedding: Any = None
+    image: UInt8[Array | np.ndarray, "b h w 3"]
+    size: Int32[Array | np.ndarray, "b 2"]
+    image_id: Int32[Array | np.ndarray, " b"]
+    masks: UInt8[Array | np.ndarray, "b n h w_8"]
+    mask_id: Int32[Array | np.ndarray, "b n"]
+    valid: Bool[Array | np.ndarray, "b n"]
+    embedding: Float[Array | np.ndarray, "b gh gw c"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationTransform:
-    """Brings an example into the frame, with up to `masks_per_image` of its masks.
+    """Resizes an example to the canvas, with up to `masks_per_image` of its masks.
 
     Attributes:
-      frame: (height, width) of the model.
-      masks_per_image: n of a batch; more masks are drawn from at random, fewer filled up.
-      flips, rot90: mirror images left to right, turn them by multiples of 90 degrees, at random.
+      canvas: (height, width) of the model's input.
+      masks_per_image: Masks in a row. If there are more they are sampled, if fewer padded.
+      flips: Mirrors images left to right at random.
+      rot90: Rotates images by multiples of 90 degrees at random.
     """
 
-    frame: tuple[int, int]
+    canvas: tuple[int, int]
     masks_per_image: int
     flips: bool = False
     rot90: bool = False
-    batch: ClassVar[type] = Batch
+    batch_type: ClassVar[type] = Batch
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        """The arrays of a row of a `Batch`, without image_id.
+    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns the arrays of a row of a `Batch`, without image_id.
+
+        Args:
+          example: An image with its masks.
+          rng: The source of randomness.
+
+        Returns:
+          Arrays by field, without the batch axis.
 
         Raises:
-          BadSample: if a mask is broken, or none can be used.
+          BadSample: If a mask is broken, or none can be used.
         """
         quarter_turns = int(rng.integers(4)) if self.rot90 else 0
         flip = bool(rng.integers(2)) if self.flips else False
-        move = functools.partial(_flip_and_turn, flip=flip, quarter_turns=quarter_turns)
-        image, size = resize_and_pad(move(example.image), self.frame)
-        size_before = size[::-1] if quarter_turns % 2 else size
+        moved = _flip_and_rotate(example.image, flip, quarter_turns)
+        image, size = resize_and_pad(moved, self.canvas)
+        size_before_turns = size[::-1] if quarter_turns % 2 else size
 
-        masks = np.zeros((self.masks_per_image, self.frame[0], -(-self.frame[1] // 8)), np.uint8)
+        height, width = self.canvas
+        masks = np.zeros((self.masks_per_image, height, -(-width // 8)), np.uint8)
         mask_id = np.zeros(self.masks_per_image, np.int32)
         count = 0
         for i in rng.permutation(len(example.masks)):
             if count == self.masks_per_image:
                 break
-            mask = _paint(example.masks[i], size_before)
+            mask = _decode(example.masks[i], size_before_turns)
             if mask is not None:
-                _pack(move(mask), masks[count])
+                _pack(_flip_and_rotate(mask, flip, quarter_turns), masks[count])
                 mask_id[count] = i
                 count += 1
         if not count:
@@ -87,8 +96,8 @@ class SegmentationTransform:
         }
 
 
-def _paint(mask, size):
-    """A mask 'h w' bool in the frame, or None if it is too large, or too small to be seen there."""
+def _decode(mask: RLE, size: tuple[int, int]) -> Bool[np.ndarray, "h w"] | None:
+    """Decodes a mask at a new size. Returns None if it is too large, or has no pixels there."""
     try:
         lengths = rle.runs(mask)
     except rle.RLEError as error:
@@ -96,17 +105,18 @@ def _paint(mask, size):
     height, width = mask["size"]
     if lengths[1::2].sum() > MAX_AREA * height * width:
         return None
-    painted = rle.paint_resized(lengths, mask["size"], size)
-    return painted if painted.any() else None
+    decoded = rle.decode_runs_resized(lengths, mask["size"], size)
+    return decoded if decoded.any() else None
 
 
-def _pack(mask, bits):
-    """Sets the pixels of a mask 'h w' among bits that are zero, looking at its own box alone."""
+def _pack(mask: Bool[np.ndarray, "h w"], bits: UInt8[np.ndarray, "canvas_h canvas_w_8"]) -> None:
+    """Writes a mask into bits that are zero, packing only its bounding box."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     left = columns[0] // 8
     packed = np.packbits(mask[rows[0] : rows[-1] + 1, 8 * left : columns[-1] + 1], axis=-1)
     bits[rows[0] : rows[-1] + 1, left : left + packed.shape[1]] = packed
 
 
-def _flip_and_turn(x, *, flip, quarter_turns):
+def _flip_and_rotate(x: Any, flip: bool, quarter_turns: int) -> Any:
+    """Flips 'h w ...' left to right, then rotates it counterclockwise."""
     return np.rot90(x[:, ::-1] if flip else x, quarter_turns)

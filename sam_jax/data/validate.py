@@ -1,4 +1,4 @@
-"""Reads all of a source to see what in it cannot be used."""
+"""Reads all examples of a source to find those that cannot be used."""
 
 import collections
 import dataclasses
@@ -11,11 +11,14 @@ from sam_jax.masks import rle
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was found of one sample.
+    """The result of checking one sample.
 
     Attributes:
-      index, name: in the source; masks: how many can be used.
-      reason, detail: of the `BadSample`; None and "" if it can be used.
+      index: Its index in the source.
+      name: Its name in the source.
+      masks: Number of usable masks.
+      reason: The reason of its `BadSample`; None if it can be used.
+      detail: The detail of its `BadSample`; empty if it can be used.
     """
 
     index: int
@@ -31,13 +34,20 @@ class Finding:
 
 
 def check(source: Source) -> Iterator[Finding]:
-    """Decodes every image and paints every mask, a sample at a time."""
+    """Decodes every image and every mask.
+
+    Args:
+      source: The source.
+
+    Yields:
+      One finding a sample.
+    """
     for index in range(len(source)):
         name = source.name(index)
         try:
             masks = source[index].masks
             for i, mask in enumerate(masks):
-                _paint(i, mask)
+                _check_mask(i, mask)
         except BadSample as error:
             yield Finding(index, name, reason=error.reason, detail=error.detail)
         else:
@@ -45,7 +55,15 @@ def check(source: Source) -> Iterator[Finding]:
 
 
 def summarize(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Counts findings -> {"samples", "usable", "masks", "reasons", "bad"}, fit for JSON."""
+    """Counts findings.
+
+    Args:
+      findings: One finding a sample.
+
+    Returns:
+      {"samples", "usable", "masks", "reasons", "bad"}, ready for JSON. "reasons" are counts by
+      reason, most frequent first. "bad" lists the samples that cannot be used.
+    """
     samples = masks = 0
     bad = []
     for finding in findings:
@@ -66,11 +84,11 @@ def summarize(findings: Iterable[Finding]) -> dict[str, Any]:
 
 
 def printable(text: str) -> str:
-    """A text with what could upset a terminal escaped: names are what strangers chose."""
+    """Escapes what could upset a terminal; the names of files may be anything."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _paint(index, mask):
+def _check_mask(index: int, mask: Any) -> None:
     try:
         rle.decode(mask)
     except rle.RLEError as error:

@@ -117,7 +117,7 @@ def _masks(generate: Generate, image: np.ndarray) -> list[dict[str, Any]]:
     try:
         records = generate(image)
     except ImageError as error:
-        raise BadSample("refused image", str(error)) from error
+        raise BadSample("rejected image", str(error)) from error
     return [record for record in records if record["area"]]  # no reader takes empty masks
 
 
@@ -131,7 +131,7 @@ def _jpeg(data: bytes | None, image: np.ndarray) -> bytes:
     height, width = image.shape[:2]
     if max(height, width) > MAX_JPEG_SIDE:
         detail = f"a JPEG has at most {MAX_JPEG_SIDE} pixels a side; got {height} x {width}"
-        raise BadSample("refused image", detail)
+        raise BadSample("rejected image", detail)
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()

@@ -17,7 +17,7 @@ import numpy as np
 from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask
-from sam_jax.masks.clicks import click_on_error, farthest_click
+from sam_jax.masks.clicks import center_click, center_click_on_error
 from sam_jax.predict.predictor import SamPredictor
 
 CLICKS = (1, 2, 3, 5, 9)
@@ -112,7 +112,7 @@ def rounds_of(
     """After each click: predicted masks 'n m h w' and their scores 'n m', m being 3 at first."""
     prompts: list[dict] = []
     for mask in masks:
-        x, y, _ = farthest_click(mask)
+        x, y, _ = center_click(mask)
         prompts.append({"point_coords": [(x, y)], "point_labels": [1]})
     for number in range(1, max(CLICKS) + 1):
         predicted, scores, logits = predictor.predict_many(prompts, multimask_output=number == 1)
@@ -121,7 +121,7 @@ def rounds_of(
             return
         for i, best in enumerate(scores.argmax(axis=1)):
             prompts[i]["mask_input"] = logits[i, best]
-            if click := click_on_error(predicted[i, best], masks[i]):
+            if click := center_click_on_error(predicted[i, best], masks[i]):
                 prompts[i]["point_coords"].append(click[:2])
                 prompts[i]["point_labels"].append(click[2])
 
@@ -162,7 +162,7 @@ def one_click_ceiling(masks: np.ndarray) -> list[float]:
     iou = intersection / (area[:, None] + area - intersection)
     result = []
     for i, mask in enumerate(masks):
-        x, y, _ = farthest_click(mask)
+        x, y, _ = center_click(mask)
         meant = np.flatnonzero(masks[:, y, x])
         answer = meant[np.argmax(iou[np.ix_(meant, meant)].mean(axis=1))]
         result.append(float(iou[answer, i]))

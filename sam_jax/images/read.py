@@ -1,48 +1,52 @@
-"""Images from files or from memory, read with care: people's files may be anything."""
+"""Reads images from files or from memory, which may hold anything."""
 
 import io
 import os
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 1 << 26  # of an image, known from its header before it is decoded
+MAX_IMAGE_PIXELS = 1 << 26  # checked in the header, before an image is decoded
 
 
 class ImageError(ValueError):
-    """An image that is too large, or too small, for what is asked."""
+    """An image that is too large or too small for the task."""
 
 
 def read_image(
-    source: str | os.PathLike[str] | bytes, reduce_to: tuple[int, int] | None = None
-) -> np.ndarray:
-    """Reads a JPEG, PNG or WebP file, upright.
+    source: str | os.PathLike[str] | bytes, decode_size: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads a JPEG, PNG or WebP file as an upright RGB image.
 
-    Of sixteen bits the upper eight are taken, and transparency is left out.
+    Images of 16 bits keep their upper 8 bits. Transparency is ignored.
 
     Args:
-      source: a path, or the bytes of a file.
-      reduce_to: (height, width) of a frame. A JPEG that is at least twice as large as it needs to
-        be to fill the frame is decoded at a half, a quarter or an eighth of its size: faster, and
-        nearly the same once it is resized.
+      source: A path, or the bytes of a file.
+      decode_size: (height, width) that the image will be resized to fit into. A JPEG that is at
+        least twice as large is decoded at 1/2, 1/4 or 1/8 of its size, never below the size that
+        fits. This is faster, and nearly the same after the resize. None decodes in full.
+
     Returns:
-      'h w 3' uint8 RGB.
+      The image.
+
     Raises:
-      OSError: if it is missing or no such image.
-      ValueError: if it is larger than MAX_PIXELS.
+      OSError: If the file is missing or not such an image.
+      ValueError: If it has more than MAX_IMAGE_PIXELS pixels.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     name = "the image" if isinstance(source, bytes) else source
     with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(
-                f"{name} must have at most {MAX_PIXELS} pixels; got {image.width} x {image.height}"
+                f"{name} must have at most {MAX_IMAGE_PIXELS} pixels; "
+                f"got {image.width} x {image.height}"
             )
-        if reduce_to is not None:
-            scale = min(reduce_to[0] / image.height, reduce_to[1] / image.width)
+        if decode_size is not None:
+            scale = min(decode_size[0] / image.height, decode_size[1] / image.width)
             image.draft("RGB", (int(image.width * scale + 0.5), int(image.height * scale + 0.5)))
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # which Pillow would clip
+        if upright.mode.startswith("I"):  # Pillow would clip 16 bits instead of scaling them
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         return np.asarray(upright.convert("RGB"))

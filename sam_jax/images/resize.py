@@ -1,63 +1,107 @@
-"""Images, points and boxes into the model's frame, and masks back out of it.
+"""Resizes images and points to the model's input, and masks back to the image.
 
-Source: segment-anything `utils/transforms.py`, `modeling/sam.py` (`postprocess_masks`).
+The `canvas` is the padded (height, width) that the model takes; `input_size` is the size of the
+resized image in its upper left corner.
 
-Differences: frames need not be square; everything here runs on the host in numpy, so that no image
-size means a compilation; the two bilinear resizes of a mask, separable and linear, are one matrix
-for its rows and one for its columns.
+Source: segment-anything `utils/transforms.py` and `modeling/sam.py` (`postprocess_masks`).
+
+Differences: The canvas need not be square. Everything runs on the host in numpy, so that new image
+sizes need no compilation. The two bilinear resizes of a mask are separable and linear, and are
+computed as one matrix for the rows and one for the columns.
 """
 
 import functools
 
 import numpy as np
+from jaxtyping import Float, Float32, Float64, Int64, Num, UInt8
 from PIL import Image
 
 
-def fit_size(size, frame):
-    """(height, width) of an image of `size` when its longest side fills the `frame`."""
-    scale = min(frame[0] / size[0], frame[1] / size[1])
-    return tuple(max(1, int(side * scale + 0.5)) for side in size)
+def fit_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Returns the size of an image after it is resized to fit the canvas.
 
-
-def resize_and_pad(image, frame):
-    """Resizes 'h w 3' uint8 by Pillow's antialiased bilinear filter, pads bottom and right.
+    Args:
+      size: (height, width) of the image.
+      canvas: (height, width) of the model's input.
 
     Returns:
-      'fh fw 3' uint8, and the (height, width) in it that is not padding.
+      (height, width); at least one of them equals that of the canvas.
     """
-    size = fit_size(image.shape[:2], frame)
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    padded = np.zeros((*frame, 3), np.uint8)
-    padded[: size[0], : size[1]] = resized
-    return padded, size
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+    return height, width
 
 
-def apply_coords(points, original_size, frame):
-    """Moves '... 2' points (x, y) from pixels of the image to pixels of the frame."""
-    height, width = fit_size(original_size, frame)
+def resize_and_pad(
+    image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "{canvas[0]} {canvas[1]} 3"], tuple[int, int]]:
+    """Resizes an image with Pillow's antialiased bilinear filter and pads it bottom and right.
+
+    Args:
+      image: RGB pixels.
+      canvas: (height, width) of the result.
+
+    Returns:
+      The canvas, zero where it is padded, and the (height, width) of the image in it.
+    """
+    input_size = fit_size((image.shape[0], image.shape[1]), canvas)
+    resized = Image.fromarray(image).resize(input_size[::-1], Image.Resampling.BILINEAR)
+    padded = np.zeros((*canvas, 3), np.uint8)
+    padded[: input_size[0], : input_size[1]] = np.asarray(resized)
+    return padded, input_size
+
+
+def apply_coords(
+    points: Num[np.ndarray, "*batch 2"], original_size: tuple[int, int], canvas: tuple[int, int]
+) -> Float[np.ndarray, "*batch 2"]:
+    """Maps points from pixels of the image to pixels of the canvas.
+
+    Args:
+      points: (x, y) in pixels of the image.
+      original_size: (height, width) of the image.
+      canvas: (height, width) of the model's input.
+
+    Returns:
+      (x, y) in pixels of the canvas.
+    """
+    height, width = fit_size(original_size, canvas)
     return points * np.array([width / original_size[1], height / original_size[0]])
 
 
-def postprocess_masks(logits, original_size, frame):
-    """Resizes '... lh lw' logits to the frame, crops its padding, resizes to '... h w'.
+def postprocess_masks(
+    logits: Float[np.ndarray, "*batch lh lw"],
+    original_size: tuple[int, int],
+    canvas: tuple[int, int],
+) -> Float[np.ndarray, "*batch {original_size[0]} {original_size[1]}"]:
+    """Resizes masks to the canvas, removes the padding, and resizes to the image.
 
-    Both resizes are bilinear without antialias, as the reference's.
+    Both resizes are bilinear without antialiasing, as in the reference.
+
+    Args:
+      logits: Low-resolution masks.
+      original_size: (height, width) of the image.
+      canvas: (height, width) of the model's input.
+
+    Returns:
+      Logits in the size of the image.
     """
-    height, width = fit_size(original_size, frame)
-    rows = _two_resizes(logits.shape[-2], frame[0], height, original_size[0])
-    columns = _two_resizes(logits.shape[-1], frame[1], width, original_size[1])
+    height, width = fit_size(original_size, canvas)
+    rows = _two_resizes(logits.shape[-2], canvas[0], height, original_size[0])
+    columns = _two_resizes(logits.shape[-1], canvas[1], width, original_size[1])
     return rows @ logits @ columns.T
 
 
 @functools.lru_cache(maxsize=64)
-def _two_resizes(low, frame, inside, original):
-    """The float32 matrix 'original low' of: resize to `frame`, keep `inside`, resize."""
-    to_frame = _bilinear(low, frame)[:inside]
-    return (_bilinear(inside, original) @ to_frame).astype(np.float32)
+def _two_resizes(
+    low_res: int, canvas: int, input_size: int, original_size: int
+) -> Float32[np.ndarray, "{original_size} {low_res}"]:
+    """Returns the matrix that resizes an axis to the canvas, crops it, and resizes it again."""
+    to_canvas = _bilinear_matrix(low_res, canvas)[:input_size]
+    return (_bilinear_matrix(input_size, original_size) @ to_canvas).astype(np.float32)
 
 
-def _bilinear(size, new_size):
-    """The matrix 'new_size size' of a bilinear resize of one axis."""
+def _bilinear_matrix(size: int, new_size: int) -> Float64[np.ndarray, "{new_size} {size}"]:
+    """Returns the matrix of a bilinear resize of one axis."""
     first, weight = bilinear_taps(size, new_size)
     matrix = np.zeros((new_size, size))
     matrix[np.arange(new_size), first] = 1 - weight
@@ -65,14 +109,21 @@ def _bilinear(size, new_size):
     return matrix
 
 
-def bilinear_taps(size, new_size):
-    """Where a bilinear resize of one axis without antialias looks, pixel centres at +0.5.
+def bilinear_taps(
+    size: int, new_size: int
+) -> tuple[Int64[np.ndarray, " {new_size}"], Float64[np.ndarray, " {new_size}"]]:
+    """Returns the taps of a bilinear resize of one axis without antialiasing.
 
-    As PyTorch's: in float32, the position by a product and a difference that are rounded once.
+    Pixel centres lie at +0.5. As in PyTorch, positions are computed in float32, with one rounding
+    for the product and the difference.
+
+    Args:
+      size: Pixels of the axis.
+      new_size: Pixels of the resized axis.
 
     Returns:
-      'new_size' int, the first pixel of the two that each new one lies between, and 'new_size'
-      float64, the weight of the second, which is the first again at the end of the axis.
+      For each new pixel the index of the first of its two taps, and the weight of the second. The
+      second tap is the next pixel, or the same one at the end of the axis.
     """
     scale = np.float64(np.float32(size) / np.float32(new_size))
     position = np.maximum(scale * (np.arange(new_size) + 0.5) - 0.5, 0).astype(np.float32)

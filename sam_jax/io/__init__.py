@@ -1,1 +1,1 @@
-"""Files, local or in an object store."""
+"""Files, on a disk or in an object store."""

@@ -17,12 +17,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path whose file replaces `path` if the block succeeds.
 
     Args:
-      path: the file to write or to replace; its folder must exist.
+      path: The file to write or to replace. Its folder must exist.
+
     Yields:
       A path in the same folder that does not exist yet. The block must create a file there. If it
       raises, the file is removed and `path` keeps its former content.
+
     Raises:
-      OSError: if the file cannot be written or renamed.
+      OSError: If the file cannot be written or renamed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -45,11 +47,12 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2)
     """Writes a value as JSON with a final newline, atomically.
 
     Args:
-      path: the file to write.
-      value: what `json.dumps` accepts.
-      indent: spaces by which nested values are indented; None writes one line.
+      path: The file to write.
+      value: A value that `json.dumps` accepts.
+      indent: Number of spaces to indent nested values by. None writes one line.
+
     Raises:
-      ValueError: if the value holds NaN or infinity, which JSON cannot express.
+      ValueError: If the value holds NaN or infinity, which JSON cannot express.
     """
     text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
     write_bytes(path, text.encode())

@@ -1,7 +1,9 @@
-"""Files on a disk, or in an object store, by an address such as gs://bucket/folder.
+"""Files on a disk or in an object store, named by a path or by a URL such as gs://bucket/folder.
 
-Stores are reached through fsspec, which needs the package of the store (gcsfs for gs://). An object
-is written as a whole or not at all; it can neither be appended to, nor locked, nor renamed.
+Object stores are reached through fsspec, which needs the package of the store (gcsfs for gs://). An
+object is written completely or not at all. It cannot be appended to, locked or renamed.
+
+All functions raise OSError if the disk or the store fails.
 """
 
 import contextlib
@@ -9,122 +11,140 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from sam_jax.data.example import SourceError
+
+def is_url(path: str) -> bool:
+    """Returns True if a path is in an object store."""
+    return "://" in path
 
 
 def is_file(path: str) -> bool:
-    """Whether it is a file that can be read from its beginning to its end.
+    """Returns True if a path is a regular file.
 
     Raises:
-      OSError: if a store does not say.
+      OSError: If the store cannot be asked.
     """
-    return _kind_of(path) == "file" if is_url(path) else os.path.isfile(path)
+    return _object_type(path) == "file" if is_url(path) else os.path.isfile(path)
 
 
 def is_folder(path: str) -> bool:
-    """Whether it is a folder; in a store, whether anything is below it.
+    """Returns True if a path is a folder. In a store, a folder is a prefix of an object's name.
 
     Raises:
-      OSError: if a store does not say.
+      OSError: If the store cannot be asked.
     """
-    return _kind_of(path) == "directory" if is_url(path) else os.path.isdir(path)
+    return _object_type(path) == "directory" if is_url(path) else os.path.isdir(path)
 
 
 def listdir(folder: str) -> list[str]:
-    """The names of what is in a folder.
+    """Returns the names of the files and folders in a folder.
 
     Raises:
-      OSError: if it cannot be read.
+      OSError: If the folder cannot be read.
     """
     if not is_url(folder):
         return os.listdir(folder)
-    with _store_of(folder) as (store, name):
+    with _open_store(folder) as (store, name):
         paths = [path.rstrip("/") for path in store.ls(name, detail=False)]
-    here = name.rstrip("/")
-    return [path.rsplit("/", 1)[-1] for path in paths if path != here]  # an object that marks it
+    marker = name.rstrip("/")  # an empty object that some tools write for a folder
+    return [path.rsplit("/", 1)[-1] for path in paths if path != marker]
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Every folder from this one down, by name, with the names of its files.
+    """Walks through a folder and all folders below it, in the order of their names.
+
+    Args:
+      folder: A path or a URL.
+
+    Yields:
+      The path of each folder, and the names of its files.
 
     Raises:
-      OSError: if one cannot be read.
+      OSError: If a folder cannot be read.
     """
     if is_url(folder):
-        with _store_of(folder) as (store, name):
-            found = [(below, list(files)) for below, _, files in store.walk(name, on_error="raise")]
-            for below, files in sorted(found, key=lambda found: found[0].split("/")):
-                yield store.unstrip_protocol(below), files
+        with _open_store(folder) as (store, name):
+            found = [(path, list(files)) for path, _, files in store.walk(name, on_error="raise")]
+            for path, files in sorted(found, key=lambda entry: entry[0].split("/")):
+                yield store.unstrip_protocol(path), files
         return
-    for below, folders, files in os.walk(folder, onerror=_raise):
+    for path, folders, files in os.walk(folder, onerror=_raise):
         folders.sort()
-        yield below, files
+        yield path, files
 
 
 def stat(path: str) -> tuple[int, int]:
-    """The bytes of a file, and when it was changed, in nanoseconds; 0 in a store.
+    """Returns the size of a file in bytes and its modification time in nanoseconds.
+
+    The modification time of an object in a store is 0.
 
     Raises:
-      OSError: if it cannot be read.
+      OSError: If the file cannot be read.
     """
     if not is_url(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
-    with _store_of(path) as (store, name):
+    with _open_store(path) as (store, name):
         return store.info(name)["size"], 0
 
 
 def read_range(path: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Reads `size` bytes of a file from an offset, or all there are of them.
+    """Reads a range of a file.
+
+    Args:
+      path: A path or a URL.
+      offset: The first byte.
+      size: The number of bytes. None reads to the end.
+
+    Returns:
+      The bytes; fewer than `size` if the file ends earlier.
 
     Raises:
-      OSError: if it cannot be read.
+      OSError: If the file cannot be read.
     """
     if not is_url(path):
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
-    with _store_of(path) as (store, name):
+    with _open_store(path) as (store, name):
         return store.cat_file(name, start=offset, end=None if size is None else offset + size)
 
 
-def write_bytes(address: str, data: bytes) -> None:
-    """Puts bytes into a store.
+def upload_bytes(url: str, data: bytes) -> None:
+    """Writes an object of a store. See `sam_jax.io.atomic` for files on a disk.
 
     Raises:
-      OSError: if it cannot be written.
+      OSError: If the object cannot be written.
     """
-    with _store_of(address) as (store, name):
+    with _open_store(url) as (store, name):
         store.pipe_file(name, data)
 
 
-def upload(path: str, address: str) -> None:
-    """Puts a file of a disk into a store.
+def upload(path: str, url: str) -> None:
+    """Copies a file on a disk to an object store.
+
+    Args:
+      path: The file.
+      url: The object to write.
 
     Raises:
-      OSError: if it cannot be read or written.
+      OSError: If the file cannot be read or the object cannot be written.
     """
-    with _store_of(address) as (store, name):
+    with _open_store(url) as (store, name):
         store.put_file(path, name)
 
 
-def remove(address: str) -> None:
-    """Removes a file from a store.
+def remove(url: str) -> None:
+    """Removes an object from a store.
 
     Raises:
-      OSError: if it cannot be removed.
+      OSError: If the object cannot be removed.
     """
-    with _store_of(address) as (store, name):
+    with _open_store(url) as (store, name):
         store.rm_file(name)
 
 
-def is_url(path: str) -> bool:
-    """Whether a path is in an object store."""
-    return "://" in path
-
-
-def _kind_of(address: str) -> str | None:
-    with _store_of(address) as (store, name):
+def _object_type(url: str) -> str | None:
+    with _open_store(url) as (store, name):
         try:
             return store.info(name)["type"]
         except FileNotFoundError:
@@ -132,23 +152,23 @@ def _kind_of(address: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _store_of(path: str) -> Iterator[tuple[Any, str]]:
-    """The file system of an address, and its name there; what goes wrong there is an OSError."""
+def _open_store(url: str) -> Iterator[tuple[Any, str]]:
+    """Yields the file system of a URL and the name there. Turns all errors into OSError."""
     try:
         import fsspec.core
 
-        store, name = fsspec.core.url_to_fs(path)
+        store, name = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise SourceError(
-            f"{path} cannot be reached: {error}. For gs:// it takes the extra: pip install "
+        raise OSError(
+            f"{url} cannot be reached: {error}. For gs:// install the extra: pip install "
             "'sam_jax[gcs]'"
         ) from error
     try:
         yield store, name
     except OSError:
         raise
-    except Exception as error:  # of the store's own kinds
-        raise OSError(f"{path} cannot be reached: {error}") from error
+    except Exception as error:  # stores raise errors of many other types
+        raise OSError(f"{url} cannot be reached: {error}") from error
 
 
 def _raise(error: OSError) -> None:

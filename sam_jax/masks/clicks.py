@@ -1,20 +1,24 @@
-"""Where to click on a mask, or on what a prediction got wrong."""
+"""Clicks on a mask, or on the errors of a prediction."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int32, Key
 
 from sam_jax.masks.boxes import box_of_mask
 
 
-def uniform_click(key: jax.Array, region: jax.Array) -> jax.Array:
-    """Draws a pixel, all of a region's being equally likely.
+def uniform_click(
+    key: Key[Array, ""], region: Bool[Array | np.ndarray, "h w"]
+) -> Int32[Array, " 2"]:
+    """Samples a pixel of a region uniformly.
 
     Args:
-      key: of the draw.
-      region: 'h w' bool.
+      key: A random key.
+      region: The pixels to sample from.
+
     Returns:
-      '2' int32 (x, y); (0, 0) if the region is empty.
+      (x, y), or (0, 0) if the region is empty.
     """
     per_row = jnp.sum(region, axis=1, dtype=jnp.int32)
     rank = jax.random.randint(key, (), 0, jnp.maximum(per_row.sum(), 1))  # of the pixel, from 0
@@ -25,14 +29,15 @@ def uniform_click(key: jax.Array, region: jax.Array) -> jax.Array:
     return jnp.stack([x, y]).astype(jnp.int32)
 
 
-def farthest_click(region: np.ndarray) -> tuple[int, int, float]:
-    """Finds the pixel of a region that is farthest from the region's border.
+def center_click(region: Bool[np.ndarray, "h w"]) -> tuple[int, int, float]:
+    """Finds the pixel of a region that is farthest from its border.
 
     Args:
-      region: 'h w' bool; what lies outside the image counts as outside the region.
+      region: The pixels to choose from. Pixels outside of the image are outside of the region.
+
     Returns:
-      x, y and the distance in pixels, 0 if the region is empty; of several pixels the first in
-      row-major order.
+      x, y and the distance in pixels, which is 0 if the region is empty. Of several such pixels,
+      the first one in row-major order.
     """
     from scipy import ndimage
 
@@ -45,19 +50,25 @@ def farthest_click(region: np.ndarray) -> tuple[int, int, float]:
     return int(left + x), int(top + y), float(distance[y, x])
 
 
-def click_on_error(predicted: np.ndarray, target: np.ndarray) -> tuple[int, int, int] | None:
-    """Clicks where a prediction is most wrong: farthest from the border of what it missed, or of
-    what it added, whichever is strictly deeper inside; added pixels win a tie.
+def center_click_on_error(
+    predicted: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"]
+) -> tuple[int, int, int] | None:
+    """Clicks on the center of the largest error of a prediction.
+
+    The errors are the missed pixels (false negatives) and the added pixels (false positives). The
+    click is on the pixel that is farthest from the border of its region. Added pixels win ties.
 
     Source: Sofiiuk et al. 2021 (RITM); Kirillov et al. 2023, appendix D.1.
 
     Args:
-      predicted, target: 'h w' bool.
+      predicted: The predicted mask.
+      target: The true mask.
+
     Returns:
-      x, y and the label, 1 on the target and 0 off it; None if nothing is wrong.
+      x, y and the label, 1 for a missed and 0 for an added pixel. None if there is no error.
     """
-    missed_x, missed_y, missed = farthest_click(target & ~predicted)
-    added_x, added_y, added = farthest_click(predicted & ~target)
+    missed_x, missed_y, missed = center_click(target & ~predicted)
+    added_x, added_y, added = center_click(predicted & ~target)
     if not missed and not added:
         return None
     return (missed_x, missed_y, 1) if missed > added else (added_x, added_y, 0)

@@ -1,16 +1,18 @@
-"""COCO run lengths: a mask as a short string, in vectorised numpy.
+"""Encodes masks as COCO run lengths (RLE) and decodes them, in vectorized numpy.
 
 A mask is read column by column as runs of equal pixels, zeros first. From the fourth run on, the
-difference to the run two before is stored. A number is cut into groups of five bits, lowest first;
-the top bit of its last group is the sign. A group is one character: 48 + bits, and + 32 where
+difference to the run two before is stored. A number is split into groups of five bits, lowest
+first; the top bit of its last group is the sign. A group is one character, 48 + bits, plus 32 if
 another group follows.
 
-Source: `common/maskApi.c` in cocodataset/cocoapi (rleEncode, rleToString, rleFrString); `encode`
-gives the same bytes. Deliberate differences:
-- The readers refuse whatever is not exactly one mask of its size, where the C code reads past the
-  end of a cut string and paints past the end of a mask.
+Source: `common/maskApi.c` in cocodataset/cocoapi (rleEncode, rleToString, rleFrString). `encode`
+gives the same bytes.
+
+Differences:
+- Everything that is not exactly one mask of its size is an error. The C code reads past the end of
+  a truncated string and writes past the end of a mask.
 - A mask has at most MAX_PIXELS pixels.
-- One mask a call, and `counts` is a str, so that an RLE can go into JSON as it is.
+- Functions take one mask, and `counts` is a str, so that an RLE can be written as JSON.
 """
 
 import functools
@@ -18,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int64, UInt8
 
-MAX_PIXELS = 2**26  # no larger image is opened (64 MP), and painting takes at most 64 MiB
-_MAX_GROUPS = 6  # 30 bits: a difference of runs needs 28, and nothing in here can overflow
+MAX_PIXELS = 2**26  # as for images that are read; a decoded mask takes at most 64 MiB
+MAX_GROUPS = 6  # 30 bits: a difference of runs needs 28, so that no sum can overflow int64
 
 
 class RLEError(ValueError):
@@ -28,14 +31,16 @@ class RLEError(ValueError):
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
-    """Writes a mask as a compressed COCO RLE.
+    """Encodes a mask as a compressed COCO RLE.
 
     Args:
-      mask: 'h w' bool of at most MAX_PIXELS pixels; fastest where rows or columns are contiguous.
+      mask: 'h w' bool of at most MAX_PIXELS pixels. Contiguous rows or columns are fastest.
+
     Returns:
       {"size": [h, w], "counts": str}.
+
     Raises:
-      ValueError: if the mask has another shape or dtype, or too many pixels.
+      ValueError: If the mask has another shape or dtype, or too many pixels.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype != np.bool_:
@@ -49,13 +54,17 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": _pack(np.diff(bounds))}
 
 
-def encode_bits(bits: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
-    """`encode` of a mask of which a part is given as bits, all outside of it being False.
+def encode_bits(
+    bits: UInt8[np.ndarray, "w h_8"], corner: tuple[int, int], size: tuple[int, int]
+) -> dict[str, Any]:
+    """Encodes a mask from the bits of a part of it. All pixels outside of the part are False.
 
     Args:
-      bits: 'w h/8' uint8, the part column by column, lower rows in higher bits.
-      corner: (x, y) of the part in the mask; size: (height, width) of the mask. What of the part
-        lies outside of the mask must be False.
+      bits: The part column by column, eight rows a byte, lower rows in higher bits. Bits outside
+        of the mask must be zero.
+      corner: (x, y) of the part in the mask.
+      size: (height, width) of the mask.
+
     Returns:
       {"size": [h, w], "counts": list of run lengths}, see `compress`.
     """
@@ -67,33 +76,56 @@ def encode_bits(bits: np.ndarray, corner: tuple[int, int], size: tuple[int, int]
     i, bit = np.nonzero(np.unpackbits(changed.ravel()[byte, None], axis=1, bitorder="little"))
     column, row = np.divmod(byte[i], changed.shape[1])
     position = (corner[0] + column) * height + corner[1] + 8 * row + bit
-    # A run that goes on from the bottom of a column to the top of the next was ended in between.
-    ended = np.flatnonzero(position[1:] == position[:-1])
-    position = np.delete(position, np.concatenate([ended, ended + 1]))
+    # A run that continues at the top of the next column ends and begins at the same position.
+    joined = np.flatnonzero(position[1:] == position[:-1])
+    position = np.delete(position, np.concatenate([joined, joined + 1]))
     position = position[position < height * width]
     lengths = np.diff(position, prepend=0, append=height * width)
     return {"size": [height, width], "counts": lengths.tolist()}
 
 
-def uncompress(rle: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes run lengths as a list of int; argument and errors as for `decode`."""
+def uncompress(rle: Any) -> dict[str, Any]:
+    """Converts an RLE to a list of run lengths.
+
+    Args:
+      rle: See `decode`.
+
+    Returns:
+      {"size": [h, w], "counts": list of run lengths}.
+
+    Raises:
+      RLEError: See `decode`.
+    """
     return {"size": list(map(int, rle["size"])), "counts": runs(rle).tolist()}
 
 
-def compress(rle: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes run lengths as a string; argument and errors as for `decode`."""
+def compress(rle: Any) -> dict[str, Any]:
+    """Converts an RLE to a string.
+
+    Args:
+      rle: See `decode`.
+
+    Returns:
+      {"size": [h, w], "counts": str}.
+
+    Raises:
+      RLEError: See `decode`.
+    """
     return {"size": list(map(int, rle["size"])), "counts": _pack(runs(rle))}
 
 
-def decode(rle: Mapping[str, Any]) -> np.ndarray:
-    """Paints an RLE.
+def decode(rle: Any) -> Bool[np.ndarray, "h w"]:
+    """Decodes an RLE.
 
     Args:
-      rle: {"size": [h, w], "counts": compressed str or bytes, or a list of run lengths}.
+      rle: {"size": [h, w], "counts": compressed str or bytes, or a list of run lengths}. It may be
+        read from a file: values of other types are errors.
+
     Returns:
-      'h w' bool, contiguous by columns (`np.ascontiguousarray` makes it contiguous by rows).
+      The mask, contiguous by columns (`np.ascontiguousarray` makes it contiguous by rows).
+
     Raises:
-      RLEError: before any pixel is allocated, if the runs are not a mask of that size.
+      RLEError: If the runs are not a mask of that size. No pixel is allocated before the check.
     """
     lengths = runs(rle)
     height, width = rle["size"]
@@ -101,50 +133,80 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
     return np.repeat(inside, lengths).reshape(width, height).T
 
 
-def decode_resized(rle: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray:
-    """Paints an RLE at another size, each pixel as the nearest one of the mask.
+def decode_resized(
+    rle: Any, new_size: tuple[int, int]
+) -> Bool[np.ndarray, "{new_size[0]} {new_size[1]}"]:
+    """Decodes an RLE at another size by nearest neighbour.
 
-    Equal to `decode` and a resize by nearest neighbour, but nothing is painted at the mask's own
-    size: the bounds of its runs are moved to the new size instead.
+    Equal to `decode` and a nearest-neighbour resize, but no pixels are decoded at the original
+    size: the bounds of the runs are moved to the new size instead.
 
     Args:
-      rle: as for `decode`; shape: (height, width) of the result, both at least 1.
+      rle: See `decode`.
+      new_size: (height, width) of the result, both at least 1.
+
     Returns:
-      'h w' bool, contiguous by columns.
+      The mask, contiguous by columns.
+
     Raises:
-      RLEError: as `decode`.
+      RLEError: See `decode`.
     """
-    return paint_resized(runs(rle), rle["size"], shape)
+    return decode_runs_resized(runs(rle), rle["size"], new_size)
 
 
-def paint_resized(lengths: np.ndarray, size: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
-    """`decode_resized` from what `runs` gives for a mask of (height, width) `size`."""
+def decode_runs_resized(
+    lengths: Int64[np.ndarray, " r"], size: Sequence[int], new_size: tuple[int, int]
+) -> Bool[np.ndarray, "{new_size[0]} {new_size[1]}"]:
+    """Decodes run lengths at another size. See `decode_resized`.
+
+    Args:
+      lengths: Checked run lengths, as returned by `runs`.
+      size: (height, width) of the mask.
+      new_size: (height, width) of the result, both at least 1.
+
+    Returns:
+      The mask, contiguous by columns.
+    """
     height, width = int(size[0]), int(size[1])
-    source, first, is_seen = _columns(width, shape[1])
+    new_height, new_width = new_size
+    sampled_index, next_sampled, is_sampled = _sampled_columns(width, new_width)
     column, row = np.divmod(np.cumsum(lengths[:-1]), height)
-    bounds = first[column] * shape[0] + is_seen[column] * _rows(height, shape[0])[row]
-    seen = source[-1] + 1
-    lengths = np.diff(bounds, prepend=0, append=seen * shape[0])
-    inside = np.arange(len(lengths)) % 2 == 1
-    painted = np.repeat(inside, lengths).reshape(seen, shape[0])
-    return (painted if seen == shape[1] else painted[source]).T
+    new_row = _next_sampled_rows(height, new_height)[row]
+    bounds = next_sampled[column] * new_height + is_sampled[column] * new_row
+    num_sampled = sampled_index[-1] + 1
+    new_lengths = np.diff(bounds, prepend=0, append=num_sampled * new_height)
+    inside = np.arange(len(new_lengths)) % 2 == 1
+    columns = np.repeat(inside, new_lengths).reshape(num_sampled, new_height)
+    return (columns if num_sampled == new_width else columns[sampled_index]).T
 
 
-def area(rle: Mapping[str, Any]) -> int:
-    """Counts the pixels of an RLE without painting it; argument and errors as for `decode`."""
+def area(rle: Any) -> int:
+    """Counts the pixels of an RLE without decoding it.
+
+    Args:
+      rle: See `decode`.
+
+    Returns:
+      The number of pixels.
+
+    Raises:
+      RLEError: See `decode`.
+    """
     return int(runs(rle)[1::2].sum())
 
 
-def runs(rle: Mapping[str, Any]) -> np.ndarray:
-    """Reads and checks the run lengths of an RLE without painting it.
+def runs(rle: Any) -> Int64[np.ndarray, " r"]:
+    """Reads and checks the run lengths of an RLE without decoding it.
 
     Args:
-      rle: as for `decode`.
+      rle: See `decode`.
+
     Returns:
-      int64 lengths >= 0 with the sum h * w; those at odd indices lie inside the mask. Their
-      cumulative sum gives the bounds of the runs as positions `column * h + row`.
+      Lengths >= 0 whose sum is h * w. Runs at odd indices are inside the mask. The cumulative sum
+      gives the bounds of the runs as positions `column * h + row`.
+
     Raises:
-      RLEError: if the runs are not a mask of that size; memory stays proportional to the input.
+      RLEError: If the runs are not a mask of that size. Memory stays proportional to the input.
     """
     if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
         raise RLEError(f"an RLE is a dict with 'size' and 'counts', got {_got(rle)}")
@@ -168,53 +230,62 @@ def runs(rle: Mapping[str, Any]) -> np.ndarray:
     return lengths
 
 
-def bounds(rle: Mapping[str, Any]) -> np.ndarray:
-    """Where the runs inside a mask begin and end, without painting it.
+def bounds(rle: Any) -> Int64[np.ndarray, "r 2"]:
+    """Returns the begin and the end of each run inside a mask, without decoding it.
 
     Args:
-      rle: as for `decode`.
+      rle: See `decode`.
+
     Returns:
-      'r 2' int64, ascending positions `column * h + row` of each run's first pixel and of the first
-      one after it; no run is empty.
+      Ascending positions `column * h + row` of each run's first pixel and of the first pixel after
+      it. No run is empty.
+
     Raises:
-      RLEError: as `runs`.
+      RLEError: See `runs`.
     """
     lengths = runs(rle)
     ends, inside = np.cumsum(lengths)[1::2], lengths[1::2]
     return np.stack([ends - inside, ends], axis=-1)[inside > 0]
 
 
-def _nearest(size: int, new_size: int) -> np.ndarray:
-    """The pixels of an axis that those of a new size are nearest to, by their centres."""
+def _nearest(size: int, new_size: int) -> Int64[np.ndarray, " {new_size}"]:
+    """Returns the pixels of an axis that a nearest-neighbour resize samples, by their centres."""
     return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
 
 
-@functools.lru_cache(maxsize=64)  # the masks of an image are alike
-def _rows(height: int, new_height: int) -> np.ndarray:
-    """The first row of the new size that lies at or below each row of a mask."""
+@functools.lru_cache(maxsize=64)  # the masks of an image have the same size
+def _next_sampled_rows(height: int, new_height: int) -> Int64[np.ndarray, " {height}"]:
+    """Returns for each row of a mask the first new row that samples it or a row below it."""
     return np.searchsorted(_nearest(height, new_height), np.arange(height))
 
 
 @functools.lru_cache(maxsize=64)
-def _columns(width: int, new_width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which columns of a mask are seen at a new size: those that are nearest to any there.
+def _sampled_columns(
+    width: int, new_width: int
+) -> tuple[
+    Int64[np.ndarray, " {new_width}"],
+    Int64[np.ndarray, " {width}+1"],
+    Bool[np.ndarray, " {width}+1"],
+]:
+    """Finds the source columns that a nearest-neighbour resize samples.
 
     Returns:
-      For each new column, which of the seen ones it is; for each position from 0 to `width`, the
-      first seen one from there on, counted among the seen ones; whether it is seen itself.
+      For each new column its index among the sampled columns. For each position from 0 to `width`
+      the index of the first sampled column from there on, and whether it is sampled itself.
     """
     columns = _nearest(width, new_width)
-    seen = columns[np.diff(columns, prepend=-1) > 0]
-    is_seen = np.zeros(width + 1, bool)
-    is_seen[seen] = True
-    return np.searchsorted(seen, columns), np.searchsorted(seen, np.arange(width + 1)), is_seen
+    sampled = columns[np.diff(columns, prepend=-1) > 0]
+    is_sampled = np.zeros(width + 1, bool)
+    is_sampled[sampled] = True
+    next_sampled = np.searchsorted(sampled, np.arange(width + 1))
+    return np.searchsorted(sampled, columns), next_sampled, is_sampled
 
 
-def _changes(mask: np.ndarray) -> np.ndarray:
-    """Positions `column * h + row`, ascending, of the pixels that differ from the one before.
+def _changes(mask: Bool[np.ndarray, "h w"]) -> Int64[np.ndarray, " r"]:
+    """Returns ascending positions `column * h + row` of pixels that differ from the one before.
 
-    The pixel before the first counts as False. To look for changes in the mask's own memory order
-    and to sort the few there are takes less time than to transpose the mask.
+    The pixel before the first counts as False. Finding changes in the memory order of the mask and
+    sorting them is faster than transposing the mask, because there are few of them.
     """
     changed = np.empty_like(mask)
     changed[1:] = mask[1:] != mask[:-1]
@@ -227,25 +298,25 @@ def _changes(mask: np.ndarray) -> np.ndarray:
     return np.sort(column * height + row)
 
 
-def _pack(lengths: np.ndarray) -> str:
-    """Run lengths as a string."""
+def _pack(lengths: Int64[np.ndarray, " r"]) -> str:
+    """Encodes run lengths as a string."""
     values = lengths.copy()
     values[3:] -= lengths[1:-2]
     magnitude = values ^ (values >> 63)  # v, or -1 - v where v is negative
-    limits = 2 ** np.arange(4, 5 * (_MAX_GROUPS - 1), 5)  # k groups hold less than 2**(5 * k - 1)
+    limits = 2 ** np.arange(4, 5 * (MAX_GROUPS - 1), 5)  # k groups hold less than 2**(5 * k - 1)
     groups = 1 + np.searchsorted(limits, magnitude, side="right")[:, None]
-    place = np.arange(groups.max())
-    codes = (values[:, None] >> 5 * place & 31) + 32 * (place < groups - 1) + 48
-    return str(codes[place < groups].astype(np.uint8).tobytes(), "ascii")
+    group = np.arange(groups.max())
+    codes = (values[:, None] >> 5 * group & 31) + 32 * (group < groups - 1) + 48
+    return str(codes[group < groups].astype(np.uint8).tobytes(), "ascii")
 
 
-def _unpack(counts: str | bytes, pixels: int) -> np.ndarray:
-    """A string as run lengths; each and their sum are yet to be checked."""
+def _unpack(counts: str | bytes, pixels: int) -> Int64[np.ndarray, " r"]:
+    """Decodes a string to run lengths. The lengths and their sum are not checked."""
     data = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
     codes = np.frombuffer(data, np.uint8) - np.uint8(48)  # wraps: bytes below 48 end up above 63
-    foreign = codes > 63
-    if foreign.any():
-        index = int(foreign.argmax())
+    is_invalid = codes > 63
+    if is_invalid.any():
+        index = int(is_invalid.argmax())
         raise RLEError(f"counts[{index}] must be a character from 48 to 111, got {data[index]}")
     final = codes < 32
     if len(final) and not final[-1]:
@@ -253,19 +324,19 @@ def _unpack(counts: str | bytes, pixels: int) -> np.ndarray:
     _check_number(int(np.count_nonzero(final)), pixels)
     ends = np.flatnonzero(final)
     groups = np.diff(ends, prepend=-1)
-    if (groups > _MAX_GROUPS).any():
-        raise RLEError(f"a run must have at most {_MAX_GROUPS} characters, got {groups.max()}")
+    if (groups > MAX_GROUPS).any():
+        raise RLEError(f"a run must have at most {MAX_GROUPS} characters, got {groups.max()}")
 
     starts = ends - groups + 1
-    place = np.arange(len(codes)) - np.repeat(starts, groups)
-    values = np.add.reduceat((codes & 31).astype(np.int64) << 5 * place, starts)
+    group = np.arange(len(codes)) - np.repeat(starts, groups)
+    values = np.add.reduceat((codes & 31).astype(np.int64) << 5 * group, starts)
     values -= np.where(codes[ends] & 16, 1 << 5 * groups, 0)
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values
 
 
-def _check_list(counts: Sequence[Any], pixels: int) -> np.ndarray:
+def _check_list(counts: Sequence[Any], pixels: int) -> Int64[np.ndarray, " r"]:
     _check_number(len(counts), pixels)
     for index, count in enumerate(counts):
         if not _is_int(count, pixels):
@@ -292,11 +363,11 @@ def _check_number(number: int, pixels: int) -> None:
 
 def _is_int(value: Any, limit: int) -> bool:
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return integer and 0 <= value <= limit
+    return integer and bool(0 <= value <= limit)  # a numpy bool otherwise
 
 
 def _got(value: Any) -> str:
-    """A value in a message, short and safe: `repr` raises for ints of thousands of digits."""
+    """Formats a value for a message. `repr` would raise for ints of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an int of {value.bit_length()} bits"
     if isinstance(value, int | float | np.number):

@@ -55,7 +55,7 @@ def main():
         "naive": naive,
         "naive, masks transposed": lambda sample: naive(sample, transposed=True),
         "ours": ours,
-        "ours, JPEG at half size": lambda sample: ours(sample, reduce_to=FRAME),
+        "ours, JPEG at half size": lambda sample: ours(sample, decode_size=FRAME),
         "both, image alone": naive_image,
     }
     times = {name: [] for name in ways}
@@ -74,9 +74,9 @@ def main():
         print(f"{name:26}{1e3 / ms[0]:10.2f}   {spread:30}{ratio:15.2f}")
 
 
-def ours(sample, reduce_to=None):
+def ours(sample, decode_size=None):
     """The loader's preparation; every call draws the same masks."""
-    example = Example(image=read_image(sample.jpeg, reduce_to), masks=sample.masks)
+    example = Example(image=read_image(sample.jpeg, decode_size), masks=sample.masks)
     return SegmentationTransform(FRAME, MASKS_PER_IMAGE)(example, np.random.default_rng(0))
 
 

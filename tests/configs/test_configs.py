@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from sam_jax.data.open import KINDS
+from sam_jax.data.open import SOURCES
 from train.config import Interactive, is_reconstruction
 from train.optimizer import make_optimizer
 from train.overrides import load_config
@@ -44,7 +44,7 @@ def test_the_docstring_has_the_command(name, monkeypatch):
     config = config_of(name, monkeypatch)
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python -m train configs/{name}.py --workdir runs/" in text
-    assert config.data.source.split(":")[0] in KINDS
+    assert config.data.source.split(":")[0] in SOURCES
 
 
 @pytest.mark.parametrize("size", ["b", "l", "h"])

@@ -1,4 +1,4 @@
-"""Our IoU of run lengths against pycocotools, bit by bit."""
+"""Compares the IoU of run lengths with pycocotools, bit by bit."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ coco = pytest.importorskip("pycocotools.mask")
 
 pytestmark = [
     pytest.mark.reference,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
 ]
 
 

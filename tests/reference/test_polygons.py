@@ -1,4 +1,4 @@
-"""Our polygons against pycocotools, pixel by pixel."""
+"""Compares polygons with pycocotools, pixel by pixel."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sam_jax.masks.polygons import paint
+from sam_jax.masks.polygons import rasterize
 
 coco = pytest.importorskip("pycocotools.mask")
 
 pytestmark = [
     pytest.mark.reference,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
 ]
 
 COCO_TINY = Path(__file__).parents[3] / "shared" / "realdata" / "coco_tiny_train"
@@ -46,17 +46,17 @@ def test_real_polygons():
         if isinstance(annotation["segmentation"], list)
     ]
     assert len(polygons) == 465
-    for some, size in polygons:
-        _assert_same(some, size)
+    for annotation, size in polygons:
+        _assert_same(annotation, size)
 
 
 def _assert_same(polygons, size):
     expected = coco.decode(coco.merge(coco.frPyObjects(polygons, *size)))
-    np.testing.assert_array_equal(paint(polygons, size), expected.astype(bool))
+    np.testing.assert_array_equal(rasterize(polygons, size), expected.astype(bool))
 
 
 def _random_polygon(rng, height, width):
-    """Corners inside and outside of the image, in fractions, whole pixels or fifths."""
+    """Corners inside and outside of the image, in fractions, integers or fifths."""
     corners = rng.uniform(rng.choice([-0.5, 0.0]), rng.choice([1.0, 1.5]), (rng.integers(3, 15), 2))
     corners *= [width, height]
     grid = rng.choice([1e6, 1, 5])

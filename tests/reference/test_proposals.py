@@ -11,7 +11,7 @@ import pytest
 from sam_jax.data.example import Example
 from sam_jax.evaluate import proposals
 from sam_jax.masks import rle
-from sam_jax.masks.polygons import paint
+from sam_jax.masks.polygons import rasterize
 
 coco = pytest.importorskip("pycocotools.coco")
 cocoeval = pytest.importorskip("pycocotools.cocoeval")
@@ -61,7 +61,7 @@ def test_real_objects_and_results():
     for annotation in content["annotations"]:
         if not annotation["iscrowd"]:
             image = annotation["image_id"]
-            truths[image].append(rle.encode(paint(annotation["segmentation"], sizes[image])))
+            truths[image].append(rle.encode(rasterize(annotation["segmentation"], sizes[image])))
     proposed = {image: [] for image in sizes}
     for result in sorted(results, key=lambda result: -result["score"]):
         proposed[result["image_id"]].append(result["segmentation"])

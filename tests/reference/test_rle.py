@@ -1,4 +1,4 @@
-"""Our run lengths against pycocotools, byte for byte."""
+"""Compares run lengths with pycocotools, byte for byte."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ coco = pytest.importorskip("pycocotools.mask")
 
 pytestmark = [
     pytest.mark.reference,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
 ]
 
 COCO_EVAL = Path(__file__).parents[3] / "shared" / "realdata" / "coco_eval"
@@ -55,20 +55,20 @@ def test_uncompressed():
 
 
 def test_fuzz():
-    """What ours takes of 100,000 strings; theirs would read past the end of the others."""
-    taken = {}
-    for some in fuzzed(100_000):
+    """Valid ones of 100,000 strings; pycocotools would read past the end of the others."""
+    valid = {}
+    for string in fuzzed(100_000):
         try:
-            taken.setdefault(tuple(some["size"]), []).append((some, rle.decode(some)))
+            valid.setdefault(tuple(string["size"]), []).append((string, rle.decode(string)))
         except rle.RLEError:
             continue
-    assert sum(map(len, taken.values())) > 20_000
-    for masks in taken.values():
-        strings, ours = map(list, zip(*masks, strict=True))
-        theirs = coco.decode(strings)  # 'h w n'
-        np.testing.assert_array_equal(np.stack(ours, axis=-1), theirs)
-        canonical = [again["counts"].decode() for again in coco.encode(np.asfortranarray(theirs))]
-        assert [rle.encode(mask)["counts"] for mask in ours] == canonical
+    assert sum(map(len, valid.values())) > 20_000
+    for masks in valid.values():
+        strings, actual = map(list, zip(*masks, strict=True))
+        expected = coco.decode(strings)  # 'h w n'
+        np.testing.assert_array_equal(np.stack(actual, axis=-1), expected)
+        canonical = [again["counts"].decode() for again in coco.encode(np.asfortranarray(expected))]
+        assert [rle.encode(mask)["counts"] for mask in actual] == canonical
 
 
 def test_real_strings():
@@ -78,18 +78,18 @@ def test_real_strings():
     strings = [found for file in files for found in _strings(json.loads(file.read_text()))]
     assert strings
     for real in strings:
-        painted = coco.decode(real)
-        np.testing.assert_array_equal(rle.decode(real), painted)
-        assert rle.encode(painted == 1) == real
+        expected = coco.decode(real)
+        np.testing.assert_array_equal(rle.decode(real), expected)
+        assert rle.encode(expected == 1) == real
         assert rle.area(real) == coco.area(real)
 
 
 def _assert_same(mask: np.ndarray) -> None:
-    theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    ours = rle.encode(mask)
-    assert ours == {"size": theirs["size"], "counts": theirs["counts"].decode()}
-    np.testing.assert_array_equal(rle.decode(ours), mask)
-    assert rle.area(ours) == coco.area(theirs)
+    expected = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    actual = rle.encode(mask)
+    assert actual == {"size": expected["size"], "counts": expected["counts"].decode()}
+    np.testing.assert_array_equal(rle.decode(actual), mask)
+    assert rle.area(actual) == coco.area(expected)
 
 
 def _random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from matplotlib.patheffects import withStroke
 from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.evaluate.clicks import mask_iou, paint_masks, rounds_of
 from sam_jax.masks import rle
-from sam_jax.masks.clicks import click_on_error, farthest_click
+from sam_jax.masks.clicks import center_click, center_click_on_error
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.visualize.dataset_plots import BLUE, GREEN, ORANGE, RED, new_figure
 from train.report.curves import count_of
@@ -91,13 +91,13 @@ def choose_mask(example: Example, rank: float) -> int:
 def play(predictor: SamPredictor, name: str, image: np.ndarray, mask: np.ndarray) -> Shown:
     """Clicks on an object as `evaluate_clicks` does."""
     predictor.set_image(image)
-    clicks = [(*farthest_click(mask)[:2], 1)]
+    clicks = [(*center_click(mask)[:2], 1)]
     answers = []
     for number, ((masks,), (predicted,)) in enumerate(rounds_of(predictor, mask[None]), start=1):
         answer = Answer(list(clicks), masks, predicted, mask_iou(masks, mask))
         if number in SHOWN:
             answers.append(answer)
-        if click := click_on_error(masks[answer.best], mask):
+        if click := center_click_on_error(masks[answer.best], mask):
             clicks.append(click)
     return Shown(name, image, mask, answers)
 

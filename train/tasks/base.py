@@ -17,7 +17,7 @@ class Task(Protocol):
     Attributes:
       needs_masks: whether examples' masks have to be read.
       prepare: what makes an example a row of a batch.
-      reduce_to: the frame that images are decoded for, see `open_source`; None: in full.
+      decode_size: the frame that images are decoded for, see `open_source`; None: in full.
       objective: f(params, constants, batch, key) -> (loss, values).
       encoder_depth: Blocks of the image encoder, for its layer-wise learning rates.
       flops: of the reference, a training step of one image; None if not all of it is done.
@@ -25,7 +25,7 @@ class Task(Protocol):
 
     needs_masks: bool
     transform: Transform
-    reduce_to: tuple[int, int] | None
+    decode_size: tuple[int, int] | None
     objective: Callable
     encoder_depth: int
     flops: float | None

@@ -29,7 +29,7 @@ class MaeTask:
             model.image_size, model.patch_size, data.min_area, data.flips, data.rot90
         )
         smallest = tuple(int(side * data.min_area**-0.5) for side in model.image_size)
-        self.reduce_to = smallest if data.half_size_jpeg else None
+        self.decode_size = smallest if data.half_size_jpeg else None
         self.objective = make_reconstruction_objective(model, config.objective)
         self.flops = reconstruction_flops(model)
         self.initialize = functools.partial(init_variables, model, config.seed)

@@ -32,7 +32,7 @@ class SamTask:
         self.transform = SegmentationTransform(
             model.image_size, objective.masks_per_image, data.flips, data.rot90
         )
-        self.reduce_to = model.image_size if data.half_size_jpeg else None
+        self.decode_size = model.image_size if data.half_size_jpeg else None
         self.objective = make_interactive(model, objective)
         self.flops = step_flops(model, objective) if learns_encoder(config) else None
         self.initialize = functools.partial(init_variables, model, config.seed)

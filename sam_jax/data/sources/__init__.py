@@ -1,1 +1,1 @@
-"""Readers of data sets, one a file."""
+"""Sources of examples, one format a file."""

@@ -1,8 +1,10 @@
-"""COCO's instance annotations: `instances.json` and the images, as COCO, LVIS and many others have.
+"""COCO instance annotations: `instances.json` and its images, as for COCO, LVIS and many others.
 
-Source: the data format at cocodataset.org. Polygons are painted as pycocotools paints them, see
-`sam_jax.masks.polygons`. Deliberate differences: crowd annotations are left out, they are many
-objects at once; so are images without any other annotation; a polygon of two corners is an error.
+Source: The data format at cocodataset.org. Polygons are rasterized as by pycocotools, see
+`sam_jax.masks.polygons`.
+
+Differences: Crowd annotations are skipped, because they cover many objects at once. Images without
+any other annotation are skipped too. A polygon of two corners is an error.
 """
 
 import dataclasses
@@ -10,99 +12,112 @@ import json
 import os
 from typing import Any
 
-import numpy as np
-
 from sam_jax.data import decode
-from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
+from sam_jax.data.example import RLE, BadSample, SourceError
+from sam_jax.data.sources.base import FileSource
 from sam_jax.io import storage
 from sam_jax.masks import rle
-from sam_jax.masks.polygons import PolygonError, paint
+from sam_jax.masks.polygons import PolygonError, rasterize
 
-MAX_JSON_BYTES = 1 << 31  # COCO's has 0.45 GB, that of LVIS 1.1 GB
+MAX_INSTANCES_BYTES = 1 << 31  # COCO's file has 0.45 GB, that of LVIS 1.1 GB
 
 
 @dataclasses.dataclass(frozen=True)
-class Coco:
+class Coco(FileSource):
     """Images with the masks of their objects, in the order of `images` in the file.
 
     Attributes:
-      folder: what the names of the images are relative to, or its `images`.
-      records: of each image, as JSON: a tenth of the memory, and soon sent to other processes. Its
-        file name, height, width and the segmentations of its objects.
-      reduce_to: see `read_image`.
+      folder: The folder of `instances.json`.
+      file_names: For each image its `file_name` in the file, which may be of any type.
+      records: For each image its height, its width and the segmentations of its objects, as JSON.
+        JSON takes a tenth of the memory of the values, and is quickly sent to workers.
     """
 
     folder: str
+    file_names: tuple[Any, ...]
     records: tuple[bytes, ...]
-    reduce_to: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.file_names)
 
-    def __getitem__(self, index: int) -> Example:
-        check_index(index, len(self))
-        name, height, width, segmentations = json.loads(self.records[index])
-        size = decode.check_size(height, width)
-        masks = [_mask(i, s, size) for i, s in enumerate(segmentations)]
-        data = decode.read_file(_image_path(self.folder, name), decode.IMAGE)
-        image = decode.decode_image(data, size, self.reduce_to)
-        return Example(image=image, masks=decode.check_masks(masks, size))
+    def image_path(self, index: int) -> str:
+        """Returns the path of an image, in the folder or in its subfolder `images`.
 
-    def image(self, index: int) -> np.ndarray:
-        return decode.decode_image(self.encoded(index), None, self.reduce_to)
-
-    def encoded(self, index: int) -> bytes:
-        check_index(index, len(self))
-        return decode.read_file(self.name(index), decode.IMAGE)
+        Raises:
+          BadSample: If the file name is not a string or leads out of the folder.
+        """
+        name = self.file_names[index]
+        in_images = decode.safe_join(os.path.join(self.folder, "images"), name)
+        in_folder = decode.safe_join(self.folder, name)
+        if storage.is_file(in_folder) and not storage.is_file(in_images):
+            return in_folder
+        return in_images
 
     def name(self, index: int) -> str:
+        """Returns the path of an image, or its position in the file if it has no usable path."""
         try:
-            return _image_path(self.folder, json.loads(self.records[index])[0])
+            return self.image_path(index)
         except BadSample:
             return os.path.join(self.folder, f"image {index} of instances.json")
 
+    def read_masks(self, index: int) -> list[RLE]:
+        """Reads run lengths and rasterizes polygons."""
+        height, width, segmentations = json.loads(self.records[index])
+        size = decode.check_size(height, width)
+        masks = [_to_rle(i, s, size) for i, s in enumerate(segmentations)]
+        return decode.check_masks(masks, size)
 
-def open_coco(folder: str, reduce_to: tuple[int, int] | None = None) -> Coco:
+
+def open_coco(folder: str, decode_size: tuple[int, int] | None = None) -> Coco:
     """Reads `instances.json` in a folder.
 
     Args:
-      folder: with `instances.json`; the images lie in its `images`, or where their `file_name` says
-        from the folder, as in `train2017/000000000009.jpg`.
-      reduce_to: see `read_image`.
+      folder: A path or a URL. Images are in its subfolder `images`, or at their `file_name` in the
+        folder itself, as in `train2017/000000000009.jpg`.
+      decode_size: See `FileSource`.
+
+    Returns:
+      The images that have objects.
+
     Raises:
-      SourceError: if the file is missing or broken, or there is no image with an object.
+      SourceError: If the file is missing or broken, or no image has an object.
     """
     path = os.path.join(folder, "instances.json")
+    content = _read_instances(path)
+    segmentations: dict[Any, list[Any]] = {}
+    for annotation in _dicts(content, "annotations", "image_id", path):
+        if annotation.get("iscrowd") != 1:
+            of_image = segmentations.setdefault(annotation["image_id"], [])
+            of_image.append(annotation.get("segmentation"))
+    file_names, records = [], []
+    for image in _dicts(content, "images", "id", path):
+        if image["id"] in segmentations:
+            record = [image.get("height"), image.get("width"), segmentations.pop(image["id"])]
+            try:
+                records.append(json.dumps(record).encode())
+            except RecursionError:
+                raise SourceError(f"coco: {path} is nested too deeply") from None
+            file_names.append(image.get("file_name"))
+    if not records:
+        raise SourceError(f"coco: no image in {path} has an annotation that is not a crowd")
+    return Coco(folder, tuple(file_names), tuple(records), decode_size=decode_size)
+
+
+def _read_instances(path: str) -> Any:
     if not storage.is_file(path):
         raise SourceError(
             f"coco: there is no {path}; the folder must hold the images and instances.json, "
             "which may be a link to annotations/instances_train2017.json"
         )
+    kind = decode.JSON_FILE._replace(max_bytes=MAX_INSTANCES_BYTES)
     try:
-        content = decode.parse_json(
-            decode.read_file(path, decode.JSON._replace(max_bytes=MAX_JSON_BYTES))
-        )
+        return decode.parse_json(decode.read_file(path, kind))
     except BadSample as error:
         raise SourceError(f"coco: {path} cannot be used: {error.detail}") from error
-    objects: dict[Any, list[Any]] = {}
-    for annotation in _dicts(content, "annotations", "image_id", path):
-        if annotation.get("iscrowd") != 1:
-            objects.setdefault(annotation["image_id"], []).append(annotation.get("segmentation"))
-    records = []
-    for image in _dicts(content, "images", "id", path):
-        if image["id"] in objects:
-            fields = [image.get(name) for name in ("file_name", "height", "width")]
-            try:
-                records.append(json.dumps([*fields, objects.pop(image["id"])]).encode())
-            except RecursionError:
-                raise SourceError(f"coco: {path} is nested too deeply") from None
-    if not records:
-        raise SourceError(f"coco: no image in {path} has an annotation that is not a crowd")
-    return Coco(folder, tuple(records), reduce_to)
 
 
 def _dicts(content: Any, name: str, key: str, path: str) -> list[dict[str, Any]]:
-    """A list in the file, of dicts that have an id; nothing can be found without."""
+    """Returns a list in the file, whose entries must be dicts with an id."""
     entries = content.get(name) if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise SourceError(f"coco: {path} must hold a dict with a list {name!r}")
@@ -112,17 +127,11 @@ def _dicts(content: Any, name: str, key: str, path: str) -> list[dict[str, Any]]
     return entries
 
 
-def _image_path(folder: str, name: Any) -> str:
-    inside = decode.path_in(os.path.join(folder, "images"), name)
-    beside = decode.path_in(folder, name)
-    return beside if storage.is_file(beside) and not storage.is_file(inside) else inside
-
-
-def _mask(index: int, segmentation: Any, size: tuple[int, int]) -> RLE:
-    """A segmentation as run lengths, which are yet to be checked where they come from the file."""
+def _to_rle(index: int, segmentation: Any, size: tuple[int, int]) -> Any:
+    """Rasterizes polygons. Run lengths of the file are returned unchecked."""
     if isinstance(segmentation, dict):
         return segmentation
     try:
-        return rle.encode(paint(segmentation, size))
+        return rle.encode(rasterize(segmentation, size))
     except PolygonError as error:
         raise BadSample("broken mask", f"mask {index}: {error}") from error

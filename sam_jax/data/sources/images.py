@@ -1,70 +1,64 @@
-"""Images without masks, of a folder and all those in it: enough for a masked autoencoder."""
+"""Images without masks, in a folder and all folders below it, as for masked autoencoders."""
 
 import dataclasses
 import os
 
-import numpy as np
-
-from sam_jax.data import decode
-from sam_jax.data.example import Example, SourceError, check_index
+from sam_jax.data.example import SourceError
+from sam_jax.data.sources.base import FileSource
 from sam_jax.io import storage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
-    """Images by their paths, without masks.
+class Images(FileSource):
+    """Images without masks.
 
     Attributes:
-      folder: what the names are relative to; names: of the files.
-      reduce_to: see `read_image`.
+      folder: The folder that the names are relative to.
+      names: Names of the files.
     """
 
     folder: str
     names: tuple[str, ...]
-    reduce_to: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Example:
-        return Example(image=self.image(index), masks=[])
-
-    def image(self, index: int) -> np.ndarray:
-        return decode.decode_image(self.encoded(index), None, self.reduce_to)
-
-    def encoded(self, index: int) -> bytes:
-        check_index(index, len(self))
-        return decode.read_file(self.name(index), decode.IMAGE)
-
-    def name(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
+        """Returns the path of an image."""
         return os.path.join(self.folder, self.names[index])
 
 
-def open_images(folder: str, reduce_to: tuple[int, int] | None = None) -> Images:
-    """Finds the JPEG, PNG and WebP files in a folder and the folders in it, by name.
+def open_images(folder: str, decode_size: tuple[int, int] | None = None) -> Images:
+    """Finds the JPEG, PNG and WebP files in a folder and all folders below it.
 
     Args:
-      folder: where they are; hidden files and folders, whose names begin with a dot, are left out.
-      reduce_to: see `read_image`.
+      folder: A path or a URL. Hidden files and folders, whose names begin with a dot, are skipped.
+      decode_size: See `FileSource`.
+
+    Returns:
+      The images in the order of their names.
+
     Raises:
-      SourceError: if it is missing, or has no such file.
+      SourceError: If the folder is missing or has no such file.
     """
     if not storage.is_folder(folder):
         raise SourceError(f"images: there is no folder {folder}")
-    found = [
-        os.path.relpath(os.path.join(place, name), folder)
-        for place, names in storage.walk(folder)
-        for name in names
+    names = [
+        os.path.relpath(os.path.join(subfolder, name), folder)
+        for subfolder, files in storage.walk(folder)
+        for name in files
         if name.lower().endswith(SUFFIXES)
     ]
-    names = tuple(
-        sorted(name for name in found if not any(p.startswith(".") for p in name.split(os.sep)))
-    )
+    names = sorted(name for name in names if not _is_hidden(name))
     if not names:
         raise SourceError(
             f"images: {folder} and the folders in it must hold files that end in "
             f"{', '.join(SUFFIXES)}; there are none"
         )
-    return Images(folder, names, reduce_to)
+    return Images(folder, tuple(names), decode_size=decode_size)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split(os.sep))

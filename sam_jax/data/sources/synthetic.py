@@ -1,21 +1,24 @@
-"""Generated scenes: objects that overlap and contain parts, so that one click means many things.
+"""Generates scenes of objects that overlap and contain parts, so that a click is ambiguous.
 
-Every scene is a function of its index alone. An object is a shape; many objects have parts (a disc
-inside, a band across, a half, a cap), and some parts have a part of their own. There is a mask for
-each object with its parts, for each part with its own, and for each of those. Objects hide what
-lies behind them: masks are what is seen.
+Every scene is a function of its index alone. An object is a shape. Many objects have parts (a disc
+inside, a band across, a half, a cap), and some parts contain a smaller part. Each object and each
+part has a mask, which includes the parts inside. Objects occlude those behind them: masks are the
+visible pixels.
 """
 
 import dataclasses
+import re
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, UInt8
 
-from sam_jax.data.example import Example, check_index
+from sam_jax.data.example import Example, SourceError, check_index
 from sam_jax.masks import rle
 
-MIN_AREA = 0.015  # of the image, of a mask that is kept
-MIN_VISIBLE = 0.4  # of an object or part, else it is hidden rather than seen
-CONTRAST = 90.0  # least distance in RGB of a colour to the one around it
+MIN_AREA = 0.015  # smallest area of a mask, as a fraction of the image
+MIN_VISIBLE = 0.4  # smallest visible fraction of an object or part
+MIN_CONTRAST = 90.0  # smallest distance in RGB between a color and the color around it
+MIN_SCENE_SIDE, MAX_SCENE_SIDE = 16, 4096  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +26,8 @@ class SyntheticScenes:
     """A source of generated scenes.
 
     Attributes:
-      size: (height, width) of each.
-      count: how many there are.
+      size: (height, width) of each scene.
+      count: Number of scenes.
     """
 
     size: tuple[int, int] = (128, 128)
@@ -34,23 +37,63 @@ class SyntheticScenes:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
+        """Generates an example. See `Source`."""
         check_index(index, self.count)
         image, masks = draw_scene(np.random.default_rng(index), self.size)
         return Example(image=image, masks=[rle.encode(mask) for mask in masks])
 
-    def image(self, index: int) -> np.ndarray:
+    def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Generates the image of an example. See `Source`."""
         check_index(index, self.count)
         return draw_scene(np.random.default_rng(index), self.size)[0]
 
     def encoded(self, index: int) -> None:
+        """Returns None: generated images have no files."""
         return None
 
     def name(self, index: int) -> str:
+        """Returns the name of an example. See `Source`."""
         return f"scene {index}"
 
 
-def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, list]:
-    """Draws a scene -> 'h w 3' uint8 and its masks, each 'h w' bool."""
+def open_scenes(location: str = "", decode_size: tuple[int, int] | None = None) -> SyntheticScenes:
+    """Opens a source of generated scenes.
+
+    Args:
+      location: HEIGHTxWIDTH, such as 96x128; empty for the default size.
+      decode_size: Ignored: scenes are always generated in full.
+
+    Returns:
+      The source.
+
+    Raises:
+      SourceError: If the size is not as described, or out of range.
+    """
+    del decode_size
+    if not location:
+        return SyntheticScenes()
+    match = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", location)
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(MIN_SCENE_SIDE <= side <= MAX_SCENE_SIDE for side in size):
+        raise SourceError(
+            f"scenes:{location} must be scenes:HEIGHTxWIDTH of {MIN_SCENE_SIDE} to "
+            f"{MAX_SCENE_SIDE} pixels, for example scenes:96x128"
+        )
+    return SyntheticScenes(size)
+
+
+def draw_scene(
+    rng: np.random.Generator, size: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "h w 3"], list[Bool[np.ndarray, "h w"]]]:
+    """Draws a scene.
+
+    Args:
+      rng: The source of randomness.
+      size: (height, width).
+
+    Returns:
+      The image and its masks.
+    """
     x, y = np.meshgrid(np.arange(size[1], dtype=np.float32), np.arange(size[0], dtype=np.float32))
     color = rng.uniform(30, 225, 3)
     slope = rng.normal(0, 0.25, (3, 2))
@@ -74,37 +117,58 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     return np.clip(image, 0, 255).astype(np.uint8), masks
 
 
-def draw_object(rng, image, around, x, y):
-    """Paints an object with its parts into the image -> the regions of all of them, it first."""
+def draw_object(
+    rng: np.random.Generator,
+    image: Float64[np.ndarray, "h w 3"],
+    background: Float64[np.ndarray, " 3"],
+    x: Float32[np.ndarray, "h w"],
+    y: Float32[np.ndarray, "h w"],
+) -> list[Bool[np.ndarray, "h w"]]:
+    """Paints an object and its parts into an image.
+
+    Args:
+      rng: The source of randomness.
+      image: The image, which is changed.
+      background: The color around the object.
+      x: The column of each pixel.
+      y: The row of each pixel.
+
+    Returns:
+      The regions of the object and of its parts, the object first.
+    """
     height, width = x.shape
     radius = rng.uniform(0.22, 0.38) * min(height, width)
     cx = rng.uniform(0.6 * radius, width - 0.6 * radius)
     cy = rng.uniform(0.6 * radius, height - 0.6 * radius)
-    u, v = turn(rng, x - cx, y - cy)
+    u, v = rotate(rng, x - cx, y - cy)
     u, v = u / radius, v / (radius * rng.uniform(0.55, 1.0))
-    whole = shape(rng, u, v)
-    color = paint(rng, image, whole, around, u, v)
-    regions = [whole]
+    outline = sample_outline(rng, u, v)
+    color = paint(rng, image, outline, background, u, v)
+    regions = [outline]
     if rng.random() < 0.4:
-        for part in parts(rng, whole, u, v):
+        for part in sample_parts(rng, outline, u, v):
             part_color = paint(rng, image, part, color, u, v)
             regions.append(part)
             if rng.random() < 0.25:
-                inner = part & sub_part(rng, part, x, y)
+                inner = part & sample_sub_part(rng, part, x, y)
                 paint(rng, image, inner, part_color, u, v)
                 regions.append(inner)
     return regions
 
 
-def turn(rng, x, y):
-    """Turns coordinates by a random angle."""
+def rotate(
+    rng: np.random.Generator, x: Float[np.ndarray, "h w"], y: Float[np.ndarray, "h w"]
+) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray, "h w"]]:
+    """Rotates coordinates by a random angle."""
     angle = rng.uniform(0, 2 * np.pi)
     c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return c * x + s * y, c * y - s * x
 
 
-def shape(rng, u, v):
-    """An outline in coordinates where it is about one in radius -> 'h w' bool."""
+def sample_outline(
+    rng: np.random.Generator, u: Float[np.ndarray, "h w"], v: Float[np.ndarray, "h w"]
+) -> Bool[np.ndarray, "h w"]:
+    """Samples an outline in coordinates in which its radius is about one."""
     kind = rng.integers(4)
     if kind == 0:  # an ellipse
         return u**2 + v**2 < 1
@@ -119,39 +183,68 @@ def shape(rng, u, v):
     return u**2 + v**2 < (0.85 * (1 + depth * np.sin(lobes * angle + phase))) ** 2
 
 
-def parts(rng, whole, u, v):
-    """One to three regions of an object that do not overlap, in its coordinates."""
+def sample_parts(
+    rng: np.random.Generator,
+    region: Bool[np.ndarray, "h w"],
+    u: Float[np.ndarray, "h w"],
+    v: Float[np.ndarray, "h w"],
+) -> list[Bool[np.ndarray, "h w"]]:
+    """Samples one or two parts of an object that do not overlap, in its coordinates."""
     kind = rng.integers(4)
     if kind == 0:  # a disc inside
         (du, dv), r = rng.uniform(-0.25, 0.25, 2), rng.uniform(0.5, 0.7)
-        return [whole & ((u - du) ** 2 + (v - dv) ** 2 < r**2)]
+        return [region & ((u - du) ** 2 + (v - dv) ** 2 < r**2)]
     if kind == 1:  # a band across
-        at, half = rng.uniform(-0.3, 0.3), rng.uniform(0.25, 0.35)
-        return [whole & (np.abs(v - at) < half)]
+        middle, half = rng.uniform(-0.3, 0.3), rng.uniform(0.25, 0.35)
+        return [region & (np.abs(v - middle) < half)]
     if kind == 2:  # one half
-        return [whole & (u > rng.uniform(-0.15, 0.3))]
+        return [region & (u > rng.uniform(-0.15, 0.3))]
     half = rng.uniform(0.2, 0.4)  # a cap on each of two sides
-    return [whole & (u > half), whole & (u < -half)]
+    return [region & (u > half), region & (u < -half)]
 
 
-def sub_part(rng, part, x, y):
-    """A disc or a half plane through the middle of a part."""
+def sample_sub_part(
+    rng: np.random.Generator,
+    part: Bool[np.ndarray, "h w"],
+    x: Float32[np.ndarray, "h w"],
+    y: Float32[np.ndarray, "h w"],
+) -> Bool[np.ndarray, "h w"]:
+    """Samples a disc or a half plane through the middle of a part."""
     rows, columns = np.nonzero(part)
     if not len(rows):
         return part
-    at = rng.integers(len(rows))
-    cx, cy = (columns.mean() + columns[at]) / 2, (rows.mean() + rows[at]) / 2
+    pixel = rng.integers(len(rows))
+    cx, cy = (columns.mean() + columns[pixel]) / 2, (rows.mean() + rows[pixel]) / 2
     if rng.random() < 0.6:
         r = rng.uniform(0.4, 0.6) * np.sqrt(len(rows) / np.pi)
         return (x - cx) ** 2 + (y - cy) ** 2 < r**2
-    u, _ = turn(rng, x - cx, y - cy)
+    u, _ = rotate(rng, x - cx, y - cy)
     return u > 0
 
 
-def paint(rng, image, region, around, u, v):
-    """Colours a region unlike what is around it -> its colour."""
+def paint(
+    rng: np.random.Generator,
+    image: Float64[np.ndarray, "h w 3"],
+    region: Bool[np.ndarray, "h w"],
+    background: Float64[np.ndarray, " 3"],
+    u: Float[np.ndarray, "h w"],
+    v: Float[np.ndarray, "h w"],
+) -> Float64[np.ndarray, " 3"]:
+    """Paints a texture into a region, in a color that contrasts with the background.
+
+    Args:
+      rng: The source of randomness.
+      image: The image, which is changed.
+      region: The pixels to paint.
+      background: The color around the region.
+      u: First coordinate of the object.
+      v: Second coordinate of the object.
+
+    Returns:
+      The mean color of the texture.
+    """
     color = rng.uniform(15, 240, 3)
-    while np.linalg.norm(color - around) < CONTRAST:
+    while np.linalg.norm(color - background) < MIN_CONTRAST:
         color = rng.uniform(15, 240, 3)
     texture = rng.random()
     if texture < 0.8:

@@ -84,14 +84,14 @@ def test_bad_images_are_named_and_the_run_goes_on(quick, photos, tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     named = sorted(lines[:2])
     assert named[0].startswith(f"{photos}/b\\n.jpg: broken image: ")
-    assert named[1].startswith(f"{photos}/d.png: refused image: image must have sides of at least")
-    assert sorted(lines[2:4]) == ["      1  broken image", "      1  refused image"]
+    assert named[1].startswith(f"{photos}/d.png: rejected image: image must have sides of at least")
+    assert sorted(lines[2:4]) == ["      1  broken image", "      1  rejected image"]
     assert lines[4].startswith("3 of 5 images are masked, 3 of them now: ")
     assert ids(out) == [0, 2, 4]
     bad = json.loads((out / "skipped_0.json").read_text())
     assert [(entry["index"], entry["reason"]) for entry in bad] == [
         (1, "broken image"),
-        (3, "refused image"),
+        (3, "rejected image"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Batches: the same whoever reads them, every image in its turn, masks that lie on their image."""
+"""Tests of batches: they do not depend on hosts or workers, and masks match their image."""
 
 import collections
 import dataclasses
@@ -9,20 +9,20 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 
-from sam_jax.data.example import BadSample, Example
+from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.data.loader import Loader
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.masks import rle
 
-FRAME = (48, 56)
+CANVAS = (48, 56)
 
 
 @dataclasses.dataclass(frozen=True)
-class ReconstructedPatches:
-    """Images with a mask in each colour, by index: white where the mask is. Some are unusable."""
+class ColoredMasks(Source):
+    """Images with one mask a color channel, 255 inside the mask. Some are unusable."""
 
-    size: tuple[int, int] = FRAME
+    size: tuple[int, int] = CANVAS
     count: int = 10
     bad: tuple[int, ...] = ()
 
@@ -30,11 +30,11 @@ class ReconstructedPatches:
         return self.count
 
     def name(self, index):
-        return f"painting {index}"
+        return f"image {index}"
 
     def __getitem__(self, index):
         if index in self.bad:
-            raise BadSample("broken image", f"painting {index} fell down")
+            raise BadSample("broken image", f"image {index} fell down")
         rng = np.random.default_rng(index)
         image = np.zeros((*self.size, 3), np.uint8)
         for color in range(3):
@@ -46,10 +46,10 @@ class ReconstructedPatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """One example, again and again."""
+class Given(Source):
+    """The same example for every index."""
 
-    image: np.ndarray
+    pixels: np.ndarray
     masks: list
     count: int = 1
 
@@ -60,12 +60,14 @@ class Given:
         return f"number {index}"
 
     def __getitem__(self, index):
-        return Example(image=self.image, masks=self.masks)
+        return Example(image=self.pixels, masks=self.masks)
 
 
 def loader(source, **changes):
-    of_prepare = {f.name for f in dataclasses.fields(SegmentationTransform)} & changes.keys()
-    transform = {"frame": FRAME, "masks_per_image": 3} | {k: changes.pop(k) for k in of_prepare}
+    transform_fields = {f.name for f in dataclasses.fields(SegmentationTransform)} & changes.keys()
+    transform = {"canvas": CANVAS, "masks_per_image": 3} | {
+        k: changes.pop(k) for k in transform_fields
+    }
     fields = dict(indices=np.arange(len(source)), batch_size=4, seed=0) | changes
     return Loader(source=source, transform=SegmentationTransform(**transform), **fields)
 
@@ -80,7 +82,7 @@ def unpack(batch):
 
 
 def assert_same(actual, expected):
-    """Batches, and problems, are equal in every bit."""
+    """Asserts that batches and skipped samples are equal in every bit."""
     for a, b in zip(jax.tree.leaves(actual[0]), jax.tree.leaves(expected[0]), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
@@ -106,10 +108,10 @@ def test_shapes_and_types():
 
 
 def test_packed_bits_are_the_masks_in_the_order_of_their_ids():
-    batch = batch_of(ReconstructedPatches(), batch_size=10)
+    batch = batch_of(ColoredMasks(), batch_size=10)
     masks = unpack(batch)
     for b, index in enumerate(batch.image_id):
-        example = ReconstructedPatches()[index]
+        example = ColoredMasks()[index]
         np.testing.assert_array_equal(batch.image[b], example.image)
         assert batch.valid[b].all()
         assert sorted(batch.mask_id[b]) == [0, 1, 2]
@@ -117,15 +119,15 @@ def test_packed_bits_are_the_masks_in_the_order_of_their_ids():
             np.testing.assert_array_equal(masks[b, n], rle.decode(example.masks[mask]))
 
 
-def test_a_frame_that_eight_does_not_divide():
-    source = ReconstructedPatches(size=(20, 13))
-    batch = batch_of(source, frame=(20, 13))
+def test_a_canvas_width_that_is_no_multiple_of_eight():
+    source = ColoredMasks(size=(20, 13))
+    batch = batch_of(source, canvas=(20, 13))
     assert batch.masks.shape == (4, 3, 20, 2)
     for b, index in enumerate(batch.image_id):
         for n, mask in enumerate(batch.mask_id[b]):
             expected = rle.decode(source[index].masks[mask])
             np.testing.assert_array_equal(unpack(batch)[b, n], expected)
-    assert not (batch.masks[..., 1] & 0b111).any()  # beyond the frame
+    assert not (batch.masks[..., 1] & 0b111).any()  # beyond the canvas
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_frame_that_eight_does_not_divide():
     [((48, 56), (48, 56)), ((100, 50), (48, 24)), ((10, 40), (14, 56)), ((96, 97), (48, 49)),
      ((300, 7), (48, 1)), ((1, 900), (1, 56))],
 )  # fmt: skip
-def test_images_fill_the_frame_and_the_rest_is_zero(size, inside):
+def test_images_fill_the_canvas_and_the_rest_is_zero(size, inside):
     image = np.full((*size, 3), 200, np.uint8)
     mask = np.add.outer(*map(np.arange, size)) < max(size) // 2
     batch = batch_of(Given(image, [rle.encode(mask)]), batch_size=1)
@@ -154,44 +156,44 @@ def test_images_fill_the_frame_and_the_rest_is_zero(size, inside):
 
 def test_an_epoch_has_every_image_once():
     """10 images in batches of 4: epochs end within a batch."""
-    ids = np.concatenate([batch_of(ReconstructedPatches(), step).image_id for step in range(15)])
+    ids = np.concatenate([batch_of(ColoredMasks(), step).image_id for step in range(15)])
     epochs = ids.reshape(6, 10)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (6, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 6  # each in another order
-    other = [batch_of(ReconstructedPatches(), step, seed=1).image_id for step in range(3)]
+    other = [batch_of(ColoredMasks(), step, seed=1).image_id for step in range(3)]
     assert np.concatenate(other)[:10].tolist() != epochs[0].tolist()
 
 
-def test_only_the_given_indices_are_drawn():
+def test_only_the_given_indices_are_loaded():
     indices = np.array([1, 5, 6, 9])
     for step in range(3):
-        batch = batch_of(ReconstructedPatches(), step, indices=indices)
+        batch = batch_of(ColoredMasks(), step, indices=indices)
         np.testing.assert_array_equal(np.sort(batch.image_id), indices)
 
 
 def test_an_epoch_smaller_than_a_batch():
-    ids = batch_of(ReconstructedPatches(), indices=np.array([2, 7, 8]), batch_size=12).image_id
+    ids = batch_of(ColoredMasks(), indices=np.array([2, 7, 8]), batch_size=12).image_id
     assert collections.Counter(ids.tolist()) == {2: 4, 7: 4, 8: 4}
 
 
 # The same for everyone.
 
-BAD = ReconstructedPatches(count=12, bad=(1, 4, 5, 11))
+BAD = ColoredMasks(count=12, bad=(1, 4, 5, 11))
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_hosts_have_their_rows_of_the_same_batch(hosts):
     changes = dict(batch_size=8, masks_per_image=2, flips=True, rot90=True)
     for step in (0, 1, 7, 1000):
-        whole = loader(BAD, **changes).batch(step)
+        full = loader(BAD, **changes).batch(step)
         parts = [loader(BAD, **changes, host=h, hosts=hosts).batch(step) for h in range(hosts)]
         assert all(len(batch.image) == 8 // hosts for batch, _ in parts)
         joined = jax.tree.map(lambda *rows: np.concatenate(rows), *[batch for batch, _ in parts])
-        assert_same((joined, [p for _, some in parts for p in some]), whole)
+        assert_same((joined, [p for _, skipped in parts for p in skipped]), full)
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (0, 1), (0, 2), (0, 8), (2, 2)])
-def test_reading_ahead_changes_nothing(workers, prefetch):
+def test_prefetching_does_not_change_batches(workers, prefetch):
     source = SyntheticScenes((40, 50), count=9)  # which other processes can import
     for host in (0, 1) if not workers else (1,):
         one = loader(source, host=host, hosts=2, rot90=True)
@@ -201,7 +203,7 @@ def test_reading_ahead_changes_nothing(workers, prefetch):
             assert_same(batch, one.batch(step))
 
 
-def test_problems_come_with_their_batch_when_reading_ahead():
+def test_skipped_samples_come_with_their_batch_when_prefetching():
     one = loader(BAD)
     ahead = list(one.batches(2, 8))
     for step, batch in zip(range(2, 8), ahead, strict=True):
@@ -210,8 +212,8 @@ def test_problems_come_with_their_batch_when_reading_ahead():
 
 
 def test_no_steps():
-    assert list(loader(ReconstructedPatches()).batches(4, 4)) == []
-    assert list(loader(ReconstructedPatches()).batches(4, 4, prefetch=0)) == []
+    assert list(loader(ColoredMasks()).batches(4, 4)) == []
+    assert list(loader(ColoredMasks()).batches(4, 4, prefetch=0)) == []
 
 
 def test_a_batch_does_not_depend_on_those_before():
@@ -224,22 +226,22 @@ def test_a_batch_does_not_depend_on_those_before():
 @pytest.mark.parametrize(("batch_size", "hosts"), [(4, 3), (2, 4), (7, 2)])
 def test_hosts_must_share_a_batch_evenly(batch_size, hosts):
     with pytest.raises(ValueError, match=f"multiple of the {hosts} hosts; got {batch_size}"):
-        loader(ReconstructedPatches(), batch_size=batch_size, hosts=hosts)
+        loader(ColoredMasks(), batch_size=batch_size, hosts=hosts)
 
 
 # Masks.
 
 
-def bars(number, size=FRAME):
-    """Masks of different columns."""
+def bars(number, size=CANVAS):
+    """Returns masks of one column each."""
     masks = [np.zeros(size, bool) for _ in range(number)]
     for column, mask in enumerate(masks):
         mask[:, column] = True
     return [rle.encode(mask) for mask in masks]
 
 
-def test_masks_are_drawn_at_random_without_replacement():
-    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(8))
+def test_masks_are_sampled_without_replacement():
+    source = Given(np.zeros((*CANVAS, 3), np.uint8), bars(8))
     drawn = [batch_of(source, step, batch_size=1) for step in range(600)]
     ids = np.stack([batch.mask_id[0] for batch in drawn])
     assert all(batch.valid.all() for batch in drawn)
@@ -250,16 +252,16 @@ def test_masks_are_drawn_at_random_without_replacement():
     assert scipy.stats.chisquare(list(sets.values())).pvalue > 1e-3
 
 
-def test_images_of_a_batch_draw_on_their_own():
-    """What is drawn depends on the image and the step, not on the row."""
-    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(8), count=8)
+def test_images_of_a_batch_sample_masks_independently():
+    """The sampled masks depend on the image and the step, not on the row."""
+    source = Given(np.zeros((*CANVAS, 3), np.uint8), bars(8), count=8)
     one, other = (batch_of(source, 3, batch_size=8, seed=seed) for seed in (0, 1))
     assert len({tuple(row) for row in one.mask_id.tolist()}) > 4
     assert one.mask_id.tolist() != other.mask_id.tolist()
 
 
-def test_fewer_masks_are_filled_up():
-    source = Given(np.zeros((*FRAME, 3), np.uint8), bars(2))
+def test_fewer_masks_are_padded():
+    source = Given(np.zeros((*CANVAS, 3), np.uint8), bars(2))
     batch = batch_of(source, batch_size=1, masks_per_image=5)
     np.testing.assert_array_equal(batch.valid, [[True, True, False, False, False]])
     assert sorted(batch.mask_id[0, :2]) == [0, 1]
@@ -267,7 +269,7 @@ def test_fewer_masks_are_filled_up():
     assert not batch.mask_id[0, 2:].any()
 
 
-def test_masks_of_more_than_90_percent_are_left_out():
+def test_masks_of_more_than_90_percent_are_skipped():
     size = (20, 30)
     masks = [np.arange(600).reshape(size) < area for area in (540, 541, 600, 100)]
     source = Given(np.zeros((*size, 3), np.uint8), [rle.encode(mask) for mask in masks])
@@ -276,8 +278,8 @@ def test_masks_of_more_than_90_percent_are_left_out():
     assert sorted(batch.mask_id[0, :2]) == [0, 3]
 
 
-def test_the_image_is_what_masks_are_compared_with_not_the_frame():
-    """All of the image is half of the frame."""
+def test_mask_areas_are_relative_to_the_image_not_to_the_canvas():
+    """The image covers half of the canvas."""
     size = (48, 28)
     mask = np.ones(size, bool)
     half = np.arange(28) < np.full((48, 1), 14)
@@ -287,18 +289,18 @@ def test_the_image_is_what_masks_are_compared_with_not_the_frame():
     assert batch.mask_id[0, 0] == 1
 
 
-def test_masks_too_small_to_be_seen_are_left_out():
-    """Of every ten pixels the frame keeps the sixth."""
+def test_masks_without_pixels_on_the_canvas_are_skipped():
+    """The canvas samples the sixth of every ten pixels."""
     size = (480, 560)
     masks = [np.zeros(size, bool) for _ in range(4)]
-    masks[0][15, 25] = True  # the centre of a pixel of the frame
+    masks[0][15, 25] = True  # the centre of a pixel of the canvas
     masks[1][14, 25] = masks[1][15, 24] = True
     masks[3][100:109, 200:205] = True  # 45 pixels, none at a centre in x
     source = Given(np.zeros((*size, 3), np.uint8), [rle.encode(mask) for mask in masks])
     batch = batch_of(source, batch_size=1)
     np.testing.assert_array_equal(batch.valid, [[True, False, False]])
     assert batch.mask_id[0, 0] == 0
-    expected = np.zeros(FRAME, bool)
+    expected = np.zeros(CANVAS, bool)
     expected[1, 2] = True
     np.testing.assert_array_equal(unpack(batch)[0, 0], expected)
 
@@ -317,12 +319,12 @@ SYMMETRIES = [
 @pytest.mark.parametrize(
     ("flips", "rot90", "number"), [(False, False, 1), (False, True, 4), (True, True, 8)]
 )
-def test_flips_and_turns_move_image_and_masks_alike(flips, rot90, number):
-    """The frame is square and as long as the image: nothing is resized."""
-    source = ReconstructedPatches(size=(40, 26), count=1)
+def test_flips_and_rotations_apply_to_image_and_masks_alike(flips, rot90, number):
+    """The canvas is square and as long as the image, so that nothing is resized."""
+    source = ColoredMasks(size=(40, 26), count=1)
     example, seen = source[0], collections.Counter()
     for step in range(120):
-        batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=flips, rot90=rot90)
+        batch = batch_of(source, step, batch_size=1, canvas=(40, 40), flips=flips, rot90=rot90)
         h, w = batch.size[0]
         image = batch.image[0, :h, :w]
         matches = [i for i, f in enumerate(SYMMETRIES) if np.array_equal(f(example.image), image)]
@@ -339,10 +341,10 @@ def test_flips_and_turns_move_image_and_masks_alike(flips, rot90, number):
 
 
 def test_flips_alone_keep_the_sides():
-    source = ReconstructedPatches(size=(40, 26), count=1)
+    source = ColoredMasks(size=(40, 26), count=1)
     image, seen = source[0].image, set()
     for step in range(40):
-        batch = batch_of(source, step, batch_size=1, frame=(40, 40), flips=True)
+        batch = batch_of(source, step, batch_size=1, canvas=(40, 40), flips=True)
         np.testing.assert_array_equal(batch.size, [[40, 26]])
         actual = batch.image[0, :40, :26]
         matches = [i for i, f in enumerate(SYMMETRIES) if np.array_equal(f(image), actual)]
@@ -354,9 +356,9 @@ def test_flips_alone_keep_the_sides():
 
 
 @pytest.mark.parametrize("size", [(90, 160), (200, 120), (31, 17)])
-def test_masks_lie_on_their_image_when_it_is_resized(size):
-    """In a frame that is not square, turned images have other sides."""
-    source = ReconstructedPatches(size=size, count=6)
+def test_masks_match_their_image_when_it_is_resized(size):
+    """On a canvas that is not square, rotated images have another size."""
+    source = ColoredMasks(size=size, count=6)
     sizes = set()
     for step in range(5):
         batch = batch_of(source, step, flips=True, rot90=True)
@@ -368,10 +370,10 @@ def test_masks_lie_on_their_image_when_it_is_resized(size):
             sides = (size[::-1] if turned else size) * np.full(2, scale[int(turned)])
             assert np.abs(sides - [h, w]).max() <= 0.5
             for n in np.flatnonzero(batch.valid[b]):
-                painted = batch.image[b, :, :, batch.mask_id[b, n]] >= 128
+                expected = batch.image[b, :, :, batch.mask_id[b, n]] >= 128
                 # Edges lie within a pixel of each other.
-                assert not (painted & ~scipy.ndimage.binary_dilation(masks[b, n], AROUND)).any()
-                assert not (scipy.ndimage.binary_erosion(masks[b, n], AROUND) & ~painted).any()
+                assert not (expected & ~scipy.ndimage.binary_dilation(masks[b, n], AROUND)).any()
+                assert not (scipy.ndimage.binary_erosion(masks[b, n], AROUND) & ~expected).any()
     assert len(sizes) == 2
 
 
@@ -386,16 +388,16 @@ def test_a_bad_sample_is_reported_and_replaced():
         assert not set(batch.image_id.tolist()) & set(BAD.bad)
         for problem in problems:
             assert problem.index in BAD.bad
-            assert problem.name == f"painting {problem.index}"
+            assert problem.name == f"image {problem.index}"
             assert problem.reason == "broken image"
-            assert f"painting {problem.index} fell down" in problem.detail
+            assert f"image {problem.index} fell down" in problem.detail
         replaced.update(problem.index for problem in problems)
     # In three epochs of 12 each was met three times at least, and replacements may be bad too.
     assert set(replaced) == set(BAD.bad)
     assert min(replaced.values()) >= 3
 
 
-def test_good_samples_stay_where_they_are_beside_bad_ones():
+def test_bad_samples_do_not_move_good_ones():
     good = dataclasses.replace(BAD, bad=())
     for step in range(6):
         batch, problems = loader(BAD).batch(step)
@@ -407,7 +409,7 @@ def test_good_samples_stay_where_they_are_beside_bad_ones():
 
 
 def test_replacements_are_not_always_the_same():
-    source = ReconstructedPatches(count=40, bad=tuple(range(20)))
+    source = ColoredMasks(count=40, bad=tuple(range(20)))
     replacements = collections.defaultdict(set)
     for step in range(60):
         expected = batch_of(dataclasses.replace(source, bad=()), step).image_id
@@ -429,30 +431,30 @@ def test_replacements_are_not_always_the_same():
 )
 def test_masks_that_cannot_be_used(masks, reason, detail):
     masks = [rle.encode(mask) if isinstance(mask, np.ndarray) else mask for mask in masks]
-    good = ReconstructedPatches((20, 30), count=2)
+    good = ColoredMasks((20, 30), count=2)
 
-    class Source(ReconstructedPatches):
+    class Unusable(ColoredMasks):
         def __getitem__(self, index):
             return good[1] if index else Example(image=good[0].image, masks=masks)
 
-    batch, problems = loader(Source((20, 30), count=2)).batch(0)
+    batch, problems = loader(Unusable((20, 30), count=2)).batch(0)
     assert batch.image_id.tolist() == [1] * 4
     assert {(problem.index, problem.reason) for problem in problems} == {(0, reason)}
     assert detail in problems[0].detail
 
 
-def test_nothing_but_bad_samples():
-    source = ReconstructedPatches(count=3, bad=(0, 1, 2))
-    with pytest.raises(ValueError, match=r"no usable image .*painting \d: .*fell down"):
+def test_a_source_of_bad_samples_only_is_an_error():
+    source = ColoredMasks(count=3, bad=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"no usable image .*image \d: .*fell down"):
         loader(source).batch(0)
     with pytest.raises(ValueError, match="no usable image"):
         list(loader(source).batches(0, 1))
 
 
 def test_other_errors_are_not_hidden():
-    class Wrong(ReconstructedPatches):
+    class Faulty(ColoredMasks):
         def __getitem__(self, index):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        loader(Wrong()).batch(0)
+        loader(Faulty()).batch(0)

@@ -1,11 +1,11 @@
-"""All of a source is read, and what cannot be used is counted."""
+"""Tests of validation: every sample is read, and unusable ones are counted."""
 
 import json
 
 import numpy as np
 import pytest
 
-from sam_jax.data.example import BadSample, Example
+from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.data.validate import Finding, check, printable, summarize
 from sam_jax.masks import rle
 
@@ -13,7 +13,7 @@ MASK = rle.encode(np.ones((4, 6), bool))
 BROKEN = {"size": [4, 6], "counts": [25]}
 
 
-class Some:
+class Fake(Source):
     """A source of three usable samples, one that cannot be read and one with a broken mask."""
 
     def __len__(self):
@@ -29,8 +29,8 @@ class Some:
         return f"{index}.jpg"
 
 
-def test_every_sample_is_found_usable_or_not():
-    findings = list(check(Some()))
+def test_every_sample_has_a_finding():
+    findings = list(check(Fake()))
     assert [f.index for f in findings] == list(range(5))
     assert [f.reason for f in findings] == [None, "broken image", None, "broken mask", None]
     assert [f.masks for f in findings] == [0, 0, 2, 0, 4]
@@ -39,8 +39,8 @@ def test_every_sample_is_found_usable_or_not():
     assert str(findings[2]) == "2.jpg: usable: 2 masks"
 
 
-def test_a_summary_can_go_into_json():
-    summary = json.loads(json.dumps(summarize(check(Some()))))
+def test_a_summary_is_ready_for_json():
+    summary = json.loads(json.dumps(summarize(check(Fake()))))
     bad = summary.pop("bad")
     assert summary == {
         "samples": 5,
@@ -66,14 +66,14 @@ def test_reasons_come_most_frequent_first():
         ("\udc80\u202e", "\\udc80\\u202e"),
     ],
 )
-def test_names_do_no_harm_to_a_terminal(text, expected):
+def test_control_characters_are_escaped(text, expected):
     assert printable(text) == expected
 
 
 def test_other_errors_are_not_hidden():
-    class Faulty(Some):
+    class Faulty(Fake):
         def __getitem__(self, index):
-            raise RuntimeError("a fault of ours")
+            raise RuntimeError("a bug")
 
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(RuntimeError, match="a bug"):
         list(check(Faulty()))

@@ -117,9 +117,9 @@ def test_bad_images_have_a_reason_and_no_file_and_the_others_are_labelled(tmp_pa
     assert [finding.reason for finding in found] == [
         None,
         "broken image",
-        "refused image",
+        "rejected image",
         "broken image",
-        "refused image",
+        "rejected image",
         "missing file",
     ]
     assert found[2].detail == "image must have sides of at least 8 pixels; got 4 x 60"

@@ -1,4 +1,4 @@
-"""Into the frame and out of it again."""
+"""Tests of the resize to the canvas and back."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ SIZES = [(1200, 1800), (1800, 1200), (37, 1024), (1, 3000), (683, 1024), (1024, 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_longest_side_fills_the_frame(size):
+def test_the_longest_side_fills_the_canvas(size):
     scale = 1024 / max(size)
     expected = tuple(max(1, int(side * scale + 0.5)) for side in size)
     assert fit_size(size, (1024, 1024)) == expected
@@ -31,11 +31,11 @@ def test_hand_computed_sizes():
 
 def test_images_are_resized_by_pillow_and_padded_bottom_right():
     image = np.random.default_rng(0).integers(1, 256, (50, 80, 3), dtype=np.uint8)
-    framed, size = resize_and_pad(image, (64, 64))
-    assert (framed.shape, framed.dtype, size) == ((64, 64, 3), np.uint8, (40, 64))
+    padded, size = resize_and_pad(image, (64, 64))
+    assert (padded.shape, padded.dtype, size) == ((64, 64, 3), np.uint8, (40, 64))
     expected = Image.fromarray(image).resize((64, 40), Image.Resampling.BILINEAR)
-    assert np.array_equal(framed[:40], expected)
-    assert not framed[40:].any()
+    assert np.array_equal(padded[:40], expected)
+    assert not padded[40:].any()
 
 
 def test_points_scale_by_the_rounded_sides():
@@ -44,18 +44,18 @@ def test_points_scale_by_the_rounded_sides():
     assert np.allclose(moved, [[0, 0], [1024, 683], [512, 341.5]])
 
 
-@pytest.mark.parametrize("frame", [(64, 64), (48, 72)])
+@pytest.mark.parametrize("canvas", [(64, 64), (48, 72)])
 @pytest.mark.parametrize("size", [(30, 40), (201, 97), (64, 64), (5, 150), (48, 72)])
-def test_masks_are_resized_twice_and_cropped_between(size, frame):
-    low = np.random.default_rng(0).normal(0, 5, (2, frame[0] // 2, frame[1] // 2))
+def test_masks_are_resized_twice_and_cropped_between(size, canvas):
+    low = np.random.default_rng(0).normal(0, 5, (2, canvas[0] // 2, canvas[1] // 2))
     low = low.astype(np.float32)
-    height, width = fit_size(size, frame)
-    expected = jax.image.resize(low, (2, *frame), "linear", antialias=False)
+    height, width = fit_size(size, canvas)
+    expected = jax.image.resize(low, (2, *canvas), "linear", antialias=False)
     expected = expected[:, :height, :width]
     expected = jax.image.resize(expected, (2, *size), "linear", antialias=False)
-    ours = postprocess_masks(low, size, frame)
-    assert ours.dtype == np.float32
-    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(low).max()
+    actual = postprocess_masks(low, size, canvas)
+    assert actual.dtype == np.float32
+    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(low).max()
 
 
 def test_one_low_resolution_pixel_is_spread_evenly():

@@ -1,4 +1,4 @@
-"""Sources in an object store are those on a disk."""
+"""Sources in an object store equal those on a disk; every failure is an OSError."""
 
 import json
 import tarfile
@@ -10,6 +10,7 @@ from PIL import Image
 
 from sam_jax.data.example import BadSample, SourceError
 from sam_jax.data.open import open_source
+from sam_jax.io import storage
 from sam_jax.masks import rle
 from tests import object_store
 
@@ -77,7 +78,7 @@ def upload(folder, address):
     ("kind", "write"),
     [("sa1b", write_sa1b), ("sa1b", write_tars), ("labels", write_labels), ("coco", write_coco)],
 )
-def test_examples_are_those_of_the_folder(bucket, tmp_path, kind, write):
+def test_a_store_gives_the_examples_of_the_folder(bucket, tmp_path, kind, write):
     write(tmp_path)
     upload(tmp_path, bucket / "data")
     here, there = open_source(f"{kind}:{tmp_path}"), open_source(f"{kind}:gs://bucket/data")
@@ -88,7 +89,7 @@ def test_examples_are_those_of_the_folder(bucket, tmp_path, kind, write):
         assert there[i].masks == here[i].masks
 
 
-def test_a_tar_is_indexed_once_here_or_there(bucket, tmp_path, monkeypatch):
+def test_a_tar_is_indexed_once_on_a_disk_or_in_a_store(bucket, tmp_path, monkeypatch):
     write_tars(tmp_path)
     upload(tmp_path, bucket / "first")
     tar, index = "first/sa_000000.tar", "sa_000000.tar.index.npz"
@@ -103,7 +104,7 @@ def test_a_tar_is_indexed_once_here_or_there(bucket, tmp_path, monkeypatch):
         assert found[0].masks == made[0].masks
 
 
-def test_what_is_missing_is_said(bucket, tmp_path, monkeypatch):
+def test_missing_files_folders_and_packages_are_reported(bucket, tmp_path, monkeypatch):
     for kind in ("sa1b", "labels", "coco"):
         with pytest.raises(SourceError, match=r"there is no .*gs://bucket/nothing"):
             open_source(f"{kind}:gs://bucket/nothing")
@@ -118,6 +119,8 @@ def test_what_is_missing_is_said(bucket, tmp_path, monkeypatch):
         raise ImportError("Install gcsfs to access GCS")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(OSError, match=r"gs://bucket/coco cannot be reached: Install gcsfs"):
+        storage.is_file("gs://bucket/coco")
     with pytest.raises(SourceError, match=r"Install gcsfs.*sam_jax\[gcs\]"):
         open_source("sa1b:gs://bucket/coco")
 
@@ -130,7 +133,7 @@ def test_what_is_missing_is_said(bucket, tmp_path, monkeypatch):
         *(("coco", call) for call in ("info", "cat_file")),
     ],
 )
-def test_errors_of_a_store_are_said(bucket, tmp_path, monkeypatch, kind, call):
+def test_errors_of_a_store_are_reported(bucket, tmp_path, monkeypatch, kind, call):
     {"sa1b": write_sa1b, "labels": write_labels, "coco": write_coco}[kind](tmp_path)
     upload(tmp_path, bucket / "data")
 
@@ -142,7 +145,26 @@ def test_errors_of_a_store_are_said(bucket, tmp_path, monkeypatch, kind, call):
         open_source(f"{kind}:gs://bucket/data")[0]
 
 
-def test_of_duplicates_the_first_path_counts_there_too(bucket, tmp_path):
+@pytest.mark.parametrize("url", ["unknown://bucket/a", "gs://bucket/missing"])
+def test_failures_are_os_errors(bucket, url):
+    with pytest.raises(OSError, match=r"unknown|missing"):
+        storage.read_range(url)
+    with pytest.raises(OSError, match=r"unknown|missing"):
+        storage.stat(url)
+
+
+def test_objects_are_uploaded_and_removed(bucket, tmp_path):
+    storage.upload_bytes("gs://bucket/a/b", b"abcdef")
+    assert storage.read_range("gs://bucket/a/b", 2, 3) == b"cde"
+    (tmp_path / "c").write_bytes(b"file")
+    storage.upload(str(tmp_path / "c"), "gs://bucket/a/c")
+    assert sorted(storage.listdir("gs://bucket/a")) == ["b", "c"]
+    storage.remove("gs://bucket/a/b")
+    assert not storage.is_file("gs://bucket/a/b")
+    assert storage.is_folder("gs://bucket/a")
+
+
+def test_of_duplicates_the_first_path_counts_in_a_store_too(bucket, tmp_path):
     for number, name in enumerate(("a-b", "a/c")):
         folder = tmp_path / name
         folder.mkdir(parents=True)

@@ -76,12 +76,12 @@ def suppress(boxes, scores, threshold, valid=None):
 CHAIN = [[0, 0, 8, 4], [2, 0, 10, 4], [4, 0, 12, 4]]
 
 
-def test_a_box_that_is_dropped_drops_no_other():
+def test_a_dropped_box_drops_no_other():
     assert suppress(CHAIN, [3, 2, 1], 0.5) == [0, 2]
     assert suppress(CHAIN, [2, 3, 1], 0.5) == [1]
 
 
-def test_an_overlap_of_the_threshold_is_kept():
+def test_an_iou_equal_to_the_threshold_is_kept():
     assert suppress(CHAIN[:2], [1, 2], 0.6) == [0, 1]
     assert suppress(CHAIN[:2], [1, 2], np.nextafter(np.float32(0.6), 0)) == [1]
 
@@ -90,7 +90,7 @@ def test_ties_go_to_the_first():
     assert suppress([CHAIN[0]] * 3, [1, 1, 1], 0.5) == [0]
 
 
-def test_what_is_not_valid_is_not_there():
+def test_invalid_boxes_are_ignored():
     assert suppress(CHAIN, [3, 2, 1], 0.5, valid=[False, True, True]) == [1]
     assert suppress(CHAIN, [3, 2, 1], 0.5, valid=[False] * 3) == []
 

@@ -1,11 +1,11 @@
-"""Where clicks land: at random, every pixel of a region alike; or farthest from its border."""
+"""Tests of uniform clicks and of clicks on the center of a region."""
 
 import jax
 import numpy as np
 import pytest
 import scipy.stats
 
-from sam_jax.masks.clicks import click_on_error, farthest_click, uniform_click
+from sam_jax.masks.clicks import center_click, center_click_on_error, uniform_click
 
 KEYS = jax.random.split(jax.random.key(0), 20_000)
 RNG = np.random.default_rng(0)
@@ -19,12 +19,12 @@ REGIONS = {
 
 @pytest.fixture(scope="module")
 def clicks(jit):
-    """Clicks 'key 2' on a region of 9 by 13."""
+    """Returns a function that clicks on a region of 9 by 13 with each key."""
     return jit(jax.vmap(uniform_click, (0, None)))
 
 
 @pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
-def test_every_pixel_of_a_region_is_as_likely(clicks, region):
+def test_uniform_clicks_are_uniform(clicks, region):
     xy = np.asarray(clicks(KEYS, region))
     assert xy.dtype == np.int32
     assert region[xy[:, 1], xy[:, 0]].all()
@@ -48,7 +48,7 @@ def test_an_empty_region_gives_the_origin(clicks):
 
 
 def distances(region):
-    """Of each pixel of a region to the nearest that is none; those around the image are none."""
+    """Returns the distance of each pixel of a region to the nearest pixel outside of it."""
     padded = np.pad(region, 1)
     outside = np.argwhere(~padded)
     gaps = np.argwhere(padded)[:, None] - outside
@@ -58,7 +58,7 @@ def distances(region):
 
 
 @pytest.mark.parametrize("density", [0.05, 0.5, 0.9, 0.99, 1.0])
-def test_the_farthest_pixel_is_the_first_of_the_farthest(density):
+def test_a_center_click_is_the_first_of_the_farthest_pixels(density):
     for seed in range(10):
         rng = np.random.default_rng(seed)
         region = rng.random(rng.integers(1, 20, 2)) < density
@@ -66,41 +66,41 @@ def test_the_farthest_pixel_is_the_first_of_the_farthest(density):
             continue
         found = distances(region)
         y, x = np.unravel_index(np.argmax(found), found.shape)
-        assert farthest_click(region) == (x, y, pytest.approx(found.max()))
+        assert center_click(region) == (x, y, pytest.approx(found.max()))
 
 
-def test_the_farthest_pixel_by_hand():
+def test_center_clicks_by_hand():
     region = np.zeros((9, 12), bool)
     region[2:7, 3:8] = True  # 5 by 5: its middle is three from what lies outside
     region[0:3, 9:12] = True  # in the corner of the image, whose sides are borders too
-    assert farthest_click(region) == (5, 4, 3.0)
+    assert center_click(region) == (5, 4, 3.0)
     region[2:7, 3:8] = False
-    assert farthest_click(region) == (10, 1, 2.0)
-    assert farthest_click(np.ones((4, 4), bool)) == (1, 1, 2.0)  # the first of four
-    assert farthest_click(np.zeros((4, 4), bool)) == (0, 0, 0.0)
+    assert center_click(region) == (10, 1, 2.0)
+    assert center_click(np.ones((4, 4), bool)) == (1, 1, 2.0)  # the first of four
+    assert center_click(np.zeros((4, 4), bool)) == (0, 0, 0.0)
 
 
-def test_a_click_on_what_is_most_wrong():
+def test_a_click_on_the_largest_error():
     target = np.zeros((12, 20), bool)
     target[1:8, 1:8] = True
     nothing = np.zeros_like(target)
-    assert click_on_error(target, target) is None
-    assert click_on_error(nothing, target) == (4, 4, 1)  # missed
-    assert click_on_error(target, nothing) == (4, 4, 0)  # added
-    # Missed and added are apart: 5 by 5 missed pixels beside 7 by 7 that are added.
+    assert center_click_on_error(target, target) is None
+    assert center_click_on_error(nothing, target) == (4, 4, 1)  # missed
+    assert center_click_on_error(target, nothing) == (4, 4, 0)  # added
+    # Missed and added are apart: 5 by 5 missed pixels, 7 by 7 added pixels.
     added, missed = nothing.copy(), nothing.copy()
     added[2:9, 11:18] = True
     missed[3:8, 4:9] = True
-    assert click_on_error(added, missed) == (14, 5, 0)
-    assert click_on_error(missed, added) == (14, 5, 1)
+    assert center_click_on_error(added, missed) == (14, 5, 0)
+    assert center_click_on_error(missed, added) == (14, 5, 1)
 
 
 def test_added_pixels_win_a_tie():
     missed, added = np.zeros((9, 20), bool), np.zeros((9, 20), bool)
     missed[2:7, 2:7] = True
     added[2:7, 12:17] = True
-    assert click_on_error(added, missed) == (14, 4, 0)
+    assert center_click_on_error(added, missed) == (14, 4, 0)
     added[2:7, 17] = added[2:7, 11] = True  # longer is not deeper
-    assert click_on_error(added, missed)[2] == 0
+    assert center_click_on_error(added, missed)[2] == 0
     missed[1:8, 1:8] = True
-    assert click_on_error(added, missed) == (4, 4, 1)
+    assert center_click_on_error(added, missed) == (4, 4, 1)

@@ -10,7 +10,7 @@ from sam_jax.masks.geometry import center, hull_area
 
 
 def drawn(text):
-    """A mask as it looks."""
+    """Returns the RLE of a mask given as text."""
     return rle.encode(np.array([[c == "#" for c in row] for row in text.split()]))
 
 
@@ -19,7 +19,7 @@ HAND_COMPUTED = {
     "a line": (".... ####", (2, 1.5), 4),
     "a column": ("#. #. #.", (0.5, 1.5), 3),
     "a rectangle": (".... .##. .##. .##.", (2, 2.5), 6),
-    "the whole image": ("### ###", (1.5, 1), 6),
+    "the full image": ("### ###", (1.5, 1), 6),
     "a corner is missing": ("##. #.. ...", (0.5 + 1 / 3, 0.5 + 1 / 3), 3.5),
     "a hole": ("### #.# ###", (1.5, 1.5), 9),
     "two corners": ("#.. ... ..#", (1.5, 1.5), 5),  # the square, less two triangles of 2
@@ -53,7 +53,7 @@ SQUARE = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 def area_of_hull(points):
-    """By Andrew's monotone chain, of points in order."""
+    """Computes the area of the hull of sorted points with Andrew's monotone chain."""
     hull = chain(points)[:-1] + chain(points[::-1])[:-1]
     return abs(sum(turn((0, 0), a, b) for a, b in zip(hull, hull[1:] + hull[:1], strict=True))) / 2
 
@@ -68,15 +68,15 @@ def chain(points):
 
 
 def turn(a, b, c):
-    """Twice the area of the triangle, negative if it goes round to the right."""
+    """Returns twice the area of a triangle, negative if it is clockwise."""
     return int((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
 
 
 @pytest.mark.parametrize("size", [(1, 2**26), (2**26, 1), (2**13, 2**13), (3, 2**24)])
 def test_the_largest_masks_are_exact(size):
-    whole = {"size": list(size), "counts": [0, size[0] * size[1]]}
-    assert hull_area(whole) == size[0] * size[1]
-    assert center(whole) == (size[1] / 2, size[0] / 2)
+    full = {"size": list(size), "counts": [0, size[0] * size[1]]}
+    assert hull_area(full) == size[0] * size[1]
+    assert center(full) == (size[1] / 2, size[0] / 2)
 
 
 @pytest.mark.parametrize("measure", [center, hull_area])

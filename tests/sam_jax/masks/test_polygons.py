@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.masks.polygons import PolygonError, paint
+from sam_jax.masks.polygons import PolygonError, rasterize
 
 
 def box(x0, y0, x1, y1):
@@ -13,29 +13,29 @@ def box(x0, y0, x1, y1):
 def test_a_box_on_the_borders_of_pixels_is_its_pixels():
     mask = np.zeros((6, 9), bool)
     mask[1:4, 2:7] = True
-    assert np.array_equal(paint([box(2, 1, 7, 4)], (6, 9)), mask)
-    assert np.array_equal(paint([box(7, 4, 2, 1)], (6, 9)), mask)
+    assert np.array_equal(rasterize([box(2, 1, 7, 4)], (6, 9)), mask)
+    assert np.array_equal(rasterize([box(7, 4, 2, 1)], (6, 9)), mask)
 
 
-def test_an_image_is_filled_by_what_is_larger():
-    assert paint([box(0, 0, 9, 6)], (6, 9)).all()
-    assert paint([box(-50, -50.5, 90, 1000)], (6, 9)).all()
-    assert not paint([box(20, 20, 30, 30)], (6, 9)).any()
-    assert not paint([box(-9, 1, -2, 4)], (6, 9)).any()
-    assert not paint([[3, 3, 3, 3, 3, 3]], (6, 9)).any()
+def test_a_polygon_larger_than_the_image_fills_it():
+    assert rasterize([box(0, 0, 9, 6)], (6, 9)).all()
+    assert rasterize([box(-50, -50.5, 90, 1000)], (6, 9)).all()
+    assert not rasterize([box(20, 20, 30, 30)], (6, 9)).any()
+    assert not rasterize([box(-9, 1, -2, 4)], (6, 9)).any()
+    assert not rasterize([[3, 3, 3, 3, 3, 3]], (6, 9)).any()
 
 
-def test_polygons_are_united_and_what_one_encloses_twice_is_a_hole():
-    one, other = box(0, 0, 4, 4), box(2, 2, 6, 6)
-    both = paint([one], (8, 8)) | paint([other], (8, 8))
-    assert np.array_equal(paint([one, other], (8, 8)), both)
-    assert not paint([one + one[:2] + box(1, 1, 3, 3) + [1, 1]], (8, 8))[2, 2]
+def test_polygons_are_united_and_regions_enclosed_twice_are_holes():
+    first, second = box(0, 0, 4, 4), box(2, 2, 6, 6)
+    both = rasterize([first], (8, 8)) | rasterize([second], (8, 8))
+    assert np.array_equal(rasterize([first, second], (8, 8)), both)
+    assert not rasterize([first + first[:2] + box(1, 1, 3, 3) + [1, 1]], (8, 8))[2, 2]
 
 
 def test_a_disc_has_its_area():
     angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
     points = 50 + 40 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    assert paint([points.ravel().tolist()], (100, 100)).sum() == pytest.approx(5027, rel=0.01)
+    assert rasterize([points.ravel().tolist()], (100, 100)).sum() == pytest.approx(5027, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,6 @@ def test_a_disc_has_its_area():
         [[-1e6, 0, 1e6, 1, 0, 5]],
     ],
 )
-def test_what_is_no_polygon(polygons):
+def test_values_that_are_not_polygons_are_errors(polygons):
     with pytest.raises(PolygonError):
-        paint(polygons, (8, 8))
+        rasterize(polygons, (8, 8))

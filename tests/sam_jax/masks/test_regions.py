@@ -1,4 +1,4 @@
-"""Small parts and holes, by hand; `tests/reference` compares with OpenCV."""
+"""Tests of small islands and holes by hand; `tests/reference` compares with OpenCV."""
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ SPOTTED = picture("""
     """)
 
 
-def test_holes_are_filled_before_parts_are_removed():
-    """The dot in the hole would be a part that is too small."""
+def test_holes_are_filled_before_islands_are_removed():
+    """The dot in the hole would be a small island."""
     cleaned, changed = remove_small_regions(SPOTTED, 9)
     expected = np.zeros_like(SPOTTED)
     expected[1:6, 1:6] = True
@@ -30,20 +30,20 @@ def test_holes_are_filled_before_parts_are_removed():
     np.testing.assert_array_equal(cleaned, expected)
 
 
-def test_parts_touch_at_corners():
+def test_islands_are_connected_by_corners():
     cleaned, _ = remove_small_regions(SPOTTED, 2)
     assert cleaned[1, 9]
     assert cleaned[2, 10]
     assert not cleaned[3, 3]
 
 
-def test_what_is_large_enough_stays():
+def test_large_islands_stay():
     cleaned, changed = remove_small_regions(SPOTTED, 1)
     assert not changed
     assert cleaned is SPOTTED
 
 
-def test_of_small_parts_the_largest_stays_or_none():
+def test_the_largest_of_small_islands_stays_if_enabled():
     mask = picture("#.... ...## .....")
     cleaned, changed = remove_small_regions(mask, 5)
     assert changed
@@ -69,7 +69,7 @@ def test_background_is_a_hole_only_if_all_of_it_is_small():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_surrounds_a_mask_does_not_matter(seed):
+def test_the_size_of_the_background_does_not_matter(seed):
     rng = np.random.default_rng(seed)
     mask = rng.random((30, 40)) < 0.6
     alone, _ = remove_small_regions(np.pad(mask, 60), 25)

@@ -1,4 +1,4 @@
-"""COCO run lengths: hand-computed strings, round trips, and a refusal of everything malformed."""
+"""Tests of COCO run lengths: strings computed by hand, round trips, and malformed RLEs."""
 
 import re
 import tracemalloc
@@ -60,9 +60,9 @@ def test_bounds_of_the_runs_inside():
 
 
 def test_largest_mask():
-    whole = {"size": [2**13, 2**13], "counts": "0PPPPP2"}  # five groups of nothing, then 2 * 2**25
-    assert rle.encode(np.ones((2**13, 2**13), bool)) == whole
-    assert rle.area(whole) == MAX_PIXELS
+    full = {"size": [2**13, 2**13], "counts": "0PPPPP2"}  # five groups of nothing, then 2 * 2**25
+    assert rle.encode(np.ones((2**13, 2**13), bool)) == full
+    assert rle.area(full) == MAX_PIXELS
 
 
 def test_columns_first_and_zeros_first():
@@ -131,7 +131,7 @@ def test_memory_layout_does_not_matter(layout):
         (np.broadcast_to(False, (2**13 + 1, 2**13)), "at most 67108864 pixels"),
     ],
 )
-def test_encode_names_what_it_got(mask, message):
+def test_encode_rejects_other_shapes_and_dtypes(mask, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         rle.encode(mask)
 
@@ -211,7 +211,7 @@ def test_six_groups_are_read():
     assert rle.area({"size": [2, 2], "counts": "0TPPPP0"}) == 4  # 4 with five empty groups after it
 
 
-def test_nothing_is_painted_before_the_checks():
+def test_nothing_is_decoded_before_the_checks():
     side = 2**13
     wrong = [
         {"size": [side, side], "counts": "0PPPPP1"},
@@ -222,21 +222,21 @@ def test_nothing_is_painted_before_the_checks():
         {"size": [2, 2], "counts": "PPPPPP" * 10_000 + "1"},
     ]
     for malformed in wrong:
-        assert _peak_memory(malformed) < 4_000_000  # bytes; a painted mask would take 67,108,864
+        assert _peak_memory(malformed) < 4_000_000  # bytes; a decoded mask would take 67,108,864
     assert _peak_memory({"size": [side, side], "counts": "0PPPPP2"}, rle.area) < 100_000
 
 
 def test_fuzz():
-    """A mask or an RLEError, whatever the string."""
+    """Any string gives a mask or an RLEError."""
     masks = 0
-    for some in fuzzed(FUZZ_INPUTS):
+    for string in fuzzed(FUZZ_INPUTS):
         try:
-            lengths = rle.runs(some)
+            lengths = rle.runs(string)
         except RLEError:
             continue
         masks += 1
         assert lengths.min() >= 0
-        assert rle.decode(some).sum() == lengths[1::2].sum()
+        assert rle.decode(string).sum() == lengths[1::2].sum()
     assert FUZZ_INPUTS / 5 < masks < FUZZ_INPUTS / 2
 
 
@@ -260,7 +260,7 @@ SIDES = st.integers(1, 40)
 
 
 def resized(mask, shape):
-    """Each pixel as that of the mask which its centre lies in, in exact arithmetic."""
+    """Resizes a mask by nearest neighbour in exact arithmetic."""
     rows, columns = (
         [int((Fraction(2 * i + 1, 2) * old) // new) for i in range(new)]
         for old, new in zip(mask.shape, shape, strict=True)
@@ -312,7 +312,7 @@ def test_another_size_by_hand():
 
 
 def test_a_large_mask_at_another_size():
-    """Positions of pixels need 26 bits; nothing is painted at the mask's own size."""
+    """Positions of pixels need 26 bits; no pixel is decoded at the original size."""
     side = 2**13
     mask = np.zeros((side, side), bool)
     mask[side // 2 :, side // 4 :] = True
@@ -333,8 +333,8 @@ def test_malformed_at_another_size(malformed, message):
     assert message in str(error.value)
 
 
-def test_bits_of_a_part_are_the_whole_mask():
-    """Parts at any place, of which some reach beyond the mask and its columns into each other."""
+def test_encoding_bits_equals_encoding_the_mask():
+    """Parts are anywhere, and several reach beyond the mask."""
     rng = np.random.default_rng(0)
     for _ in range(1000):
         height, width = (int(side) for side in rng.integers(1, 40, 2))

@@ -1,4 +1,4 @@
-"""COCO's annotations: what is painted, what is left out, and the reason of every bad sample."""
+"""Tests of COCO annotations: masks, skipped images, and the reasons of bad samples."""
 
 import json
 import os
@@ -63,13 +63,13 @@ def test_polygons_and_both_kinds_of_run_lengths(tmp_path):
     source = open_coco(write(tmp_path, [image(1)], [annotation(1, s) for s in segmentations]))
     example = source[0]
     assert example.image.shape == (*SIZE, 3)
-    painted = [rle.decode(m) for m in example.masks]
-    assert all(np.array_equal(m, mask) for m in painted[:3])
-    assert painted[3][mask].all()
-    assert painted[3].sum() > mask.sum()
+    masks = [rle.decode(m) for m in example.masks]
+    assert all(np.array_equal(m, mask) for m in masks[:3])
+    assert masks[3][mask].all()
+    assert masks[3].sum() > mask.sum()
 
 
-def test_order_is_that_of_the_file(tmp_path):
+def test_images_are_in_the_order_of_the_file(tmp_path):
     images = [image(5), image(3), image(4)]
     annotations = [annotation(n) for n in (3, 5, 4, 3)]
     source = open_coco(write(tmp_path, images, annotations))
@@ -80,7 +80,7 @@ def test_order_is_that_of_the_file(tmp_path):
         source[3]
 
 
-def test_crowds_are_left_out_and_so_are_images_without_other_objects(tmp_path):
+def test_crowds_and_images_with_crowds_only_are_skipped(tmp_path):
     images = [image(1), image(2), image(3)]
     crowd = annotation(2, iscrowd=1)
     folder = write(tmp_path, images, [annotation(1), annotation(1, iscrowd=1), crowd])
@@ -106,7 +106,7 @@ def test_the_public_layouts_of_images(tmp_path):
 def test_images_may_be_decoded_smaller_and_masks_stay(tmp_path):
     folder = write(tmp_path, [image(1, height=400, width=600)], [annotation(1)])
     save(tmp_path / "images" / "1.jpg", (400, 600))
-    example = open_coco(folder, reduce_to=(64, 64))[0]
+    example = open_coco(folder, decode_size=(64, 64))[0]
     assert example.image.shape == (50, 75, 3)
     assert example.masks[0]["size"] == [400, 600]
 
@@ -134,7 +134,7 @@ EMPTY = rle.encode(np.zeros(SIZE, bool))
         ([[50, 50, 60, 50, 60, 60]], "empty mask"),
     ],
 )
-def test_what_is_wrong_with_a_segmentation(tmp_path, segmentation, expected):
+def test_reasons_of_bad_segmentations(tmp_path, segmentation, expected):
     annotations = [annotation(1), annotation(1, segmentation)]
     assert reason(open_coco(write(tmp_path, [image(1)], annotations))) == expected
 
@@ -157,7 +157,7 @@ def test_what_is_wrong_with_a_segmentation(tmp_path, segmentation, expected):
         ({"height": 21}, "size mismatch"),
     ],
 )
-def test_what_is_wrong_with_an_image(tmp_path, fields, expected):
+def test_reasons_of_bad_images(tmp_path, fields, expected):
     if fields.get("file_name") == "\ud800.jpg":  # no file can have this name
         folder = write(tmp_path, [image(1)], [annotation(1)])
         content = (tmp_path / "instances.json").read_text()
@@ -197,20 +197,20 @@ def test_a_broken_image(tmp_path):
         ('{"annotations": [], "images": []}', "no image"),
     ],
 )
-def test_what_cannot_be_opened(tmp_path, content, message):
+def test_errors_of_opening(tmp_path, content, message):
     (tmp_path / "instances.json").write_text(content)
     with pytest.raises(SourceError, match=message):
         open_coco(str(tmp_path))
 
 
-def test_a_missing_folder_says_what_is_expected(tmp_path):
+def test_the_error_of_a_missing_folder_describes_the_layout(tmp_path):
     with pytest.raises(
         SourceError, match=r"no .*instances.json; the folder must hold the images and"
     ):
         open_coco(str(tmp_path / "missing"))
 
 
-def test_nesting_that_can_be_read_but_not_written(tmp_path):
+def test_deep_nesting_is_an_error_or_a_bad_sample(tmp_path):
     for depth in range(900, 1000, 7):
         deep = "[" * depth + "]" * depth
         content = json.dumps({"images": [image(1)], "annotations": [annotation(1, "deep")]})
@@ -222,7 +222,7 @@ def test_nesting_that_can_be_read_but_not_written(tmp_path):
         assert reason(source) == "broken mask"
 
 
-def test_it_can_be_pickled(tmp_path):
+def test_a_source_can_be_pickled(tmp_path):
     source = open_coco(write(tmp_path, [image(1)], [annotation(1)]))
     again = pickle.loads(pickle.dumps(source))
     assert again == source

@@ -1,4 +1,4 @@
-"""Images without masks: found in folders, read whatever their kind of pixels, refused if broken."""
+"""Tests of images without masks: found in folders, of all pixel formats, or broken."""
 
 import io
 import pickle
@@ -45,7 +45,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_pixels(tmp_path, kind):
-    """All of these have the same eight bits of grey."""
+    """All of these decode to the same gray pixels."""
     pixels = KINDS[kind].copy()
     if kind == "grey and alpha":
         pixels[..., 1] = 0
@@ -54,7 +54,7 @@ def test_kinds_of_pixels(tmp_path, kind):
     np.testing.assert_array_equal(image, np.dstack([(RAMP // 256).astype(np.uint8)] * 3))
 
 
-def test_a_palette_and_a_bit_a_pixel(tmp_path):
+def test_palettes_and_single_bits(tmp_path):
     black_and_white = Image.fromarray(np.eye(16, dtype=bool))
     black_and_white.save(tmp_path / "a.png")
     Image.fromarray(np.full((16, 16, 3), (9, 8, 7), np.uint8)).quantize(4).save(tmp_path / "b.png")
@@ -63,7 +63,7 @@ def test_a_palette_and_a_bit_a_pixel(tmp_path):
     assert source.image(1)[3, 3].tolist() == [9, 8, 7]
 
 
-def test_broken_files_are_refused(tmp_path):
+def test_broken_files_are_bad_samples(tmp_path):
     good = io.BytesIO()
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(good, "PNG")
     (tmp_path / "a.png").write_bytes(good.getvalue()[:40])
@@ -76,7 +76,7 @@ def test_broken_files_are_refused(tmp_path):
         assert error.value.reason == "broken image"
 
 
-def test_a_folder_without_images_is_refused(tmp_path):
+def test_a_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(SourceError, match="there is no folder"):
         open_source(f"images:{tmp_path / 'missing'}")
     (tmp_path / "x.gif").write_bytes(b"GIF89a")

@@ -1,4 +1,4 @@
-"""PNGs of labels and of masks, in both layouts."""
+"""Tests of label maps and mask PNGs in both layouts."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def save(path, pixels):
 
 
 def write(folder, labels, index=None):
-    """An image and a PNG for each of some arrays of labels, and index.json."""
+    """Writes an image and a PNG for each label map, and index.json."""
     entries = []
     for i, pixels in enumerate(labels):
         save(folder / "images" / f"{i}.png", np.full((*SIZE, 3), i, np.uint8))
@@ -41,7 +41,7 @@ def write(folder, labels, index=None):
 
 
 def write_folders(folder, labels, mode="L"):
-    """The same as folders with a PNG a mask, named in the order of the labels."""
+    """Writes folders with one PNG a mask, named in the order of the labels."""
     for i, pixels in enumerate(labels):
         name = f"{9 - i}"
         save(folder / name / "images" / f"{name}.png", np.full((*SIZE, 3), i, np.uint8))
@@ -108,7 +108,7 @@ def test_palettes_and_single_bits(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "RGB", "1", "P", "LA"])
-def test_a_mask_a_file(tmp_path, mode):
+def test_one_file_a_mask(tmp_path, mode):
     labels = [labels_of(i) for i in range(3)]
     source = open_labels(write_folders(tmp_path, labels, mode))
     assert [os.path.basename(source.name(i)) for i in range(3)] == ["7.png", "8.png", "9.png"]
@@ -146,7 +146,7 @@ def test_images_in_color_with_alpha(tmp_path):
         ("0_label.png", np.zeros(SIZE, np.uint16), "no masks"),
     ],
 )
-def test_what_is_wrong_with_a_file(tmp_path, file, content, expected):
+def test_reasons_of_bad_files(tmp_path, file, content, expected):
     folder = write(tmp_path, [labels_of(0)])
     path = tmp_path / "images" / file
     if content is None:
@@ -158,7 +158,7 @@ def test_what_is_wrong_with_a_file(tmp_path, file, content, expected):
     assert reason(open_labels(folder)) == expected
 
 
-def test_a_file_cut_short(tmp_path):
+def test_a_truncated_file_is_a_bad_sample(tmp_path):
     folder = write(tmp_path, [labels_of(0)])
     for name, expected in (("0_label.png", "broken mask"), ("0.png", "broken image")):
         path = tmp_path / "images" / name
@@ -188,13 +188,13 @@ def test_too_large_a_label_image_is_not_decoded(tmp_path):
         {"image": "/images/0.png", "label": "images/0_label.png"},
     ],
 )
-def test_what_is_wrong_with_an_entry(tmp_path, entry):
+def test_reasons_of_bad_entries(tmp_path, entry):
     source = open_labels(write(tmp_path, [labels_of(0)], [entry]))
     assert reason(source) == "broken json"
     assert str(tmp_path) in source.name(0)
 
 
-def test_what_is_wrong_with_masks(tmp_path):
+def test_reasons_of_bad_masks(tmp_path):
     folder = write_folders(tmp_path, [labels_of(i) for i in range(4)])
     masks = [sorted((tmp_path / f"{9 - i}" / "masks").iterdir()) for i in range(4)]
     save(masks[0][1], np.ones((3, 3), np.uint8))
@@ -218,7 +218,7 @@ def test_what_is_wrong_with_masks(tmp_path):
         ("[NaN]", "NaN is not a number"),
     ],
 )
-def test_what_cannot_be_opened(tmp_path, index, message):
+def test_errors_of_opening(tmp_path, index, message):
     with pytest.raises(SourceError, match="there is no folder"):
         open_labels(str(tmp_path / "missing"))
     with pytest.raises(SourceError, match=r"must hold index.json, or folders ID/images"):
@@ -228,7 +228,7 @@ def test_what_cannot_be_opened(tmp_path, index, message):
         open_labels(str(tmp_path))
 
 
-def test_they_can_be_pickled(tmp_path):
+def test_sources_can_be_pickled(tmp_path):
     one = open_labels(write(tmp_path / "a", [labels_of(0)]))
     other = open_labels(write_folders(tmp_path / "b", [labels_of(0)]))
     for source in (one, other):

@@ -1,4 +1,4 @@
-"""SA-1B in folders and tars: the same samples, and the reason of every bad one."""
+"""Tests of SA-1B in folders and tars: equal samples, and the reasons of bad ones."""
 
 import io
 import json
@@ -23,7 +23,7 @@ IDS = (3, 20, 100, 223750)
 
 
 def record(number, masks=2, size=SIZE):
-    """A json as SA-1B's, with random boxes."""
+    """Returns a record in the format of SA-1B, with random boxes as masks."""
     rng = np.random.default_rng(number)
     annotations = []
     for i in range(masks):
@@ -54,7 +54,7 @@ def write(folder, number, content=None, image=None, stem=None):
 
 
 def pack(folder, path):
-    """Packs the files of a folder, in no order."""
+    """Packs the files of a folder into a tar, in an arbitrary order."""
     with tarfile.open(path, "w") as archive:
         for file in sorted(folder.iterdir(), key=lambda file: zlib.crc32(file.name.encode())):
             archive.add(file, f"./{file.name}")
@@ -99,10 +99,10 @@ def test_samples_are_what_was_written_by_ascending_id(folder):
 
 
 def test_a_tar_gives_the_same_as_a_folder_in_any_order(folder, packed):
-    whole, from_tar = open_sa1b(str(folder)), open_sa1b(packed)
+    from_folder, from_tar = open_sa1b(str(folder)), open_sa1b(packed)
     assert from_tar.name(1) == f"{packed}/sa_20.jpg"
     first = [from_tar[i] for i in range(len(IDS))]
-    assert all(same(whole[i], first[i]) for i in range(len(IDS)))
+    assert all(same(from_folder[i], first[i]) for i in range(len(IDS)))
     for i in (3, 1, 3, 0, 2):
         assert same(from_tar[i], first[i])
 
@@ -127,7 +127,7 @@ def test_leading_zeros_are_part_of_a_name(tmp_path):
     assert [len(source[i].masks) for i in range(2)] == [1, 2]
 
 
-def test_other_files_are_not_looked_at(folder):
+def test_other_files_are_ignored(folder):
     for name in ("sa_1.png", "sa_x.jpg", "xsa_1.jpg", "sa_2.jpg.part", "sa_1\n.jpg", "sa_٣.jpg"):
         (folder / name).write_bytes(b"")
     assert len(open_sa1b(str(folder))) == len(IDS)
@@ -135,24 +135,24 @@ def test_other_files_are_not_looked_at(folder):
 
 def test_images_may_be_decoded_smaller_and_masks_stay(tmp_path):
     write(tmp_path, 1, record(1, size=(240, 361)), jpeg(1, (240, 361)))
-    example = open_sa1b(str(tmp_path), reduce_to=(64, 64))[0]
+    example = open_sa1b(str(tmp_path), decode_size=(64, 64))[0]
     assert example.image.shape == (60, 91, 3)
     assert example.masks[0]["size"] == [240, 361]
     write(tmp_path, 1, record(1, size=(120, 180)), jpeg(1, (240, 360)))
-    assert reason(open_sa1b(str(tmp_path), reduce_to=(64, 64))) == "size mismatch"
+    assert reason(open_sa1b(str(tmp_path), decode_size=(64, 64))) == "size mismatch"
 
 
-def test_an_image_on_its_side_has_the_size_it_is_seen_in(tmp_path):
+def test_the_size_of_an_image_is_that_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     write(tmp_path, 1, record(1, size=(360, 240)), jpeg(1, (240, 360), exif=exif))
-    for reduce_to in (None, (64, 64)):
-        image = open_sa1b(str(tmp_path), reduce_to)[0].image
-        assert image.shape == ((360, 240, 3) if reduce_to is None else (90, 60, 3))
+    for decode_size in (None, (64, 64)):
+        image = open_sa1b(str(tmp_path), decode_size)[0].image
+        assert image.shape == ((360, 240, 3) if decode_size is None else (90, 60, 3))
 
 
 def changed(path, value):
-    """A record in which one value is another."""
+    """Returns a record with one value replaced."""
     content = record(1)
     *keys, last = path
     inner = content
@@ -201,7 +201,7 @@ SEGMENTATION = ("annotations", 1, "segmentation")
         (changed(SEGMENTATION, EMPTY), "empty mask"),
     ],
 )
-def test_what_is_wrong_with_a_json(tmp_path, content, expected):
+def test_reasons_of_bad_jsons(tmp_path, content, expected):
     write(tmp_path, 1, content)
     assert reason(open_sa1b(str(tmp_path))) == expected
 
@@ -217,7 +217,7 @@ def test_what_is_wrong_with_a_json(tmp_path, content, expected):
         (jpeg(1, (36, 24)), "size mismatch"),
     ],
 )
-def test_what_is_wrong_with_an_image(tmp_path, image, expected):
+def test_reasons_of_bad_images(tmp_path, image, expected):
     write(tmp_path, 1, image=image)
     assert reason(open_sa1b(str(tmp_path))) == expected
     assert reason(open_sa1b(pack(tmp_path, tmp_path / "a.tar"))) == expected
@@ -232,27 +232,27 @@ def test_a_file_without_the_other_is_a_bad_sample(folder, tmp_path, kind):
         assert source[2].masks
 
 
-def test_files_that_vanish_are_missing(folder, packed):
+def test_files_removed_after_opening_are_missing(folder, packed):
     source, from_tar = open_sa1b(str(folder)), open_sa1b(packed)
     os.remove(folder / "sa_3.json")
     os.remove(packed)
     assert reason(source) == reason(from_tar) == "missing file"
 
 
-def test_a_pipe_is_not_waited_for(folder):
+def test_a_pipe_is_a_missing_file(folder):
     os.remove(folder / "sa_3.json")
     os.mkfifo(folder / "sa_3.json")
     assert reason(open_sa1b(str(folder))) == "missing file"
 
 
-def test_too_large_a_file_is_not_read(folder, packed):
+def test_files_that_are_too_large_are_not_read(folder, packed):
     source = open_sa1b(str(folder))
     os.truncate(folder / "sa_3.json", 1 << 40)
     os.truncate(folder / "sa_20.jpg", 1 << 40)
     assert [reason(source, i) for i in range(2)] == ["broken json", "broken image"]
 
 
-def test_a_tar_cut_short(folder, tmp_path):
+def test_a_truncated_tar_has_one_bad_sample(folder, tmp_path):
     path = pack(folder, tmp_path / "a.tar")
     members = list(tar_index.members(path))
     last = members[-1]
@@ -266,7 +266,7 @@ def test_a_tar_cut_short(folder, tmp_path):
     assert all(source[i].masks for i in range(len(IDS)) if i != index)
 
 
-def test_a_hostile_tar_writes_nothing_and_gives_only_what_is_in_it(tmp_path, monkeypatch):
+def test_a_hostile_tar_writes_nothing_and_reads_nothing_else(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "work" / "here")
     monkeypatch.chdir(tmp_path / "work" / "here")
     secret = tmp_path / "secret.json"
@@ -299,7 +299,7 @@ def test_a_hostile_tar_writes_nothing_and_gives_only_what_is_in_it(tmp_path, mon
 
 
 def indices_read(monkeypatch):
-    """The tars whose headers are read from now on."""
+    """Returns a list that records the tars whose headers are read."""
     read, members = [], tar_index.members
     monkeypatch.setattr(tar_index, "members", lambda path: [read.append(path), *members(path)][1:])
     return read
@@ -319,7 +319,7 @@ def test_headers_are_read_once(packed, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty", "folder", "values", "shape"])
-def test_a_damaged_index_is_made_anew(packed, monkeypatch, damage):
+def test_a_damaged_index_is_written_again(packed, monkeypatch, damage):
     expected, path = open_sa1b(packed), f"{packed}.index.npz"
     with open(path, "rb") as file:
         data = bytearray(file.read())
@@ -341,7 +341,7 @@ def test_a_damaged_index_is_made_anew(packed, monkeypatch, damage):
     assert all(same(source[i], expected[i]) for i in range(len(IDS)))
 
 
-def test_an_index_of_another_tar_is_made_anew(packed, folder, monkeypatch):
+def test_an_index_of_another_tar_is_written_again(packed, folder, monkeypatch):
     open_sa1b(packed)
     write(folder, 5)
     pack(folder, packed)
@@ -350,7 +350,7 @@ def test_an_index_of_another_tar_is_made_anew(packed, folder, monkeypatch):
     assert read == [packed]
 
 
-def test_a_folder_that_cannot_be_written_to_does_without_an_index(packed, monkeypatch):
+def test_no_index_is_needed_in_a_read_only_folder(packed, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError("read-only")
 
@@ -373,12 +373,12 @@ def test_other_processes_read_the_same(packed, method):
 
 def test_a_source_is_small_and_can_be_pickled(packed):
     source = open_sa1b(packed)
-    numbers = (source.place, source.key, source.offset, source.size)
+    numbers = (source.container, source.key, source.offset, source.size)
     assert sum(n.nbytes for n in numbers) == 36 * len(IDS)
     assert same(pickle.loads(pickle.dumps(source))[2], source[2])
 
 
-def test_what_cannot_be_opened(tmp_path):
+def test_errors_of_opening(tmp_path):
     with pytest.raises(SourceError, match=r"no folder and no tar .*missing"):
         open_sa1b(str(tmp_path / "missing"))
     with pytest.raises(SourceError, match=r"no sa_\*.jpg or sa_\*.json in .*gunzip"):
@@ -388,7 +388,7 @@ def test_what_cannot_be_opened(tmp_path):
         open_sa1b(str(tmp_path))
 
 
-def test_any_change_of_a_json_is_a_bad_sample_or_none(tmp_path):
+def test_a_changed_json_raises_nothing_but_bad_sample(tmp_path):
     rng = np.random.default_rng(0)
     junk = [None, True, -1, 0, 1.5, 10**30, "", "x", "\ud800", [], [[]], {}, {"a": 1}]
 

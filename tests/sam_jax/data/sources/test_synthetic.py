@@ -1,4 +1,4 @@
-"""Generated scenes: the same for everyone, and ambiguous enough to learn several answers from."""
+"""Tests of generated scenes: they are reproducible, and clicks on them are ambiguous."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Images and masks of some scenes."""
+    """Returns images and masks of scenes."""
     source = SyntheticScenes()
     examples = [source[index] for index in range(NUM_SCENES)]
     return [(example.image, masks_of(example)) for example in examples]
@@ -32,7 +32,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def pairs(scenes):
-    """Pairs of masks of one scene, the larger one first."""
+    """Returns all pairs of masks of a scene, the larger one first."""
     return [
         sorted(pair, key=lambda mask: -mask.sum())
         for _, masks in scenes
@@ -50,7 +50,7 @@ def test_a_scene_is_a_function_of_its_index_alone():
     assert len({example.image.tobytes() for example in forwards}) == 12
 
 
-def test_length_names_and_what_is_out_of_range():
+def test_length_names_and_range_of_indices():
     source = SyntheticScenes(count=7)
     assert len(source) == 7
     assert source.name(3) == "scene 3"
@@ -91,25 +91,25 @@ def test_masks_are_different_and_large_enough(scenes):
         assert min(mask.mean() for mask in masks) >= MIN_AREA
 
 
-def test_masks_are_what_is_seen(pairs):
-    """What lies behind is cut out: masks share pixels only as an object and a part of it do."""
+def test_masks_are_the_visible_pixels(pairs):
+    """Masks share pixels only if one is an object and the other a part of it."""
     shared = [(large & small).sum() for large, small in pairs]
     for (_, small), pixels in zip(pairs, shared, strict=True):
         assert pixels in (0, small.sum())
 
 
-def test_masks_look_unlike_what_is_around_them(scenes):
+def test_masks_contrast_with_their_surroundings(scenes):
     distances = []
     for image, masks in scenes:
         for mask in masks:
             if any((other & mask).sum() == other.sum() for other in masks if other is not mask):
-                continue  # it has parts, which have colours of their own
+                continue  # it has parts, which have other colors
             around = scipy.ndimage.binary_dilation(mask, iterations=2) & ~mask
             distances.append(np.linalg.norm(image[mask].mean(axis=0) - image[around].mean(axis=0)))
     assert np.percentile(distances, 5) > 40
 
 
-def test_some_objects_lie_behind_others(monkeypatch):
+def test_some_objects_are_occluded(monkeypatch):
     drawn = []
     draw_object = scenes_module.draw_object
 
@@ -127,7 +127,7 @@ def test_some_objects_lie_behind_others(monkeypatch):
 
 
 def test_clicks_are_ambiguous_often_enough(scenes, pairs):
-    """Of the pixels in any mask, a good part lies in several; most scenes have such pixels."""
+    """Many pixels are in several masks, and most scenes have such pixels."""
     covers = [np.sum(masks, axis=0) for _, masks in scenes]
     several = sum((cover >= 2).sum() for cover in covers) / sum((c >= 1).sum() for c in covers)
     assert several > 0.1

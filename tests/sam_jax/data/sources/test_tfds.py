@@ -1,4 +1,4 @@
-"""TensorFlow Datasets in ArrayRecord, written here by hand, and read without TensorFlow."""
+"""Tests of TensorFlow Datasets in ArrayRecord, written by hand and read without TensorFlow."""
 
 import io
 import json
@@ -83,7 +83,7 @@ def lvis(seed, masks=None, image=None):
 
 
 def write(folder, name, splits, shards=2):
-    """Writes a dataset as `tfds build` does: its features, its info and its shards."""
+    """Writes the features, the info and the shards of a dataset, as `tfds build` does."""
     version = VERSIONS[name]
     builder = tfds.builder(name, data_dir=folder / "unused", file_format="array_record")
     place = folder / name / version
@@ -138,7 +138,7 @@ def folder(tmp_path_factory):
         ("lvis:1.4.0/validation", range(20, 24)),
     ],
 )
-def test_examples_are_what_was_written_in_any_order(folder, name, seeds):
+def test_examples_are_read_in_any_order(folder, name, seeds):
     source = open_tfds(f"{name}@{folder}")
     assert len(source) == len(seeds)
     for index in [*range(len(seeds)), *reversed(range(len(seeds)))]:
@@ -177,7 +177,7 @@ def test_tensorflow_is_not_imported(folder):
 import sys
 from sam_jax.data.open import open_source
 for name in ("segment_anything", "lvis/validation"):
-    source = open_source("tfds:" + name + "@{folder}", reduce_to=(8, 8))
+    source = open_source("tfds:" + name + "@{folder}", decode_size=(8, 8))
     print(source[1].image.shape, len(source[1].masks))
 print(sorted(m for m in sys.modules if m.split(".")[0] in ("tensorflow", "jax", "grain", "orbax")))
 """
@@ -187,7 +187,7 @@ print(sorted(m for m in sys.modules if m.split(".")[0] in ("tensorflow", "jax", 
     assert done.stdout.splitlines() == ["(10, 15, 3) 3", "(10, 15, 3) 3", "[]"]
 
 
-def test_it_can_be_pickled_also_after_reading(folder):
+def test_a_source_can_be_pickled_before_and_after_reading(folder):
     source = open_tfds(f"lvis@{folder}")
     for _ in range(2):
         again = pickle.loads(pickle.dumps(source))
@@ -198,7 +198,7 @@ EMPTY = np.zeros(SIZE, bool)
 OTHER = np.ones((6, 7), bool)
 
 
-def test_what_is_wrong_with_segment_anything(tmp_path):
+def test_reasons_of_bad_segment_anything_records(tmp_path):
     examples = {
         "no masks": segment_anything(1, masks=[]),
         "empty mask": segment_anything(1, masks=[EMPTY]),
@@ -213,7 +213,7 @@ def test_what_is_wrong_with_segment_anything(tmp_path):
     assert [reason(source, i) for i in range(len(source))] == list(examples)
 
 
-def test_what_is_wrong_with_lvis(tmp_path):
+def test_reasons_of_bad_lvis_records(tmp_path):
     examples = {
         "no masks": lvis(1, masks=[]),
         "empty mask": lvis(1, masks=[EMPTY]),
@@ -230,11 +230,11 @@ def test_what_is_wrong_with_lvis(tmp_path):
 def test_features_of_other_kinds_are_bad_records(tmp_path):
     from tensorflow_datasets.proto import tf_example_pb2
 
-    whole = tf_example_pb2.Example()
-    whole.features.feature["image"].bytes_list.value.append(b"x")
+    minimal = tf_example_pb2.Example()
+    minimal.features.feature["image"].bytes_list.value.append(b"x")
     builder = tfds.builder("segment_anything", data_dir=tmp_path / "unused")
     good = serialize(builder, segment_anything(1))
-    records = [whole.SerializeToString()]
+    records = [minimal.SerializeToString()]
     for name in ("image/height", "image/content", "annotations/segmentation/size"):
         example = tf_example_pb2.Example.FromString(good)
         example.features.feature[name].float_list.value.append(1.0)
@@ -271,13 +271,13 @@ def test_damaged_and_missing_shards(tmp_path):
         ("lvis@{}/missing", "it is not there in ArrayRecord. Build it with .* after an @"),
     ],
 )
-def test_what_cannot_be_opened(folder, name, message):
+def test_errors_of_opening(folder, name, message):
     with pytest.raises(SourceError, match=message) as error:
         open_tfds(name.format(folder))
     assert "\n" not in str(error.value)
 
 
-def test_the_usual_folder(folder, tmp_path, monkeypatch):
+def test_the_default_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(SourceError, match=f"lvis cannot be opened in {tmp_path}"):
