@@ -4,7 +4,7 @@ Formats: ustar, pax and GNU, as described in tar(5) of libarchive. A member's na
 and is never used as a path. Links, devices, folders and sparse files are skipped.
 
 This replaces the standard library's `tarfile` for three reasons. `tarfile` takes a damaged header
-for the end of the archive: with one damaged header, each of 300 archives silently lost files. It
+for the end of the archive: with one damaged header, 292 of 300 archives silently lost files. It
 refuses an archive that ends in the middle of a file, while the files before are intact and are
 listed here. And it reads twice for each member, which are two requests in an object store, where
 one is made here. On a disk, 20,000 members take 0.2 s here and 0.4 s with `tarfile`.
