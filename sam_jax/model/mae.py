@@ -205,6 +205,29 @@ def mean_and_deviation(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.sqrt(variance + EPSILON)
 
 
+def reconstruction_loss(
+    output: ReconstructedPatches, image: jax.Array, patch_size: int, normalized: bool
+) -> jax.Array:
+    """Computes the mean squared error of the masked patches of each image.
+
+    Source: `forward_loss` in facebookresearch/mae `models_mae.py`.
+
+    Args:
+      output: 'b l d' patches; the same number is masked in each image.
+      image: 'b h w 3' float32, normalised.
+      patch_size: side of a patch in pixels.
+      normalized: True if patches are predicted normalised by their mean and deviation.
+
+    Returns:
+      'b' float32.
+    """
+    target = patches_of(image, patch_size)
+    if normalized:
+        target = normalize_patches(target)
+    error = jnp.mean((output.patches - target) ** 2, axis=-1)
+    return jnp.sum(error * output.mask, axis=1) / jnp.sum(output.mask, axis=1)
+
+
 def mae_for(sam: Sam, **overrides: Any) -> MaskedAutoencoder:
     """An autoencoder whose encoder can become that of a SAM."""
     names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")

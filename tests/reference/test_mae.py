@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.model.mae import encode_positions, mae_tiny
+from sam_jax.model.mae import encode_positions, mae_tiny, reconstruction_loss
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize
-from train.objectives.reconstruction import reconstruction_loss
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
