@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example: sam-jax evaluate clicks --weights sam_vit_b --source coco:photos/ "
         "--json scores.json"
     )
-    parser.add_argument("--weights", required=True, help="anything that sam_jax.load accepts")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        help="a weights directory, a checkpoint file, or sam_vit_b, sam_vit_l, sam_vit_h or sam_tiny",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

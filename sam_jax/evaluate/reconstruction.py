@@ -9,7 +9,7 @@ Images are cropped in the centre.
 import argparse
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from sam_jax.data.example import BadSample, Source
 from sam_jax.data.open import open_source, select
 from sam_jax.model.mae import (
     MaskedAutoencoder,
+    ReconstructedPatches,
     mean_and_deviation,
     patches_of,
     reconstruction_loss,
@@ -78,10 +79,9 @@ def load_autoencoder(path: str) -> tuple[MaskedAutoencoder, dict[str, Any]]:
     Raises:
       ValueError: If it holds other weights.
     """
-    found = read_autoencoder(path)
-    if found is None or found[0] is None:
+    model, tensors = read_autoencoder(path) or (None, {})
+    if model is None:
         raise ValueError(f"weights must be a weights directory of an autoencoder; got {path}")
-    model, tensors = found
     return model, mae.from_torch(model, tensors)
 
 
@@ -187,7 +187,7 @@ def reconstruct(
     """
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(SEED), i))(indices)
     inputs = normalize_colors(images)
-    output = model.apply({"params": params}, inputs, keys)
+    output = cast(ReconstructedPatches, model.apply({"params": params}, inputs, keys))
     losses = reconstruction_loss(output, inputs, model.patch_size, normalized)
     patches = output.patches
     if normalized:

@@ -1,4 +1,4 @@
-"""Our COCO files as pycocotools reads them."""
+"""pycocotools reads our COCO files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Our average recall against pycocotools' COCOeval, all categories as one."""
+"""Average recall compared with COCOeval of pycocotools, all categories as one."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ class Masks(list):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_masks(seed, monkeypatch):
-    monkeypatch.setattr(proposals, "TOP", (1, 5, 12))
+    monkeypatch.setattr(proposals, "NUM_PROPOSALS", (1, 5, 12))
     rng = np.random.default_rng(seed)
     truths = [[_rectangle(rng) for _ in range(rng.integers(0, 8))] for _ in range(12)]
     proposed = [
@@ -73,11 +73,11 @@ def _assert_same(proposed, truths):
     pairs = [(i, i) for i in range(len(truths))]
     ours = proposals.evaluate_proposals(Masks(proposed), Masks(truths), pairs)
     theirs = _their_recall(proposed, truths)
-    for name, of_size in zip(proposals.AREAS, theirs, strict=True):
-        for top, expected in zip(proposals.TOP, of_size, strict=True):
+    for name, of_size in zip(proposals.AREA_RANGES, theirs, strict=True):
+        for top, expected in zip(proposals.NUM_PROPOSALS, of_size, strict=True):
             actual = ours["recall"][name][str(top)]
             assert (-1 if actual is None else actual) == pytest.approx(expected, abs=5.1e-5)
-    assert 0 < ours["recall"]["all"][str(proposals.TOP[-1])] < 1
+    assert 0 < ours["recall"]["all"][str(proposals.NUM_PROPOSALS[-1])] < 1
 
 
 def _their_recall(proposed, truths):
@@ -100,7 +100,7 @@ def _their_recall(proposed, truths):
         ]
         evaluation = cocoeval.COCOeval(annotations, annotations.loadRes(results), "segm")
         evaluation.params.useCats = 0
-        evaluation.params.maxDets = list(proposals.TOP)
+        evaluation.params.maxDets = list(proposals.NUM_PROPOSALS)
         evaluation.evaluate()
         evaluation.accumulate()
     recall = evaluation.eval["recall"][:, 0]  # thresholds, sizes, numbers of proposals

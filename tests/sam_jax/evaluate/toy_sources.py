@@ -1,4 +1,4 @@
-"""Sources of masks whose figures are known, for tests."""
+"""Sources of masks with known measurements, for tests."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from sam_jax.masks import rle
 
 
 class Images(list):
-    """A source of the masks of images, or of what reading them raises."""
+    """A source of the masks of each image, or of the error that reading it raises."""
 
     def __getitem__(self, index):
         value = super().__getitem__(index)
@@ -19,8 +19,8 @@ class Images(list):
         return f"{index}.jpg"
 
 
-def columns(first, last, size=(4, 100)):
-    """A mask of the columns from `first` to before `last`."""
-    painted = np.zeros(size, bool)
-    painted[:, first:last] = True
-    return rle.encode(painted)
+def columns(start, stop, size=(4, 100)):
+    """Returns a mask of the columns from `start` to before `stop`."""
+    mask = np.zeros(size, bool)
+    mask[:, start:stop] = True
+    return rle.encode(mask)
