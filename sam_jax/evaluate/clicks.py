@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         required=True,
-        help="a weights directory, a checkpoint file, or sam_vit_b, sam_vit_l, sam_vit_h or sam_tiny",
+        help="a weights directory, a checkpoint file, or sam_vit_b, sam_vit_l, sam_vit_h or "
+        "sam_tiny",
     )
 
 
@@ -52,7 +53,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """See `Evaluation`."""
     images = select(open_source(args.source), args.index)
     predictor = SamPredictor(*load(args.weights))
-    return evaluate_clicks(predictor, images, tqdm(range(len(images)), unit=" images"))
+    return evaluate_clicks(
+        predictor, images, tqdm(range(len(images)), unit=" images", disable=None)
+    )
 
 
 def format_table(scores: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """See `Evaluation`."""
     images = select(open_source(args.source, masks=False), args.index)
     model, variables = load_autoencoder(args.weights)
-    indices = tqdm(images.indices.tolist(), unit=" images")
+    indices = tqdm(images.indices.tolist(), unit=" images", disable=None)
     return evaluate_reconstruction(
         model, variables["params"], not args.raw_pixels, images.source, indices
     )

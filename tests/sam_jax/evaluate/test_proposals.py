@@ -37,10 +37,13 @@ def test_recall_by_hand():
         "images": 2,
         "objects": {"all": 3, "small": 3, "medium": 0, "large": 0},
         "recall": {
-            "all": same_recall(recall), "small": same_recall(recall), "medium": nothing, "large": nothing
+            "all": same_recall(recall),
+            "small": same_recall(recall),
+            "medium": nothing,
+            "large": nothing,
         },
         "bad_samples": 0,
-    }  # fmt: skip
+    }
     assert format_table(scores).splitlines() == [
         "average recall of the best proposals of 2 images",
         "          objects    AR@10   AR@100  AR@1000",
