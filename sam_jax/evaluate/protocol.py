@@ -6,9 +6,10 @@ To add one, write a file in this folder with the three functions of `Evaluation`
 
 import argparse
 import importlib
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 
+@runtime_checkable
 class Evaluation(Protocol):
     """The functions that a module of this folder defines for the command line.
 

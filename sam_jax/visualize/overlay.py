@@ -25,17 +25,17 @@ HUE_STEP = (5**0.5 - 1) / 2  # the golden ratio: no two of any number of hues ar
 def draw_overlay(
     image: UInt8[np.ndarray, "h w 3"],
     mask: Bool[np.ndarray, "h w"],
-    points: Sequence[Sequence[float]] = (),
-    labels: Sequence[int] = (),
-    box: Sequence[float] | None = None,
+    points: np.ndarray | Sequence[Any] = (),
+    labels: np.ndarray | Sequence[int] = (),
+    box: np.ndarray | Sequence[Any] | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Tints a mask, outlines it, and marks the prompts.
 
     Args:
       image: The image.
       mask: The mask.
-      points: (x, y) of each point in pixels of the image.
-      labels: The label of each point: 1 foreground, 0 background.
+      points: (x, y) of each point in pixels of the image, 'k 2'.
+      labels: The label of each point, 'k': 1 foreground, 0 background.
       box: (x0, y0, x1, y1) in pixels of the image, or None.
 
     Returns:
@@ -52,8 +52,8 @@ def draw_overlay(
     picture = Image.fromarray(np.round(pixels).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     if box is not None:
-        draw.rectangle([float(side) for side in box], outline=BOX_COLOR, width=line_width)
-    for (x, y), label in zip(points, labels, strict=True):
+        draw.rectangle(np.asarray(box, float).tolist(), outline=BOX_COLOR, width=line_width)
+    for (x, y), label in zip(np.asarray(points, float), np.asarray(labels), strict=True):
         color = FOREGROUND_COLOR if label else BACKGROUND_COLOR
         draw.circle((x, y), 4 * line_width, fill=color, outline=OUTLINE_COLOR, width=line_width)
     return np.asarray(picture)
@@ -61,7 +61,7 @@ def draw_overlay(
 
 def draw_masks(
     image: UInt8[np.ndarray, "h w 3"],
-    masks: Iterable[Bool[np.ndarray, "h w"] | Mapping[str, Any]],
+    masks: Iterable[Bool[np.ndarray, "_ _"] | Mapping[str, Any]],
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Tints each mask in a different colour, small ones above large ones, and outlines them.
 
@@ -93,8 +93,8 @@ def draw_masks(
 
 
 def _cut_out(
-    mask: Bool[np.ndarray, "h w"] | Mapping[str, Any], size: tuple[int, ...]
-) -> tuple[int, int, np.ndarray] | None:
+    mask: Bool[np.ndarray, "_ _"] | Mapping[str, Any], size: tuple[int, ...]
+) -> tuple[int, int, Bool[np.ndarray, "_ _"]] | None:
     """Returns (top, left, pixels) of the bounding box of a mask, or None if it is empty."""
     mask_size = mask.shape if isinstance(mask, np.ndarray) else tuple(mask["size"])
     if mask_size != size:
@@ -103,14 +103,14 @@ def _cut_out(
     if not columns.any():
         return None
     x0, y0, x1, y1 = box_of_mask(columns)
-    return y0, left + x0, columns[y0 : y1 + 1, x0 : x1 + 1]
+    return int(y0), int(left + x0), columns[y0 : y1 + 1, x0 : x1 + 1]
 
 
 def _decode_columns(mask: Mapping[str, Any]) -> tuple[int, Bool[np.ndarray, "h w"]]:
     """Decodes run lengths from the first column of the mask to the last; returns its left edge."""
     lengths, (height, width) = rle.runs(mask), mask["size"]
     ends_outside = len(lengths) % 2  # runs alternate, and the first one is outside of the mask
-    left = lengths[0] // height
+    left = int(lengths[0]) // height
     end = lengths[: len(lengths) - ends_outside].sum()
     right = -(-end // height) if len(lengths) > 1 else left
     lengths[0] -= left * height

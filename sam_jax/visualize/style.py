@@ -17,7 +17,7 @@ BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#6
 DPI = 120
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: int | float, height: int | float) -> Figure:
     """Returns an empty figure of a size in inches."""
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)

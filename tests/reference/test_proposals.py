@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sam_jax.data.example import Example
 from sam_jax.evaluate import proposals
 from sam_jax.masks import rle
 from sam_jax.masks.polygons import paint
+from tests.sam_jax.evaluate.toy_sources import ToySource
 
 coco = pytest.importorskip("pycocotools.coco")
 cocoeval = pytest.importorskip("pycocotools.cocoeval")
@@ -22,16 +22,6 @@ pytestmark = [
 ]
 
 COCO_EVAL = Path(__file__).parents[3] / "shared" / "realdata" / "coco_eval"
-
-
-class Masks(list):
-    """A source of lists of masks."""
-
-    def __getitem__(self, index):
-        return Example(image=np.zeros((1, 1, 3), np.uint8), masks=super().__getitem__(index))
-
-    def name(self, index):
-        return f"image {index}"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -71,7 +61,7 @@ def test_real_objects_and_results():
 def _assert_same(proposed, truths):
     """Proposals and objects of each image, both as run lengths."""
     pairs = [(i, i) for i in range(len(truths))]
-    ours = proposals.evaluate_proposals(Masks(proposed), Masks(truths), pairs)
+    ours = proposals.evaluate_proposals(ToySource(proposed), ToySource(truths), pairs)
     theirs = _their_recall(proposed, truths)
     for name, of_size in zip(proposals.AREA_RANGES, theirs, strict=True):
         for top, expected in zip(proposals.NUM_PROPOSALS, of_size, strict=True):

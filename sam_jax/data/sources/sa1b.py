@@ -3,8 +3,8 @@
 Tars are read where they are, by the offset of each file; nothing is extracted. The headers of a tar
 are read once, and where they lead to is kept in a small file beside it, `NAME.tar.index.npz`, if
 the folder can be written to. In an object store each header is a request of its own: tars should
-go there with the index beside them, as `sam-jax dataset check` leaves it on a disk. Only the size of a
-tar is compared there: whoever replaces one should remove its index.
+go there with the index beside them, as `sam-jax dataset check` leaves it on a disk. Only the size
+of a tar is compared there: whoever replaces one should remove its index.
 
 Source: Kirillov et al. 2023 and the README of facebookresearch/segment-anything, "Dataset".
 """

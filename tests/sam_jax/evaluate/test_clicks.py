@@ -18,6 +18,7 @@ from sam_jax.evaluate.clicks import (
 from sam_jax.masks import rle
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights.formats import load
+from tests.sam_jax.evaluate.toy_sources import ToySource
 
 SIZE = (40, 50)
 
@@ -39,16 +40,6 @@ class Known(SamPredictor):
         return np.stack(masks), np.array(scores), np.broadcast_to(logits, (*logits.shape[:2], 8, 8))
 
 
-class Images(list):
-    """A source of examples, or of the errors that reading them raises."""
-
-    def __getitem__(self, index):
-        value = super().__getitem__(index)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-
 def rectangle(top, left, bottom, right):
     mask = np.zeros(SIZE, bool)
     mask[top:bottom, left:right] = True
@@ -67,7 +58,7 @@ def test_one_score_is_of_the_highest_predicted_iou_and_the_other_of_the_best_mas
         masks = [SMALL, LARGE, ~LARGE] if multimask else [LARGE]
         return np.array(masks), [0.9, 0.5, 0.1] if multimask else [0.3]
 
-    scores = evaluate_clicks(Known(answer), Images([example(LARGE)]), [0])
+    scores = evaluate_clicks(Known(answer), ToySource([example(LARGE)]), [0])
     small_iou = 15 * 15 / (30 * 40)
     assert scores["objects"] == 1
     assert scores["clicks"]["1"] == {"chosen": round(small_iou, 4), "oracle": 1.0}
@@ -109,7 +100,7 @@ def test_boxes_are_tight_and_never_empty():
 
     predictor = Known(answer)
     line = rectangle(7, 8, 8, 20)
-    evaluate_clicks(predictor, Images([example(LARGE, line)]), [0])
+    evaluate_clicks(predictor, ToySource([example(LARGE, line)]), [0])
     boxes, multimask = predictor.calls[-1]
     assert multimask
     assert [prompt["box"].tolist() for prompt in boxes] == [[4, 4, 43, 33], [8, 7, 19, 8]]
@@ -120,7 +111,7 @@ def test_every_mask_counts():
         return np.array([LARGE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
 
     everything = np.ones(SIZE, bool)
-    images = Images([example(*[LARGE] * 70, everything)])
+    images = ToySource([example(*[LARGE] * 70, everything)])
     scores = evaluate_clicks(Known(answer), images, [0])
     assert scores["objects"] == 71
     assert scores["clicks"]["9"]["chosen"] == round((70 + 1200 / 2000) / 71, 4)
@@ -131,7 +122,7 @@ def test_bad_samples_are_counted_and_an_empty_source_is_refused():
         return np.array([LARGE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
 
     empty = example(np.zeros(SIZE, bool))
-    images = Images([BadSample("broken image", "cut"), example(LARGE), empty])
+    images = ToySource([BadSample("broken image", "cut"), example(LARGE), empty])
     scores = evaluate_clicks(Known(answer), images, range(3))
     assert scores["bad_samples"] == 2
     assert "2 images could not be read" in format_table(scores)

@@ -19,7 +19,7 @@ from sam_jax.evaluate.proposals import (
     pair_images,
 )
 from sam_jax.masks import rle
-from tests.sam_jax.evaluate.toy_sources import Images, columns
+from tests.sam_jax.evaluate.toy_sources import ToySource, columns
 
 
 def same_recall(recall):
@@ -27,8 +27,8 @@ def same_recall(recall):
 
 
 def test_recall_by_hand():
-    truths = Images([[columns(0, 10), columns(20, 40)], [columns(0, 10)]])
-    proposals = Images([[columns(20, 36), columns(50, 60)], [columns(0, 10)]])
+    truths = ToySource([[columns(0, 10), columns(20, 40)], [columns(0, 10)]])
+    proposals = ToySource([[columns(20, 36), columns(50, 60)], [columns(0, 10)]])
     scores = json.loads(json.dumps(evaluate_proposals(proposals, truths, [(0, 0), (1, 1)])))
     # An IoU of 16/20 is enough for the seven thresholds up to 0.8; the object of image 1 is found.
     recall = round((0.7 + 1) / 3, 4)
@@ -56,11 +56,11 @@ def test_recall_by_hand():
 
 def test_only_the_best_proposals_count():
     other = [columns(90, 91)]
-    proposals = Images([[*other * 9, columns(0, 10), *other * 90, columns(20, 30)]])
-    truths = Images([[columns(0, 10), columns(20, 30), columns(40, 50)]])
+    proposals = ToySource([[*other * 9, columns(0, 10), *other * 90, columns(20, 30)]])
+    truths = ToySource([[columns(0, 10), columns(20, 30), columns(40, 50)]])
     recall = evaluate_proposals(proposals, truths, [(0, 0)])["recall"]["all"]
     assert recall == {"10": 0.3333, "100": 0.3333, "1000": 0.6667}
-    late = Images([[*other * 1000, columns(0, 10)]])
+    late = ToySource([[*other * 1000, columns(0, 10)]])
     assert evaluate_proposals(late, truths, [(0, 0)])["recall"]["all"] == same_recall(0)
 
 
@@ -98,8 +98,8 @@ def test_sizes_are_matched_independently_and_share_their_borders():
 
 def test_an_image_without_proposals_finds_no_object():
     none = BadSample("no masks", "the image has no masks")
-    truths = Images([[columns(0, 10)], [columns(0, 10)], none])
-    proposals = Images([none, [columns(0, 10)], [columns(0, 10)]])
+    truths = ToySource([[columns(0, 10)], [columns(0, 10)], none])
+    proposals = ToySource([none, [columns(0, 10)], [columns(0, 10)]])
     scores = evaluate_proposals(proposals, truths, [(i, i) for i in range(3)])
     assert (scores["images"], scores["objects"]["all"], scores["bad_samples"]) == (3, 2, 0)
     assert scores["recall"]["all"] == same_recall(0.5)
@@ -107,8 +107,8 @@ def test_an_image_without_proposals_finds_no_object():
 
 def test_unreadable_images_are_counted_and_left_out():
     bad, broken = BadSample("broken json", "cut"), {"size": [4, 100], "counts": [1]}
-    truths = Images([bad, [columns(0, 10)], [columns(0, 10)], [columns(0, 10)]])
-    proposals = Images([[columns(0, 10)], bad, [broken], [columns(0, 10)]])
+    truths = ToySource([bad, [columns(0, 10)], [columns(0, 10)], [columns(0, 10)]])
+    proposals = ToySource([[columns(0, 10)], bad, [broken], [columns(0, 10)]])
     pairs = [(i, i) for i in range(4)]
     scores = evaluate_proposals(proposals, truths, pairs)
     assert (scores["images"], scores["bad_samples"]) == (1, 3)
@@ -119,9 +119,9 @@ def test_unreadable_images_are_counted_and_left_out():
 
 
 def test_images_of_another_size_are_refused():
-    other = Images([[columns(0, 10, size=(100, 4))]])
+    other = ToySource([[columns(0, 10, size=(100, 4))]])
     with pytest.raises(ValueError, match=r"0\.jpg.*must be of one size; got 4 x 100 and 100 x 4"):
-        evaluate_proposals(other, Images([[columns(0, 10)]]), [(0, 0)])
+        evaluate_proposals(other, ToySource([[columns(0, 10)]]), [(0, 0)])
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_images_are_paired_by_their_number(labelled):
 
 
 def test_other_sources_are_paired_by_their_order():
-    source, fewer = Images([[]] * 3), Images([[]] * 2)
+    source, fewer = ToySource([[]] * 3), ToySource([[]] * 2)
     assert pair_images(source, select(source, "1:")) == [(1, 1), (2, 2)]
     with pytest.raises(ValueError, match="got 2 images with proposals, and 3 in the source"):
         pair_images(fewer, select(source, "1:"))

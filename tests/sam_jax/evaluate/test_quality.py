@@ -13,12 +13,12 @@ from sam_jax.evaluate.quality import (
     match_masks,
     summarize,
 )
-from tests.sam_jax.evaluate.toy_sources import Images, columns
+from tests.sam_jax.evaluate.toy_sources import ToySource, columns
 
 
 def test_pairs_by_hand():
-    first = Images([[columns(0, 10), columns(20, 40), columns(90, 99)], [columns(0, 100)]])
-    second = Images([[columns(20, 35), columns(0, 10)], [columns(0, 95)]])
+    first = ToySource([[columns(0, 10), columns(20, 40), columns(90, 99)], [columns(0, 100)]])
+    second = ToySource([[columns(20, 35), columns(0, 10)], [columns(0, 95)]])
     quality = json.loads(json.dumps(summarize(compare(first, second, [0, 1]))))
     histogram = quality.pop("iou")
     assert quality == {
@@ -44,7 +44,7 @@ def test_matching_maximises_the_sum_of_ious():
 
 
 def test_disjoint_masks_are_not_matched():
-    (found,) = compare(Images([[columns(0, 10)]]), Images([[columns(10, 20)] * 2]), [0])
+    (found,) = compare(ToySource([[columns(0, 10)]]), ToySource([[columns(10, 20)] * 2]), [0])
     assert (found.masks, found.unmatched, found.iou.shape) == (0, (1, 2), (0,))
     with pytest.raises(ValueError, match="no two masks overlap in 1 images"):
         summarize([found])
@@ -52,16 +52,16 @@ def test_disjoint_masks_are_not_matched():
 
 def test_an_image_without_masks_in_one_source_has_unmatched_masks():
     none = BadSample("no masks", "the image has no masks")
-    first, second = Images([[columns(0, 10)], none]), Images([none, [columns(0, 10)]])
+    first, second = ToySource([[columns(0, 10)], none]), ToySource([none, [columns(0, 10)]])
     assert [found.unmatched for found in compare(first, second, [0, 1])] == [(1, 0), (0, 1)]
-    (found,) = compare(Images([[]]), Images([none]), [0])
+    (found,) = compare(ToySource([[]]), ToySource([none]), [0])
     assert (found.reason, found.unmatched) == (None, (0, 0))
 
 
 def test_images_unusable_in_either_source_are_left_out():
     bad, broken = BadSample("broken json", "cut"), {"size": [4, 100], "counts": [1]}
-    first = Images([bad, [columns(0, 10)], [columns(0, 10)], [columns(0, 10)]])
-    second = Images([[columns(0, 10)], bad, [broken], [columns(0, 10)]])
+    first = ToySource([bad, [columns(0, 10)], [columns(0, 10)], [columns(0, 10)]])
+    second = ToySource([[columns(0, 10)], bad, [broken], [columns(0, 10)]])
     quality = summarize(compare(first, second, range(4)))
     assert (quality["samples"], quality["usable"], quality["pairs"]) == (4, 1, 1)
     assert quality["reasons"] == {"broken json": 2, "broken mask": 1}
@@ -70,10 +70,10 @@ def test_images_unusable_in_either_source_are_left_out():
 
 def test_sources_of_other_images_are_refused():
     with pytest.raises(ValueError, match="same order to be compared; got 1 images and 2"):
-        compare(Images([[]]), Images([[], []]), [0])
-    other = Images([[columns(0, 10, size=(100, 4))]])
+        compare(ToySource([[]]), ToySource([[], []]), [0])
+    other = ToySource([[columns(0, 10, size=(100, 4))]])
     with pytest.raises(ValueError, match=r"0\.jpg.*must be of one size; got 4 x 100 and 100 x 4"):
-        list(compare(Images([[columns(0, 10)]]), other, [0]))
+        list(compare(ToySource([[columns(0, 10)]]), other, [0]))
 
 
 def test_shares_are_strictly_above():

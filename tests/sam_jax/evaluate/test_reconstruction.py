@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from sam_jax.evaluate import reconstruction
 from sam_jax.model.mae import mae_tiny, normalize_patches
 from sam_jax.weights import mae
 from sam_jax.weights.formats import save
+from tests.sam_jax.evaluate.toy_sources import ToySource
 
 MODEL = mae_tiny(image_size=(32, 48), depth=1)
 SCENES = open_source("scenes:40x40", masks=False)
@@ -23,15 +25,12 @@ def variables():
     return mae.initialize(MODEL, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class PartlyBad:
-    """Five scenes, of which the second is broken and the third too small."""
-
-    def __getitem__(self, index):
-        if index == 1:
-            raise BadSample("broken image", "it fell down")
-        example = SCENES[index]
-        return dataclasses.replace(example, image=example.image[:4]) if index == 2 else example
+def partly_bad():
+    """Returns five scenes, of which the second is broken and the third too small."""
+    examples = [SCENES[index] for index in range(5)]
+    examples[1] = BadSample("broken image", "it fell down")
+    examples[2] = dataclasses.replace(examples[2], image=examples[2].image[:4])
+    return ToySource(examples)
 
 
 def evaluate(variables, indices, source=SCENES):
@@ -48,11 +47,11 @@ def test_the_loss_of_an_image_does_not_depend_on_its_batch(variables):
 
 
 def test_bad_images_are_counted(variables):
-    found = evaluate(variables, range(5), PartlyBad())
+    found = evaluate(variables, range(5), partly_bad())
     assert (found["images"], found["bad_samples"]) == (3, 2)
     assert found["loss"] == pytest.approx(evaluate(variables, [0, 3, 4])["loss"], rel=1e-5)
     with pytest.raises(ValueError, match="no held-out image can be used"):
-        evaluate(variables, [1, 2], PartlyBad())
+        evaluate(variables, [1, 2], partly_bad())
 
 
 def test_masked_pixels_are_patches_and_colors_are_in_range(variables):
@@ -68,7 +67,7 @@ def test_masked_pixels_are_patches_and_colors_are_in_range(variables):
 
 
 def test_unnormalize_inverts_normalize():
-    target = np.random.default_rng(0).uniform(-2, 2, (2, 3, 192)).astype(np.float32)
+    target = jax.random.uniform(jax.random.key(0), (2, 3, 192), minval=-2, maxval=2)
     normalized = normalize_patches(target)
     np.testing.assert_allclose(
         reconstruction.unnormalize_patches(normalized, target), target, atol=1e-5

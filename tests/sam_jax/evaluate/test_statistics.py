@@ -12,19 +12,7 @@ from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
 from sam_jax.evaluate.statistics import Measurement, format_table, measure, summarize
 from sam_jax.masks import rle
-
-
-class Images(list):
-    """A source of examples, or of the errors that reading them raises."""
-
-    def __getitem__(self, index):
-        value = super().__getitem__(index)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-    def name(self, index):
-        return f"{index}.jpg"
+from tests.sam_jax.evaluate.toy_sources import ToySource
 
 
 def mask(*rectangles, size=(4, 6)):
@@ -44,7 +32,7 @@ CORNER = mask((0, 0, 2, 1), (0, 0, 1, 2), size=(10, 10))  # its hull has half a 
 
 
 def test_measures_by_hand():
-    source = Images([example(SQUARE, FULL), example(CORNER)])
+    source = ToySource([example(SQUARE, FULL), example(CORNER)])
     first, second = measure(source, [0, 1])
     assert (first.index, first.name, first.masks, first.reason) == (0, "0.jpg", 2, None)
     np.testing.assert_array_equal(
@@ -56,7 +44,7 @@ def test_measures_by_hand():
 
 
 def test_histograms_and_means_by_hand():
-    source = Images([example(SQUARE, FULL), example(), example(*[SQUARE] * 11)])
+    source = ToySource([example(SQUARE, FULL), example(), example(*[SQUARE] * 11)])
     found = json.loads(json.dumps(summarize(measure(source, range(3)))))
     assert (found["samples"], found["usable"], found["masks"]) == (3, 3, 13)
     assert found["masks_per_image"] == {
@@ -76,7 +64,7 @@ def test_histograms_and_means_by_hand():
 
 
 def test_centers_are_by_rows():
-    found = summarize(measure(Images([example(mask((0, 5, 1, 6)))]), [0]))
+    found = summarize(measure(ToySource([example(mask((0, 5, 1, 6)))]), [0]))
     assert np.argwhere(found["center"]["masks"]).tolist() == [[2, 18]]  # y 1/8, x 11/12
 
 
@@ -90,7 +78,7 @@ def test_every_number_of_masks_is_in_a_bin():
 
 def test_unusable_images_are_reported_and_skipped():
     empty, broken = mask(), {"size": [4, 6], "counts": [23]}
-    source = Images(
+    source = ToySource(
         [BadSample("broken image", "cut"), example(SQUARE), example(SQUARE, empty), example(broken)]
     )
     found = summarize(measure(source, range(4)))
@@ -103,7 +91,7 @@ def test_unusable_images_are_reported_and_skipped():
 
 
 def test_images_without_masks_count():
-    source = Images([BadSample("no masks", ""), example(SQUARE), example(SQUARE, SQUARE)])
+    source = ToySource([BadSample("no masks", ""), example(SQUARE), example(SQUARE, SQUARE)])
     found = summarize(measure(source, range(3)))
     assert (found["usable"], found["masks"]) == (3, 3)
     assert found["masks_per_image"]["mean"] == 1.0
@@ -112,7 +100,7 @@ def test_images_without_masks_count():
 
 def test_no_mask_at_all_is_an_error():
     with pytest.raises(ValueError, match="no mask to measure in 2 images"):
-        summarize(measure(Images([example(), BadSample("no masks", "")]), [0, 1]))
+        summarize(measure(ToySource([example(), BadSample("no masks", "")]), [0, 1]))
 
 
 @pytest.fixture

@@ -6,14 +6,22 @@ from sam_jax.data.example import Example
 from sam_jax.masks import rle
 
 
-class Images(list):
-    """A source of the masks of each image, or of the error that reading it raises."""
+class ToySource(list):
+    """A source of examples, of the masks of each image, or of the errors that reading raises."""
 
     def __getitem__(self, index):
         value = super().__getitem__(index)
         if isinstance(value, Exception):
             raise value
+        if isinstance(value, Example):
+            return value
         return Example(image=np.zeros((1, 1, 3), np.uint8), masks=value)
+
+    def image(self, index):
+        return self[index].image
+
+    def encoded(self, index):
+        return None
 
     def name(self, index):
         return f"{index}.jpg"
