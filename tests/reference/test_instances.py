@@ -14,7 +14,7 @@ mask = pytest.importorskip("pycocotools.mask")
 
 pytestmark = [
     pytest.mark.reference,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
 ]
 
 

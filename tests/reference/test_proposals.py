@@ -18,7 +18,7 @@ cocoeval = pytest.importorskip("pycocotools.cocoeval")
 
 pytestmark = [
     pytest.mark.reference,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
 ]
 
 COCO_EVAL = Path(__file__).parents[3] / "shared" / "realdata" / "coco_eval"
@@ -61,16 +61,16 @@ def test_real_objects_and_results():
 def _assert_same(proposed, truths):
     """Proposals and objects of each image, both as run lengths."""
     pairs = [(i, i) for i in range(len(truths))]
-    ours = proposals.evaluate_proposals(ToySource(proposed), ToySource(truths), pairs)
-    theirs = _their_recall(proposed, truths)
-    for name, of_size in zip(proposals.AREA_RANGES, theirs, strict=True):
+    scores = proposals.evaluate_proposals(ToySource(proposed), ToySource(truths), pairs)
+    coco_recall = _coco_recall(proposed, truths)
+    for name, of_size in zip(proposals.AREA_RANGES, coco_recall, strict=True):
         for top, expected in zip(proposals.NUM_PROPOSALS, of_size, strict=True):
-            actual = ours["recall"][name][str(top)]
+            actual = scores["recall"][name][str(top)]
             assert (-1 if actual is None else actual) == pytest.approx(expected, abs=5.1e-5)
-    assert 0 < ours["recall"]["all"][str(proposals.NUM_PROPOSALS[-1])] < 1
+    assert 0 < scores["recall"]["all"][str(proposals.NUM_PROPOSALS[-1])] < 1
 
 
-def _their_recall(proposed, truths):
+def _coco_recall(proposed, truths):
     """Average recall 's t', -1 where there is no object of a size."""
     with contextlib.redirect_stdout(io.StringIO()):
         annotations = coco.COCO()

@@ -144,11 +144,11 @@ def test_the_upper_bound_of_disjoint_objects_is_one():
 
 def test_the_upper_bound_of_nested_objects():
     # A click in the middle of either may mean both: each answer has the mean (1 + IoU) / 2.
-    part, whole = rectangle(14, 14, 24, 34), rectangle(4, 4, 34, 44)
+    part, full = rectangle(14, 14, 24, 34), rectangle(4, 4, 34, 44)
     iou = 200 / 1200
-    assert sorted(one_click_upper_bound(np.stack([part, whole]))) == pytest.approx([iou, 1])
+    assert sorted(one_click_upper_bound(np.stack([part, full]))) == pytest.approx([iou, 1])
     # Three that are nested: the middle one is the best answer to all.
-    inner, middle, outer = rectangle(16, 16, 22, 32), part, whole
+    inner, middle, outer = rectangle(16, 16, 22, 32), part, full
     assert one_click_upper_bound(np.stack([inner, middle, outer])) == pytest.approx(
         [96 / 200, 1, iou]
     )
