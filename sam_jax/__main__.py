@@ -1,4 +1,4 @@
-"""`python -m sam_jax` is `sam-jax`."""
+"""`python -m sam_jax` runs `sam-jax`."""
 
 import sys
 

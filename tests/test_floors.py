@@ -393,21 +393,6 @@ def test_importing_every_public_name_imports_no_heavy_package():
     assert not found & HEAVY
 
 
-def test_public_names_are_there_once_and_listed():
-    assert sorted(set(sam_jax.__all__)) == sorted(sam_jax.__all__)
-    assert set(sam_jax.__all__) <= set(dir(sam_jax))
-    assert set(sam_jax.__all__) == set(sam_jax._HOMES)
-    for name in sam_jax.__all__:
-        assert getattr(sam_jax, name).__name__ == name
-        assert getattr(sam_jax, name).__module__ == sam_jax._HOMES[name]
-
-
-def test_type_checkers_see_the_same_public_names():
-    tree = ast.parse(Path(sam_jax.__file__).read_text(encoding="utf-8"))
-    seen = {(name, target) for target, name in imports(tree, "sam_jax", True) if name is not None}
-    assert seen - {("TYPE_CHECKING", "typing")} == set(sam_jax._HOMES.items())
-
-
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'SamModel'"):
         _ = sam_jax.SamModel

@@ -93,5 +93,5 @@ class BadSamples:
             raise ConfigError(
                 f"{len(self.known)} of {self.count} images are unusable, more than data.max_bad="
                 f"{self.limit} allows; the last was {last.name}: {last.reason}: {last.detail}. "
-                f"{self.path} has them all; `sam-jax data check` finds them beforehand"
+                f"{self.path} has them all; `sam-jax dataset check` finds them beforehand"
             )

@@ -1,107 +1,176 @@
-"""`sam-jax everything`: its arguments, and what it does with them."""
+"""`sam-jax everything`: all masks of many images, in the format of SA-1B."""
 
 import argparse
+import importlib.metadata
+import inspect
+import os
+import zlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "pillow")  # whose code has a part in the results
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import sam_jax
+from sam_jax.cli.help_texts import SLICE_HELP, WEIGHTS_HELP
+from sam_jax.data.open import Subset, open_image_source, select
+from sam_jax.data.validate import Finding
+from sam_jax.engine.automatic import Generate, label_images
+from sam_jax.engine.folder import acquire, finished_ids, skipped_ids, write_json
+from sam_jax.engine.instances import write_instances
+from sam_jax.everything.generator import SamAutomaticMaskGenerator
+from sam_jax.everything.options import sa1b_preset
+from sam_jax.model.sam import Sam, replace_fields
+from sam_jax.weights.formats import load
+
+# Packages whose version may change the results.
+PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "pillow")
 
 # Options that are arguments of `SamAutomaticMaskGenerator`, with the names of the official amg.py.
-OPTIONS = {
-    "points_per_side": (int, "points a side of the grid; 32"),
-    "points_per_batch": (int, "points decoded at a time: more are quicker and take memory; 64"),
-    "pred_iou_thresh": (float, "least IoU that the model expects of a mask; 0.88"),
-    "stability_score_thresh": (float, "least stability of a mask; 0.95"),
-    "stability_score_offset": (float, "by which the threshold is moved for the stability; 1.0"),
-    "box_nms_thresh": (float, "most overlap of the boxes of two masks; 0.7"),
-    "crop_n_layers": (int, "layers of crops, each with four times as many as the one before; 0"),
-    "crop_nms_thresh": (float, "most overlap of the boxes of masks of two crops; 0.7"),
-    "crop_overlap_ratio": (float, "of crops, over the image's shorter side; 0.341"),
-    "crop_n_points_downscale_factor": (int, "by which the grid shrinks from layer to layer; 1"),
-    "min_mask_region_area": (int, "pixels below which holes are filled, islands removed; 0"),
+GENERATOR_OPTIONS = {
+    "points_per_side": (int, "points along each side of the grid; default: 32"),
+    "points_per_batch": (
+        int,
+        "points decoded at once; more are faster and take more memory; default: 64",
+    ),
+    "pred_iou_thresh": (float, "drop masks with a lower predicted IoU; default: 0.88"),
+    "stability_score_thresh": (float, "drop masks with a lower stability score; default: 0.95"),
+    "stability_score_offset": (
+        float,
+        "the shift of the mask threshold that defines the stability score; default: 1.0",
+    ),
+    "box_nms_thresh": (
+        float,
+        "drop masks whose box overlaps that of a better mask by more than this IoU; default: 0.7",
+    ),
+    "crop_n_layers": (
+        int,
+        "layers of crops that are segmented too, the i-th with 2^i x 2^i crops; default: 0",
+    ),
+    "crop_nms_thresh": (float, "as --box-nms-thresh, between crops; default: 0.7"),
+    "crop_overlap_ratio": (
+        float,
+        "overlap of the crops of the first layer, as a fraction of the shorter side of the image; "
+        "default: 0.341",
+    ),
+    "crop_n_points_downscale_factor": (
+        int,
+        "factor by which the points along a side decrease from layer to layer; default: 1",
+    ),
+    "min_mask_region_area": (
+        int,
+        "fill holes and remove islands that have fewer pixels; default: 0",
+    ),
 }
 
 
-def add_arguments(verb: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of the verb."""
-    verb.description = (
-        "Mask everything in images, and write images and masks as SA-1B has them: sa_ID.jpg and "
-        "sa_ID.json, where ID is the index in the source. The same command goes on where a killed "
-        "one was. Images that cannot be used are named, skipped and listed in skipped_0.json; the "
-        "exit code is 1 only if none could be used."
+    parser.description = (
+        "Segments everything in images, and writes images and masks in the format of SA-1B: "
+        "sa_ID.jpg and sa_ID.json, where ID is the index in the source. After an interruption the "
+        "same command continues. Images that cannot be used are named, skipped, and listed in "
+        "skipped_0.json; the exit code is 1 only if none can be used."
     )
-    verb.add_argument(
+    parser.epilog = (
+        "example: sam-jax everything photos/ --weights sam_vit_h --preset sa1b --out masks/"
+    )
+    parser.add_argument(
         "images",
-        metavar="IMAGE|FOLDER|SOURCE",
-        help="an image file, a folder of them, or a source as for `data check`, whose masks are "
-        "left aside",
+        metavar="IMAGES",
+        help="an image file, a folder of images, or a source as for `sam-jax dataset check`, "
+        "whose masks are ignored",
     )
-    verb.add_argument("--weights", required=True, help="anything that sam_jax.load takes")
-    verb.add_argument("--out", required=True, metavar="DIR", help="where all results go")
-    verb.add_argument(
-        "--index", default=":", metavar="SLICE", help="of the images, as in Python: 0::5, :100, 7"
+    parser.add_argument("--weights", required=True, help=WEIGHTS_HELP)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the results")
+    parser.add_argument("--index", default=":", metavar="SLICE", help=SLICE_HELP)
+    parser.add_argument(
+        "--preset",
+        choices=("sa1b",),
+        help="the settings with which SA-1B was made; the options below override them",
     )
-    verb.add_argument(
-        "--preset", choices=("sa1b",), help="the settings that made SA-1B; options go before them"
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="the precision of the model; bfloat16 is faster on accelerators; default: that of "
+        "the weights",
     )
-    verb.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model's products")
-    verb.add_argument("--overlays", action="store_true", help="draw the masks, in DIR/overlays")
-    verb.add_argument(
-        "--coco", action="store_true", help="write DIR/instances.json too, when all images are done"
+    parser.add_argument(
+        "--overlays", action="store_true", help="also draw the masks, in DIR/overlays"
     )
-    generator = verb.add_argument_group("what a mask is (defaults without a preset)")
-    for name, (kind, text) in OPTIONS.items():
+    parser.add_argument(
+        "--coco",
+        action="store_true",
+        help="also write DIR/instances.json, once all images are done",
+    )
+    generator = parser.add_argument_group(
+        "mask generation", "The defaults are those without --preset."
+    )
+    for name, (kind, text) in GENERATOR_OPTIONS.items():
         option = f"--{name.replace('_', '-')}"
         generator.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=text)
-    several = verb.add_argument_group(
-        "several hosts that see DIR, each with its share; they need not talk to each other"
+    parallel = parser.add_argument_group(
+        "several processes",
+        "Each process segments its share of the images. The processes need to see DIR, but not "
+        "each other.",
     )
-    several.add_argument("--processes", type=int, default=1, help="how many there are")
-    several.add_argument("--process", type=int, default=0, help="which one this is, from 0")
+    parallel.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="the number of processes"
+    )
+    parallel.add_argument(
+        "--process", type=int, default=0, metavar="I", help="the number of this process, from 0"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does what was asked for -> the exit code, 0 or 1."""
-    import jax
-    import numpy as np
-
-    from sam_jax.data.open import open_image_source, select
-    from sam_jax.engine.automatic import label_images
-    from sam_jax.engine.folder import claim, finished, write_json
-    from sam_jax.everything.generator import SamAutomaticMaskGenerator
-    from sam_jax.model.sam import replace_fields
-    from sam_jax.weights.formats import load
-
-    _check(args)
+    """Runs the verb and returns the exit code."""
+    check_arguments(args)
     images = select(open_image_source(args.images), args.index)
     model, variables = load(args.weights)
     model = replace_fields(model, dtype=args.dtype or model.dtype)
-    options = _options(args)
-    generators = [
-        SamAutomaticMaskGenerator(model, jax.device_put(variables, device), **options).generate
-        for device in jax.local_devices()
-    ]
-    folder, process, processes = Path(args.out).expanduser(), args.process, args.processes
-    settings = _settings(args, images, model, variables, options)
-    claim(folder, settings, process=process, processes=processes)
+    options = generator_options(args)
+    generators = make_generators(model, variables, options)
 
-    share = images.indices[process::processes]
-    todo = share[~np.isin(share, list(finished(folder)))]
-    findings = label_images(
-        images.source, map(int, todo), generators, folder, process=process, overlays=args.overlays
+    folder = Path(args.out).expanduser()
+    settings = (
+        software_settings() | image_settings(args, images) | model_settings(args, model, variables)
     )
-    masks, bad = _follow(findings, len(share) - len(todo), len(share))
-    write_json(folder / f"skipped_{process}.json", bad, process=process, indent=1)
-    for reason, count in Counter(entry["reason"] for entry in bad).most_common():
+    settings |= {"overlays": args.overlays} | generator_settings(options)
+    acquire(folder, settings, process=args.process, processes=args.processes)
+
+    assigned = images.indices[args.process :: args.processes]
+    remaining = assigned[~np.isin(assigned, list(finished_ids(folder)))]
+    findings = label_images(
+        images.source,
+        map(int, remaining),
+        generators,
+        folder,
+        process=args.process,
+        overlays=args.overlays,
+    )
+    num_masks, skipped = follow(findings, len(assigned) - len(remaining), len(assigned))
+    write_json(folder / f"skipped_{args.process}.json", skipped, process=args.process, indent=1)
+    for reason, count in Counter(entry["reason"] for entry in skipped).most_common():
         print(f"{count:7d}  {reason}")
-    usable, new = len(share) - len(bad), len(todo) - len(bad)
-    print(f"{usable} of {len(share)} images are masked, {new} of them now: {masks} masks")
+    num_usable, num_new = len(assigned) - len(skipped), len(remaining) - len(skipped)
+    print(
+        f"segmented {num_usable} of {len(assigned)} images, {num_new} of them in this run: "
+        f"{num_masks} masks"
+    )
     if args.coco:
-        _write_coco(folder, images, process)
-    return 0 if usable or not len(share) else 1
+        write_coco(folder, images, args.process)
+    return 0 if num_usable or not len(assigned) else 1
 
 
-def _check(args):
+def check_arguments(args: argparse.Namespace) -> None:
+    """Checks the arguments that no other function checks.
+
+    Raises:
+      ValueError: If one is wrong.
+    """
     if not 0 <= args.process < args.processes:
         raise ValueError(
             f"--process must be at least 0 and less than --processes; got {args.process} of "
@@ -109,90 +178,126 @@ def _check(args):
         )
     if "://" in args.out:
         raise ValueError(f"--out must be a folder on a disk; got {args.out}")
-    for place in (args.images, args.images.partition(":")[2]):
-        if place and Path(place).expanduser().is_dir():
-            inner, outer = Path(args.out).expanduser().resolve(), Path(place).expanduser().resolve()
-            if inner.is_relative_to(outer):
-                raise ValueError(f"--out must not lie in {place}, among the images that are read")
+    # The images are a folder, or KIND:FOLDER.
+    for folder in (args.images, args.images.partition(":")[2]):
+        if folder and Path(folder).expanduser().is_dir():
+            out, resolved = (Path(path).expanduser().resolve() for path in (args.out, folder))
+            if out.is_relative_to(resolved):
+                raise ValueError(f"--out must be outside of {folder}, the folder of the images")
 
 
-def _options(args):
-    """The keyword arguments of the generator: of the preset, and over these what was given."""
-    from sam_jax.everything.generator import sa1b_preset
-
+def generator_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of the generator: those of the preset, overridden by options."""
     preset = sa1b_preset() if args.preset == "sa1b" else {}
-    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    given = {name: getattr(args, name) for name in GENERATOR_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
     return preset | given | {"output_mode": "coco_rle"}
 
 
-def _settings(args, images, model, variables, options):
-    """All that the results depend on: a run with other settings must not go on in the folder."""
-    import importlib.metadata
-    import inspect
-    import os
-    import zlib
+def make_generators(
+    model: Sam, variables: dict[str, Any], options: dict[str, Any]
+) -> list[Generate]:
+    """Makes a generator on each device of this process."""
+    return [
+        SamAutomaticMaskGenerator(model, jax.device_put(variables, device), **options).generate
+        for device in jax.local_devices()
+    ]
 
-    import jax
-    import numpy as np
 
-    import sam_jax
-    from sam_jax.everything.generator import SamAutomaticMaskGenerator
-
-    source, names, weights = images.source, 0, 0
-    for index in range(len(source)):  # a file more or less would give others other numbers
-        name = os.path.basename(source.name(index))
-        names = zlib.crc32(name.encode("utf-8", "surrogatepass"), names)
-    for leaf in jax.tree.leaves(variables):  # the path does not say what is there
-        weights = zlib.crc32(np.asarray(leaf).tobytes(), weights)
-    of_generator = inspect.signature(SamAutomaticMaskGenerator).bind_partial(**options)
-    of_generator.apply_defaults()
+def software_settings() -> dict[str, Any]:
+    """Returns the versions and the device, on which the results depend."""
     return {
         "sam_jax": sam_jax.__version__,
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "device": jax.local_devices()[0].device_kind,
-        "images": _resolved(args.images),
-        "index": args.index,
-        "number of images": len(source),
-        "checksum of their names": names,
-        "weights": args.weights,
-        "checksum of the weights": weights,
-        "dtype": model.dtype,
-        "overlays": args.overlays,
-        **{name: x for name, x in of_generator.arguments.items() if name != "points_per_batch"},
     }
 
 
-def _resolved(place):
-    """A place by one name, however it is written."""
-    kind, colon, path = place.rpartition(":")
-    path = Path(path).expanduser()
-    return f"{kind}{colon}{path.resolve()}" if path.exists() else place
+def image_settings(args: argparse.Namespace, images: Subset) -> dict[str, Any]:
+    """Returns which images are segmented.
+
+    The names of all files matter: one more or less would change the indices of others.
+    """
+    checksum = 0
+    for index in range(len(images.source)):
+        name = os.path.basename(images.source.name(index))
+        checksum = zlib.crc32(name.encode("utf-8", "surrogatepass"), checksum)
+    return {
+        "images": _resolve(args.images),
+        "index": args.index,
+        "number of images": len(images.source),
+        "checksum of their names": checksum,
+    }
 
 
-def _follow(findings, done, total):
-    """Shows what becomes of the images -> the number of masks, and the bad images, fit for JSON."""
-    from tqdm import tqdm
+def model_settings(
+    args: argparse.Namespace, model: Sam, variables: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns which model is used, by its values: the file at a path may change."""
+    checksum = 0
+    for leaf in jax.tree.leaves(variables):
+        checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+    return {
+        "weights": args.weights,
+        "checksum of the weights": checksum,
+        "dtype": model.dtype,
+    }
 
-    masks, bad = 0, []
-    with tqdm(initial=done, total=total, unit=" images", disable=None) as bar:
+
+def generator_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns all arguments of the generator on which the results depend, with defaults."""
+    bound = inspect.signature(SamAutomaticMaskGenerator).bind_partial(**options)
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name != "points_per_batch"}
+
+
+def _resolve(images: str) -> str:
+    """Resolves the path in FOLDER or KIND:FOLDER, so that one folder has one name."""
+    kind, colon, name = images.rpartition(":")
+    path = Path(name).expanduser()
+    return f"{kind}{colon}{path.resolve()}" if path.exists() else images
+
+
+def follow(
+    findings: Iterable[Finding], num_done: int, total: int
+) -> tuple[int, list[dict[str, Any]]]:
+    """Consumes findings, with a progress bar and a line for each image that cannot be used.
+
+    Args:
+      findings: The results of `label_images`.
+      num_done: The number of images that were done before.
+      total: The number of images of this process.
+
+    Returns:
+      The number of masks, and the images that cannot be used, for JSON.
+    """
+    num_masks, skipped = 0, []
+    with tqdm(initial=num_done, total=total, unit=" images", disable=None) as bar:
         for finding in findings:
-            masks += finding.masks
+            num_masks += finding.masks
             if finding.reason is not None:
                 tqdm.write(str(finding))
-                fields = ("index", "name", "reason", "detail")
-                bad.append({name: getattr(finding, name) for name in fields})
-            bar.set_postfix(masks=masks, refresh=False)
+                skipped.append(
+                    {
+                        "index": finding.index,
+                        "name": finding.name,
+                        "reason": finding.reason,
+                        "detail": finding.detail,
+                    }
+                )
+            bar.set_postfix(masks=num_masks, refresh=False)
             bar.update()
-    return masks, sorted(bad, key=lambda entry: entry["index"])
+    return num_masks, sorted(skipped, key=lambda entry: entry["index"])
 
 
-def _write_coco(folder, images, process):
-    from sam_jax.engine.folder import finished, skipped
-    from sam_jax.engine.instances import write_instances
-
-    done = finished(folder)
-    missing = set(images.indices.tolist()) - done - skipped(folder)
+def write_coco(folder: Path, images: Subset, process: int) -> None:
+    """Writes instances.json if no process has an image left to segment."""
+    done = finished_ids(folder)
+    missing = set(images.indices.tolist()) - done - skipped_ids(folder)
     if missing:
-        print(f"{len(missing)} images are not finished: the last process writes instances.json")
+        print(
+            f"{len(missing)} images are not finished: instances.json will be written by the last "
+            "process"
+        )
     else:
         write_instances(folder, sorted(done), process=process)

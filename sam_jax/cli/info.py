@@ -1,28 +1,38 @@
-"""What a bug report needs: versions, devices, memory, and the model behind some weights."""
+"""`sam-jax info`: versions, devices, memory and a model, for bug reports."""
 
+import argparse
 import importlib.metadata
 import platform
 
 import jax
 
 import sam_jax
+from sam_jax.cli.help_texts import WEIGHTS_HELP
+from sam_jax.weights.formats import load
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "einops", "scipy", "pillow", "safetensors")
 
 
-def print_info(weights=None):
-    """Prints a block of text; `weights` is anything that `sam_jax.load` takes."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of the verb."""
+    parser.description = "Prints what a bug report needs: versions, devices, memory and a model."
+    parser.epilog = "example: sam-jax info --weights sam_b/"
+    parser.add_argument("--weights", help=WEIGHTS_HELP)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
     print(f"sam_jax    {sam_jax.__version__}")
     print(f"python     {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         print(f"{package:10} {importlib.metadata.version(package)}")
     for device in jax.devices():
-        print(f"device     {device} ({device.device_kind}){_memory_of(device)}")
-    if weights is not None:
-        _print_model(weights)
+        print(f"device     {device} ({device.device_kind}){_memory_usage(device)}")
+    if args.weights is not None:
+        _print_model(args.weights)
 
 
-def _memory_of(device):
+def _memory_usage(device: jax.Device) -> str:
     stats = device.memory_stats()  # None on CPUs
     if not stats or "bytes_limit" not in stats:
         return ""
@@ -30,8 +40,8 @@ def _memory_of(device):
     return f", {used / 2**30:.1f} of {limit / 2**30:.1f} GiB in use"
 
 
-def _print_model(weights):
-    model, variables = sam_jax.load(weights)
+def _print_model(path: str) -> None:
+    model, variables = load(path)
     count = sum(x.size for x in jax.tree.leaves(variables["params"]))
-    print(f"weights    {weights}: {count:,} trainable parameters, {4 * count / 2**20:.0f} MiB")
+    print(f"weights    {path}: {count:,} trainable parameters, {4 * count / 2**20:.0f} MiB")
     print(model)

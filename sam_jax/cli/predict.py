@@ -1,64 +1,197 @@
-"""Prediction from an image file into a folder: an overlay, the masks, and a JSON of them."""
+"""`sam-jax predict`: masks of one object of an image, from points and a box."""
 
-import json
+import argparse
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from sam_jax.cli.help_texts import WEIGHTS_HELP
 from sam_jax.images.read import read_image
+from sam_jax.io.atomic import write_json
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
+from sam_jax.predict.predictor import SamPredictor
 from sam_jax.visualize.overlay import draw_overlay
+from sam_jax.weights.formats import load
 
 
-def predict_file(predictor, image_path, folder, *, points=(), labels=(), box=None, num_masks=None):
-    """Masks one object of an image file.
+class Prompt(NamedTuple):
+    """The prompt for one object, in pixels of the image.
+
+    Attributes:
+      points: (x, y) of each point.
+      labels: The label of each point: 1 foreground, 0 background.
+      box: (x0, y0, x1, y1), or None.
+    """
+
+    points: list[tuple[float, float]]
+    labels: list[int]
+    box: list[float] | None
+
+    @property
+    def is_single(self) -> bool:
+        """True for a single point or box, which may be ambiguous."""
+        return len(self.points) + (self.box is not None) == 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of the verb."""
+    parser.description = (
+        "Segments one object of an image, prompted by points and a box. Writes DIR/overlay.png "
+        "with the best mask, DIR/mask_0.png and so on, best first, and DIR/masks.json with run "
+        "lengths, boxes and scores."
+    )
+    parser.epilog = (
+        "example: sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/"
+    )
+    parser.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
+    parser.add_argument("--weights", required=True, help=WEIGHTS_HELP)
+    parser.add_argument(
+        "--point",
+        action="append",
+        default=[],
+        type=parse_point,
+        metavar="X,Y[,LABEL]",
+        help="a point in pixels; its label is 1 on the object (default) or 0 on the background; "
+        "repeat for more",
+    )
+    parser.add_argument(
+        "--box", type=parse_box, metavar="X0,Y0,X1,Y1", help="a box around the object, in pixels"
+    )
+    parser.add_argument(
+        "--masks",
+        type=int,
+        choices=(1, 3),
+        help="the number of masks; default: 3 for a single point or box, which may be ambiguous, "
+        "otherwise 1",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the results")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    prompt = Prompt(
+        points=[(x, y) for x, y, _ in args.point],
+        labels=[label for _, _, label in args.point],
+        box=args.box,
+    )
+    if not prompt.points and prompt.box is None:
+        raise ValueError("there is no prompt: give --point X,Y, --box X0,Y0,X1,Y1 or both")
+    num_masks = args.masks or (3 if prompt.is_single else 1)
+    predictor = SamPredictor(*load(args.weights))
+    image = read_image(args.image)
+    masks, scores = predict_masks(predictor, image, prompt, num_masks)
+    records = make_records(masks, scores)
+    folder = Path(args.out)
+    write_pictures(folder, image, prompt, masks, records)
+    # Last: the folder is complete if it has a masks.json.
+    write_json(folder / "masks.json", describe(args.image, image, prompt) | {"masks": records})
+    for record in records:
+        print(
+            f"{record['file']}  predicted IoU {record['predicted_iou']:.3f}  "
+            f"{record['area']} pixels"
+        )
+    print(f"overlay.png, masks and masks.json are in {args.out}")
+
+
+def predict_masks(
+    predictor: SamPredictor, image: UInt8[np.ndarray, "h w 3"], prompt: Prompt, num_masks: int
+) -> tuple[Bool[np.ndarray, "m h w"], Float[np.ndarray, " m"]]:
+    """Predicts masks of one object.
 
     Args:
-      predictor: `SamPredictor`.
-      image_path: of a JPEG, PNG or WebP file.
-      folder: where overlay.png (of the best mask), mask_0.png, ... and masks.json are written;
-        the JSON, with COCO run lengths, boxes XYWH and scores, comes last.
-      points: 'k 2' (x, y) in pixels of the image; labels: 'k', 1 foreground and 0 background.
-      box: (x0, y0, x1, y1) in pixels of the image, or None.
-      num_masks: 3 or 1; by default 3 for a single click or box, which may mean several things.
+      predictor: The model; its image is replaced.
+      image: The image.
+      prompt: The prompt.
+      num_masks: 3 or 1.
+
     Returns:
-      What masks.json holds.
+      The masks and their predicted IoUs, best first.
     """
-    image = read_image(image_path)
     predictor.set_image(image)
     masks, scores, _ = predictor.predict(
-        np.array(points) if len(points) else None,
-        np.array(labels) if len(points) else None,
-        None if box is None else np.array(box),
-        multimask_output=(num_masks or (3 if len(points) + (box is not None) == 1 else 1)) == 3,
+        np.array(prompt.points) if prompt.points else None,
+        np.array(prompt.labels) if prompt.points else None,
+        None if prompt.box is None else np.array(prompt.box),
+        multimask_output=num_masks == 3,
     )
     order = np.argsort(-scores)
-    records = [
+    return masks[order], scores[order]
+
+
+def make_records(
+    masks: Bool[np.ndarray, "m h w"], scores: Float[np.ndarray, " m"]
+) -> list[dict[str, Any]]:
+    """Describes each mask for masks.json: boxes are XYWH, run lengths those of COCO."""
+    return [
         {
             "file": f"mask_{i}.png",
-            "predicted_iou": round(float(scores[j]), 4),
-            "area": int(masks[j].sum()),
-            "bbox": xyxy_to_xywh(box_of_mask(masks[j])).tolist(),
-            "segmentation": rle.encode(masks[j]),
+            "predicted_iou": round(float(score), 4),
+            "area": int(mask.sum()),
+            "bbox": xyxy_to_xywh(box_of_mask(mask)).tolist(),
+            "segmentation": rle.encode(mask),
         }
-        for i, j in enumerate(order)
+        for i, (mask, score) in enumerate(zip(masks, scores, strict=True))
     ]
-    result = {
-        "image": str(image_path),
+
+
+def describe(path: str, image: UInt8[np.ndarray, "h w 3"], prompt: Prompt) -> dict[str, Any]:
+    """Describes the image and the prompt for masks.json."""
+    return {
+        "image": path,
         "height": image.shape[0],
         "width": image.shape[1],
-        "points": [list(map(float, point)) for point in points],
-        "labels": list(map(int, labels)),
-        "box": None if box is None else list(map(float, box)),
-        "masks": records,
+        "points": prompt.points,
+        "labels": prompt.labels,
+        "box": prompt.box,
     }
-    folder = Path(folder)
+
+
+def write_pictures(
+    folder: Path,
+    image: UInt8[np.ndarray, "h w 3"],
+    prompt: Prompt,
+    masks: Bool[np.ndarray, "m h w"],
+    records: list[dict[str, Any]],
+) -> None:
+    """Writes the overlay of the best mask, and every mask.
+
+    Args:
+      folder: Created if it is missing.
+      image: The image.
+      prompt: The prompt, which is drawn too.
+      masks: The masks, best first.
+      records: The records of the masks, with the names of their files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    overlay = draw_overlay(image, masks[order[0]], points, labels, box)
+    overlay = draw_overlay(image, masks[0], *prompt)
     Image.fromarray(overlay).save(folder / "overlay.png")
-    for record, j in zip(records, order, strict=True):
-        Image.fromarray(masks[j]).save(folder / record["file"])
-    (folder / "masks.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+    for mask, record in zip(masks, records, strict=True):
+        Image.fromarray(mask).save(folder / record["file"])
+
+
+def parse_point(text: str) -> tuple[float, float, int]:
+    """Parses 'X,Y' or 'X,Y,LABEL' into (x, y, label); the label is 1 by default."""
+    numbers = _parse_numbers(text)
+    if len(numbers) not in (2, 3) or numbers[2:] not in ([], [0], [1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y or X,Y,0 or X,Y,1")
+    return numbers[0], numbers[1], int(numbers[2]) if len(numbers) == 3 else 1
+
+
+def parse_box(text: str) -> list[float]:
+    """Parses 'X0,Y0,X1,Y1'."""
+    numbers = _parse_numbers(text)
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not X0,Y0,X1,Y1")
+    return numbers
+
+
+def _parse_numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is not a list of numbers separated by commas"
+        raise argparse.ArgumentTypeError(message) from None

@@ -1,1 +1,1 @@
-"""The data engine: a model that labels what it may later learn from."""
+"""The data engine: a model labels the images that a later model is trained on."""

@@ -1,10 +1,10 @@
-"""The data engine's fully automatic stage: masks of everything in many images, as SA-1B has them.
+"""The fully automatic stage of the data engine: images in, masks in the format of SA-1B out.
 
-Source: Kirillov et al. 2023, section 4. What an image gets is a function of the image and the
-settings alone; see `folder` for what that means for a run that is killed or shared.
+Source: Kirillov et al. 2023, section 4. The result for an image is a function of the image and the
+settings alone; `sam_jax.engine.folder` says how a run is interrupted and shared.
 
-Deliberate differences from SA-1B: an image's id is its index in the source; the ids of masks count
-from 0 in every image; images are not made smaller, and faces not blurred.
+Differences: The id of an image is its index in the source, and the ids of masks count from 0 in
+every image. Images are not downsampled, and faces are not blurred.
 """
 
 import concurrent.futures
@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from sam_jax.data import decode
 from sam_jax.data.example import BadSample, Source
 from sam_jax.data.validate import Finding
-from sam_jax.engine.folder import OVERLAYS, write_file, write_json
+from sam_jax.engine.folder import OVERLAYS_NAME, write_file, write_json
 from sam_jax.images.read import ImageError
 from sam_jax.visualize.overlay import draw_masks
 
-Generate = Callable[[np.ndarray], list[dict[str, Any]]]  # of a SamAutomaticMaskGenerator
+# `generate` of a `SamAutomaticMaskGenerator`.
+Generate = Callable[[UInt8[np.ndarray, "h w 3"]], list[dict[str, Any]]]
 
-WORKERS = 2  # images at a time on a device: the host's work on one overlaps the device's on another
-ORIENTATION = 0x0112  # in EXIF; 2 to 8 are not upright
-MAX_JPEG_SIDE = 65_500  # pixels, libjpeg's limit
+# Images in flight on a device: the host works on one while the device works on the other.
+IMAGES_PER_DEVICE = 2
+EXIF_ORIENTATION = 0x0112  # 1 is upright, 2 to 8 are rotated or mirrored
+MAX_JPEG_SIDE = 65_500  # pixels, the limit of libjpeg
 
 
 def label_images(
@@ -41,45 +44,50 @@ def label_images(
     process: int = 0,
     overlays: bool = False,
 ) -> Iterator[Finding]:
-    """Masks images and writes `sa_INDEX.jpg` and `sa_INDEX.json` of each, in threads.
+    """Segments images in threads and writes `sa_INDEX.jpg` and `sa_INDEX.json` for each of them.
 
     Args:
-      source: of the images.
-      indices: of those to be masked; read one by one, as there may be millions.
-      generators: `generate` of one `SamAutomaticMaskGenerator` a device, with coco_rle masks.
-      folder: that exists, see `claim`.
-      process: the number of this process, see `claim`.
-      overlays: whether to draw the masks too.
+      source: The images.
+      indices: The images to segment. They are consumed lazily, as there may be millions.
+      generators: `SamAutomaticMaskGenerator.generate` with output mode "coco_rle", one a device.
+      folder: An existing folder; see `acquire`.
+      process: The number of this process; see `acquire`.
+      overlays: Also writes the images with their masks drawn over them.
+
     Yields:
-      What became of each image, in no order. One that cannot be read, or that a generator refuses,
-      has a reason, and no file.
+      The result for each image, in the order in which they finish. An image that cannot be read,
+      or that the generator refuses, has a reason and no file.
+
     Raises:
-      OSError: if a file cannot be written; images that are being worked on are finished.
+      OSError: If a file cannot be written. Images in flight are finished first.
     """
     if overlays:
-        (folder / OVERLAYS).mkdir(exist_ok=True)
+        (folder / OVERLAYS_NAME).mkdir(exist_ok=True)
+    num_threads = len(generators) * IMAGES_PER_DEVICE
     idle: queue.SimpleQueue[Generate] = queue.SimpleQueue()
-    for generate in [*generators] * WORKERS:
+    for generate in [*generators] * IMAGES_PER_DEVICE:
         idle.put(generate)
 
     def label(index: int) -> Finding:
-        generate = idle.get_nowait()  # there is one for each thread
+        generate = idle.get_nowait()  # never empty: there is one for each thread
         try:
             return _label_image(source, index, generate, folder, process, overlays)
         finally:
             idle.put(generate)
 
-    waiting = iter(indices)
-    threads = len(generators) * WORKERS
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    start = lambda count: {pool.submit(label, i) for i in itertools.islice(waiting, count)}
+    remaining = iter(indices)
+    pool = concurrent.futures.ThreadPoolExecutor(num_threads)
+
+    def submit(count: int) -> set[concurrent.futures.Future[Finding]]:
+        return {pool.submit(label, index) for index in itertools.islice(remaining, count)}
+
     try:
-        running = start(2 * threads)  # a thread that is done finds the next image waiting
+        running = submit(2 * num_threads)  # a thread that finishes finds the next image queued
         while running:
             done, running = concurrent.futures.wait(
                 running, return_when=concurrent.futures.FIRST_COMPLETED
             )
-            running |= start(len(done))
+            running |= submit(len(done))
             for future in done:
                 yield future.result()
     finally:
@@ -89,31 +97,25 @@ def label_images(
 def _label_image(
     source: Source, index: int, generate: Generate, folder: Path, process: int, overlays: bool
 ) -> Finding:
-    """Masks one image; its json comes last, with which it is finished."""
     name = source.name(index)
     try:
-        data = source.encoded(index)
-        image = source.image(index) if data is None else decode.decode_image(data, None)
-        jpeg = _jpeg(data, image)
-        records = _masks(generate, image)
+        encoded = source.encoded(index)
+        image = source.image(index) if encoded is None else decode.decode_image(encoded, None)
+        jpeg = _to_jpeg(encoded, image)
+        records = _generate_masks(generate, image)
     except BadSample as error:
         return Finding(index, name, reason=error.reason, detail=error.detail)
-    stem = f"sa_{index}"
-    write_file(folder / f"{stem}.jpg", [jpeg], process=process)
+    write_file(folder / f"sa_{index}.jpg", [jpeg], process=process)
     if overlays:
-        drawn = io.BytesIO()
-        Image.fromarray(draw_masks(image, [r["segmentation"] for r in records])).save(drawn, "PNG")
-        write_file(folder / OVERLAYS / f"{stem}.png", [drawn.getvalue()], process=process)
-    height, width = image.shape[:2]
-    content = {
-        "image": {"image_id": index, "width": width, "height": height, "file_name": f"{stem}.jpg"},
-        "annotations": [{"id": i, **record} for i, record in enumerate(records)],
-    }
-    write_json(folder / f"{stem}.json", content, process=process)
+        overlay = _draw_overlay(image, records)
+        write_file(folder / OVERLAYS_NAME / f"sa_{index}.png", [overlay], process=process)
+    # Last, since an image with a JSON file counts as finished.
+    write_json(folder / f"sa_{index}.json", _sa1b_record(index, image, records), process=process)
     return Finding(index, name, masks=len(records))
 
 
-def _masks(generate: Generate, image: np.ndarray) -> list[dict[str, Any]]:
+def _generate_masks(generate: Generate, image: UInt8[np.ndarray, "h w 3"]) -> list[dict[str, Any]]:
+    """Returns the records of the masks that have pixels; readers of SA-1B refuse empty ones."""
     try:
         records = generate(image)
     except ImageError as error:
@@ -121,17 +123,42 @@ def _masks(generate: Generate, image: np.ndarray) -> list[dict[str, Any]]:
     return [record for record in records if record["area"]]  # no reader takes empty masks
 
 
-def _jpeg(data: bytes | None, image: np.ndarray) -> bytes:
-    """An image's own file if that is a JPEG, upright and in color; else a new one of its pixels."""
-    if data is not None:
-        with Image.open(io.BytesIO(data)) as header:
-            turned = header.getexif().get(ORIENTATION) in range(2, 9)
-            if (header.format, header.mode, turned) == ("JPEG", "RGB", False):
-                return data
+def _sa1b_record(
+    index: int, image: UInt8[np.ndarray, "h w 3"], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    height, width = image.shape[:2]
+    return {
+        "image": {
+            "image_id": index,
+            "width": width,
+            "height": height,
+            "file_name": f"sa_{index}.jpg",
+        },
+        "annotations": [{"id": i, **record} for i, record in enumerate(records)],
+    }
+
+
+def _draw_overlay(image: UInt8[np.ndarray, "h w 3"], records: list[dict[str, Any]]) -> bytes:
+    """Returns a PNG file."""
+    png = io.BytesIO()
+    masks = [record["segmentation"] for record in records]
+    Image.fromarray(draw_masks(image, masks)).save(png, "PNG")
+    return png.getvalue()
+
+
+def _to_jpeg(encoded: bytes | None, image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """Returns the file of an image if it is an upright RGB JPEG, otherwise a new JPEG."""
+    if encoded is not None:
+        with Image.open(io.BytesIO(encoded)) as header:
+            is_upright = header.getexif().get(EXIF_ORIENTATION) not in range(2, 9)
+            if header.format == "JPEG" and header.mode == "RGB" and is_upright:
+                return encoded
     height, width = image.shape[:2]
     if max(height, width) > MAX_JPEG_SIDE:
-        detail = f"a JPEG has at most {MAX_JPEG_SIDE} pixels a side; got {height} x {width}"
-        raise BadSample("rejected image", detail)
+        raise BadSample(
+            "rejected image",
+            f"a JPEG has at most {MAX_JPEG_SIDE} pixels a side; got {height} x {width}",
+        )
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()

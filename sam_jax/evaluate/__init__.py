@@ -1,1 +1,1 @@
-"""The paper's evaluations."""
+"""The evaluation protocols of the paper, one a file; see `sam_jax.evaluate.protocol`."""

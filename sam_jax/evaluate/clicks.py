@@ -1,87 +1,149 @@
 """Mean IoU after 1, 2, 3, 5 and 9 clicks, and after a box, on every mask of a source.
 
-Source: Kirillov et al. 2023, section 7.1 and appendix D.1. The first click lies where the mask is
-farthest from its border, the next where what is still wrong is. One click has three outputs: the
-one with the highest predicted IoU is `chosen`, the best one is the `oracle`'s. Later clicks go with
-the logits of the prediction before them and have a single output, so that the two are equal.
+Source: Kirillov et al. 2023, section 7.1 and appendix D.1. The first click is the point of the mask
+farthest from its border, each further click that of the error region. One click and a box have
+three outputs: the scores are those of the output with the highest predicted IoU, and those of the
+best output, which an oracle would choose. Further clicks come with the logits of the previous
+prediction and have a single output, so the two scores agree.
 
-What the paper leaves unsaid: the box is the mask's own, its corners the outermost pixels, and has
-three outputs too; clicks and IoU are in pixels of the image; where nothing is wrong any more, no
-click is added. Unlike in training, no mask is left out for its size.
+Differences, where the paper says nothing: The box is the bounding box of the mask, with the
+outermost pixels as corners. Clicks and IoU are in pixels of the image. No click is added to a
+perfect prediction. Unlike in training, masks of all sizes count.
 """
 
-from collections.abc import Iterator, Sequence
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
+from tqdm import tqdm
 
 from sam_jax.data.example import BadSample, Example, Source
+from sam_jax.data.open import open_source, select
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask
 from sam_jax.masks.clicks import center_click, center_click_on_error
 from sam_jax.predict.predictor import SamPredictor
+from sam_jax.weights.formats import load
 
-CLICKS = (1, 2, 3, 5, 9)
-GROUP = 32  # objects at a time: their masks in full size take memory
-
-
-def evaluate_clicks(predictor: SamPredictor, source: Source, indices: Sequence[int]) -> dict:
-    """Evaluates a model on images of a source.
-
-    Args:
-      predictor: `SamPredictor`; its image is replaced.
-      source: the examples; indices: which of them, e.g. a tqdm bar over them.
-    Returns:
-      {"objects": count, "clicks": {"1": {"chosen": IoU, "oracle": IoU}, ...}, "box": the same,
-      "ceiling": see `one_click_ceiling`, "bad_samples": how many images could not be read}.
-    Raises:
-      ValueError: if there is no mask at all.
-    """
-    rows, ceilings, bad = [], [], 0
-    for index in indices:
-        try:
-            masks = paint_masks(example := source[index])
-        except BadSample:
-            bad += 1
-            continue
-        predictor.set_image(example.image)
-        ceilings += one_click_ceiling(masks)
-        for start in range(0, len(masks), GROUP):
-            rows.append(play_clicks(predictor, masks[start : start + GROUP]))
-    if not rows:
-        raise ValueError(f"there is no mask to evaluate on; {bad} images could not be read")
-    # 'object column': chosen and oracle of each number of clicks, then of the box
-    mean = np.concatenate(rows).mean(axis=0).reshape(-1, 2)
-    scores = [{"chosen": round(float(c), 4), "oracle": round(float(o), 4)} for c, o in mean]
-    return {
-        "objects": sum(map(len, rows)),
-        "clicks": dict(zip(map(str, CLICKS), scores, strict=False)),
-        "box": scores[-1],
-        "ceiling": round(float(np.mean(ceilings)), 4),
-        "bad_samples": bad,
-    }
+NUM_CLICKS = (1, 2, 3, 5, 9)  # after which the IoU is measured
+OBJECTS_PER_CALL = 32  # their masks in full size take memory
 
 
-def table(scores: dict) -> str:
-    """What `evaluate_clicks` returns, as lines for people."""
-    rows = [(f"{n} click{'s' * (n != '1')}", iou) for n, iou in scores["clicks"].items()]
-    lines = [f"mean IoU over {scores['objects']} objects", f"{'':10}   chosen   oracle"]
-    lines += [
-        f"{name:10}{iou['chosen']:9.3f}{iou['oracle']:9.3f}"
-        for name, iou in [*rows, ("box", scores["box"])]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """See `Evaluation`."""
+    parser.description = (
+        "Evaluates a model by the paper's protocol on every mask of a source: clicks in the centre "
+        "of the mask and then of the error, or a box, and the mean IoU of the predicted masks."
+    )
+    parser.epilog = (
+        "example: sam-jax evaluate clicks --weights sam_vit_b --source coco:photos/ "
+        "--json scores.json"
+    )
+    parser.add_argument(
+        "--weights",
+        required=True,
+        help="a weights directory, a checkpoint file, or sam_vit_b, sam_vit_l, sam_vit_h or "
+        "sam_tiny",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """See `Evaluation`."""
+    images = select(open_source(args.source), args.index)
+    predictor = SamPredictor(*load(args.weights))
+    return evaluate_clicks(
+        predictor, images, tqdm(range(len(images)), unit=" images", disable=None)
+    )
+
+
+def format_table(scores: dict[str, Any]) -> str:
+    """See `Evaluation`."""
+    rows = [
+        (f"{count} click{'' if count == '1' else 's'}", iou)
+        for count, iou in scores["clicks"].items()
     ]
+    rows.append(("box", scores["box"]))
+    lines = [f"mean IoU over {scores['objects']} objects", f"{'':10}{'predicted best':>16}  oracle"]
+    lines += [f"{name:10}{iou['chosen']:16.3f}{iou['oracle']:8.3f}" for name, iou in rows]
     lines.append(
-        f"ceiling of one click, not knowing which object is meant: {scores['ceiling']:.3f}"
+        f"upper bound for one click, not knowing which object is meant: {scores['ceiling']:.3f}"
     )
     if scores["bad_samples"]:
-        lines.append(f"{scores['bad_samples']} images could not be read and are left out")
+        lines.append(f"{scores['bad_samples']} images could not be read and were left out")
     return "\n".join(lines)
 
 
-def paint_masks(example: Example) -> np.ndarray:
-    """The masks 'n h w' of an example, painted.
+def evaluate_clicks(
+    predictor: SamPredictor, source: Source, indices: Iterable[int]
+) -> dict[str, Any]:
+    """Evaluates a model on images of a source.
+
+    Args:
+      predictor: The model; its image is replaced.
+      source: The images and their masks.
+      indices: The images to evaluate on, for example a progress bar over them.
+
+    Returns:
+      {"objects": number of masks, "clicks": {"1": {"chosen": IoU, "oracle": IoU}, ...}, "box":
+      {"chosen": IoU, "oracle": IoU}, "ceiling": mean of `one_click_upper_bound`, "bad_samples":
+      number of images that could not be read}. "chosen" is the output with the highest predicted
+      IoU.
 
     Raises:
-      BadSample: if one is broken or empty.
+      ValueError: If there is no mask at all.
+    """
+    ious: list[np.ndarray] = []
+    upper_bounds: list[float] = []
+    num_bad = 0
+    for index in indices:
+        try:
+            example = source[index]
+            masks = decode_masks(example)
+        except BadSample:
+            num_bad += 1
+            continue
+        predictor.set_image(example.image)
+        upper_bounds += one_click_upper_bound(masks)
+        for start in range(0, len(masks), OBJECTS_PER_CALL):
+            ious.append(measure_prompts(predictor, masks[start : start + OBJECTS_PER_CALL]))
+    if not ious:
+        raise ValueError(f"there is no mask to evaluate on; {num_bad} images could not be read")
+    return summarize(np.concatenate(ious), upper_bounds, num_bad)
+
+
+def summarize(
+    ious: Float[np.ndarray, "n columns 2"], upper_bounds: Sequence[float], num_bad: int
+) -> dict[str, Any]:
+    """Averages over objects.
+
+    Args:
+      ious: See `measure_prompts`.
+      upper_bounds: One for each object.
+      num_bad: The number of images that could not be read.
+
+    Returns:
+      See `evaluate_clicks`.
+    """
+    *clicks, box = [
+        {"chosen": round(float(predicted_best), 4), "oracle": round(float(oracle), 4)}
+        for predicted_best, oracle in ious.mean(axis=0)
+    ]
+    return {
+        "objects": len(ious),
+        "clicks": dict(zip(map(str, NUM_CLICKS), clicks, strict=True)),
+        "box": box,
+        "ceiling": round(float(np.mean(upper_bounds)), 4),
+        "bad_samples": num_bad,
+    }
+
+
+def decode_masks(example: Example) -> Bool[np.ndarray, "n h w"]:
+    """Decodes the run lengths of an example.
+
+    Raises:
+      BadSample: If a mask is broken or empty.
     """
     try:
         masks = np.stack([rle.decode(mask) for mask in example.masks])
@@ -92,32 +154,49 @@ def paint_masks(example: Example) -> np.ndarray:
     return masks
 
 
-def play_clicks(predictor: SamPredictor, masks: np.ndarray) -> np.ndarray:
-    """Clicks on masks 'n h w' of the image that is set.
+def measure_prompts(
+    predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"]
+) -> Float[np.ndarray, "n columns 2"]:
+    """Prompts the model with clicks on objects, and then with their boxes.
+
+    Args:
+      predictor: The model, with the image set.
+      masks: The objects.
 
     Returns:
-      'n column': the IoUs of chosen and oracle for each of CLICKS, then for the box.
+      The IoU for each of `NUM_CLICKS` and then for the box: that of the output with the highest
+      predicted IoU, and that of the best output.
     """
-    columns: list[np.ndarray] = []
-    for number, (predicted, scores) in enumerate(rounds_of(predictor, masks), start=1):
-        if number in CLICKS:
-            columns += chosen_and_oracle(predicted, scores, masks)
-    columns += chosen_and_oracle(*predict_boxes(predictor, masks), masks)
+    columns = [
+        best_ious(predicted, scores, masks)
+        for count, (predicted, scores) in enumerate(predict_clicks(predictor, masks), start=1)
+        if count in NUM_CLICKS
+    ]
+    columns.append(best_ious(*predict_boxes(predictor, masks), masks))
     return np.stack(columns, axis=1)
 
 
-def rounds_of(
-    predictor: SamPredictor, masks: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """After each click: predicted masks 'n m h w' and their scores 'n m', m being 3 at first."""
-    prompts: list[dict] = []
+def predict_clicks(
+    predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"]
+) -> Iterator[tuple[Bool[np.ndarray, "n m h w"], Float[np.ndarray, "n m"]]]:
+    """Clicks on each object, then repeatedly on the error of its prediction.
+
+    Args:
+      predictor: The model, with the image set.
+      masks: The objects.
+
+    Yields:
+      The predicted masks and their predicted IoUs after each click: m is 3 after the first click
+      and 1 after the others.
+    """
+    prompts: list[dict[str, Any]] = []
     for mask in masks:
         x, y, _ = center_click(mask)
         prompts.append({"point_coords": [(x, y)], "point_labels": [1]})
-    for number in range(1, max(CLICKS) + 1):
-        predicted, scores, logits = predictor.predict_many(prompts, multimask_output=number == 1)
+    for count in range(1, max(NUM_CLICKS) + 1):
+        predicted, scores, logits = predictor.predict_many(prompts, multimask_output=count == 1)
         yield predicted, scores
-        if number == max(CLICKS):
+        if count == max(NUM_CLICKS):
             return
         for i, best in enumerate(scores.argmax(axis=1)):
             prompts[i]["mask_input"] = logits[i, best]
@@ -126,35 +205,45 @@ def rounds_of(
                 prompts[i]["point_labels"].append(click[2])
 
 
-def predict_boxes(predictor: SamPredictor, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Masks 'n 3 h w' and scores 'n 3' predicted from the boxes of masks 'n h w'."""
+def predict_boxes(
+    predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"]
+) -> tuple[Bool[np.ndarray, "n m h w"], Float[np.ndarray, "n m"]]:
+    """Predicts three masks of each object, and their IoUs, from its bounding box."""
     boxes = box_of_mask(masks)
-    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)  # of a line of pixels
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)  # a line of pixels has no area
     predicted, scores, _ = predictor.predict_many([{"box": box} for box in boxes])
     return predicted, scores
 
 
-def chosen_and_oracle(predicted, scores, masks) -> tuple[np.ndarray, np.ndarray]:
-    """The IoUs 'n' of the masks with the highest scores 'n m', and of the best ones."""
+def best_ious(
+    predicted: Bool[np.ndarray, "n m h w"],
+    scores: Float[np.ndarray, "n m"],
+    masks: Bool[np.ndarray, "n h w"],
+) -> Float[np.ndarray, "n 2"]:
+    """Returns the IoU of the output with the highest score, and that of the best output."""
     iou = mask_iou(predicted, masks[:, None])
-    return np.take_along_axis(iou, scores.argmax(axis=1)[:, None], axis=1)[:, 0], iou.max(axis=1)
+    predicted_best = np.take_along_axis(iou, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return np.stack([predicted_best, iou.max(axis=1)], axis=1)
 
 
-def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of masks '... h w' bool, which may broadcast -> '...'; 1 for two empty ones."""
-    intersection = np.count_nonzero(a & b, axis=(-2, -1))
-    union = np.count_nonzero(a | b, axis=(-2, -1))
+def mask_iou(
+    first: Bool[np.ndarray, "*#batch h w"], second: Bool[np.ndarray, "*#batch h w"]
+) -> Float[np.ndarray, "*batch"]:
+    """Returns the IoU of masks; 1 for two empty masks, which agree."""
+    intersection = np.count_nonzero(first & second, axis=(-2, -1))
+    union = np.count_nonzero(first | second, axis=(-2, -1))
     return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))
 
 
-def one_click_ceiling(masks: np.ndarray) -> list[float]:
-    """The IoU with each mask of who knows all masks of the image, but not which one is meant.
+def one_click_upper_bound(masks: Bool[np.ndarray, "n h w"]) -> list[float]:
+    """Returns the IoUs that are possible after one click on each mask of an image.
 
-    Of the masks that hold the first click, any may be meant; the best answer is the one with the
-    highest mean IoU over them.
+    A predictor that knows all masks does not know which of those under the click is meant. Its
+    best answer is the one with the highest mean IoU over them. On average no predictor can do
+    better, if each of them is equally likely.
 
     Args:
-      masks: 'n h w' bool, none empty.
+      masks: All masks of the image, none of them empty.
     """
     area = masks.sum(axis=(1, 2))
     flat = masks.reshape(len(masks), -1).astype(np.float32)
@@ -163,7 +252,7 @@ def one_click_ceiling(masks: np.ndarray) -> list[float]:
     result = []
     for i, mask in enumerate(masks):
         x, y, _ = center_click(mask)
-        meant = np.flatnonzero(masks[:, y, x])
-        answer = meant[np.argmax(iou[np.ix_(meant, meant)].mean(axis=1))]
+        under_click = np.flatnonzero(masks[:, y, x])
+        answer = under_click[np.argmax(iou[np.ix_(under_click, under_click)].mean(axis=1))]
         result.append(float(iou[answer, i]))
     return result

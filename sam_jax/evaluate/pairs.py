@@ -1,18 +1,21 @@
-"""Two sources of the same images: the masks of one beside those of the other."""
+"""The masks of an image in two sources of the same images."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from sam_jax.data.example import RLE, BadSample, Source
 from sam_jax.masks import overlap, rle
 
+MASKS_ONLY = (256, 256)  # pass as `reduce_to` if only masks are used: images are decoded small
+
 
 def read_masks(source: Source, index: int) -> Sequence[RLE]:
-    """The masks of an image; none where that is why the source has no such example.
+    """Reads the masks of an image; an image without masks has an empty list.
 
     Raises:
-      BadSample: if it is unusable for another reason.
+      BadSample: If the image is unusable for another reason.
     """
     try:
         return source[index].masks
@@ -22,20 +25,23 @@ def read_masks(source: Source, index: int) -> Sequence[RLE]:
         raise
 
 
-def iou_of_both(name: str, first: Sequence[RLE], second: Sequence[RLE]) -> np.ndarray:
-    """The IoU of each mask of an image in one source with each in the other.
+def pairwise_iou(
+    name: str, first: Sequence[RLE], second: Sequence[RLE]
+) -> Float[np.ndarray, "n k"]:
+    """Computes the IoU of each mask in one source with each mask in the other.
 
     Args:
-      name: of the image, for errors; first: n masks; second: k masks.
-    Returns:
-      'n k' float64.
+      name: The name of the image, for errors.
+      first: Its n masks in one source.
+      second: Its k masks in the other source.
+
     Raises:
-      BadSample: if a mask is broken.
-      ValueError: if they differ in size, so that the images are not the same.
+      BadSample: If a mask is broken.
+      ValueError: If the masks differ in size, so that the images are not the same.
     """
     try:
         return overlap.iou(first, second)
     except rle.RLEError as error:
         raise BadSample("broken mask", str(error)) from error
     except ValueError as error:
-        raise ValueError(f"{name}, of which both sources should have masks: {error}") from error
+        raise ValueError(f"{name} is not the same image in both sources: {error}") from error

@@ -1,29 +1,33 @@
-"""Average recall of proposed masks: how many objects the best k masks of an image find.
+"""Average recall: the share of objects that the best k proposed masks of an image find.
 
 Source: Kirillov et al. 2023, section 7.3 and appendix D.3, and `cocoeval.py` in cocodataset/cocoapi
-with all categories as one (useCats = 0). For each of ten IoUs from 0.5 to 0.95, the proposals of an
-image, best first, each find the object with the highest IoU of those that none before has found, if
-it is no lower. An object's size is its number of pixels; as in COCO, one on the border between two
-sizes is of both.
+with all categories as one (useCats = 0). For each of ten IoU thresholds from 0.5 to 0.95, the
+proposals of an image are matched in order, best first: each finds the object with the highest IoU
+among those not found yet, if the IoU reaches the threshold. The size of an object is its number of
+pixels; as in COCO, an object on the border between two sizes belongs to both.
 
-Deliberate difference: proposals have no scores. They are a source of masks, whose order is their
-ranking. The paper's are those of everything mode without crops, which puts the highest predicted
-IoU first; where there are more than 1000, the paper ranks by the mean of that and of stability.
+Differences: Proposals have no scores. They are a source of masks whose order is their ranking. In
+the paper they are those of everything mode without crops, ordered by predicted IoU; where there are
+more than 1000, the paper ranks them by the mean of predicted IoU and stability.
 """
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
+from tqdm import tqdm
 
 from sam_jax.data.example import RLE, BadSample, Source
-from sam_jax.data.open import Subset
+from sam_jax.data.open import Subset, open_source, select
 from sam_jax.data.sources.sa1b import Sa1b
-from sam_jax.evaluate.pairs import iou_of_both, read_masks
+from sam_jax.evaluate.pairs import MASKS_ONLY, pairwise_iou, read_masks
 from sam_jax.masks import rle
 
-TOP = (10, 100, 1000)  # how many proposals of an image are looked at, ascending
-THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU
-AREAS = {
+NUM_PROPOSALS = (10, 100, 1000)  # the best k of an image, ascending
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+AREA_RANGES = {
     "all": (0, np.inf),
     "small": (0, 32**2),
     "medium": (32**2, 96**2),
@@ -31,82 +35,122 @@ AREAS = {
 }
 
 
-def evaluate_proposals(proposals: Source, truths: Source, pairs: Sequence[tuple[int, int]]) -> dict:
-    """Evaluates proposals on images.
-
-    Args:
-      proposals: a source of masks, the best of an image first; an image may have none.
-      truths: a source of the masks that should be found.
-      pairs: the index of each image in both, e.g. a tqdm bar over what `pair_images` returns.
-    Returns:
-      {"images": count, "objects": {"all": count, "small": ..., "medium": ..., "large": ...},
-      "recall": {"all": {"10": average recall, "100": ..., "1000": ...}, ...}, "bad_samples": how
-      many images could not be read}; the recall is None where there is no object of a size.
-    Raises:
-      ValueError: if there is no object at all, or if an image has different sizes in both.
-    """
-    objects = np.zeros(len(AREAS), np.int64)
-    found = np.zeros((len(AREAS), len(TOP)))
-    bad = 0
-    for proposed, true in pairs:
-        try:
-            masks = read_masks(truths, true)
-            best = read_masks(proposals, proposed)[: TOP[-1]]
-            iou = iou_of_both(truths.name(true), best, masks)
-        except BadSample:
-            bad += 1
-            continue
-        of_size = sizes_of(masks)
-        objects += of_size.sum(axis=1)
-        found += count_found(find(iou, of_size))
-    if not objects[0]:
-        raise ValueError(f"there is no object to be found; {bad} images could not be read")
-    recall = {
-        name: {
-            str(top): round(float(number / count), 4) if count else None
-            for top, number in zip(TOP, numbers, strict=True)
-        }
-        for name, count, numbers in zip(AREAS, objects, found, strict=True)
-    }
-    return {
-        "images": len(pairs) - bad,
-        "objects": dict(zip(AREAS, objects.tolist(), strict=True)),
-        "recall": recall,
-        "bad_samples": bad,
-    }
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """See `Evaluation`."""
+    parser.description = (
+        "Computes the average recall of proposed masks, as COCO does: the share of the objects "
+        "that the best 10, 100 and 1000 masks of an image find."
+    )
+    parser.epilog = (
+        "example: sam-jax evaluate proposals sa1b:masks/ --source coco:photos/ --json recall.json"
+    )
+    parser.add_argument(
+        "proposals",
+        metavar="PROPOSALS",
+        help="a source of masks of the same images, the best of each image first; in sa1b:PATH, "
+        "sa_7.json holds the masks for image 7 of the source",
+    )
 
 
-def table(scores: dict) -> str:
-    """What `evaluate_proposals` returns, as lines for people."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """See `Evaluation`."""
+    ground_truth = select(open_source(args.source, reduce_to=MASKS_ONLY), args.index)
+    proposals = open_source(args.proposals, reduce_to=MASKS_ONLY)
+    pairs = pair_images(proposals, ground_truth)
+    print(f"{len(pairs)} of {len(ground_truth)} images have proposals")
+    progress = tqdm(pairs, unit=" images", disable=None)
+    scores = evaluate_proposals(proposals, ground_truth.source, progress)
+    return {"proposals": args.proposals} | scores
+
+
+def format_table(scores: dict[str, Any]) -> str:
+    """See `Evaluation`."""
     lines = [f"average recall of the best proposals of {scores['images']} images"]
-    lines.append(f"{'':8}{'objects':>9}" + "".join(f"{f'AR@{top}':>9}" for top in TOP))
+    header = "".join(f"{f'AR@{count}':>9}" for count in NUM_PROPOSALS)
+    lines.append(f"{'':8}{'objects':>9}{header}")
     for name, count in scores["objects"].items():
-        recall = scores["recall"][name].values()
-        numbers = "".join(f"{'' if ar is None else f'{ar:.3f}':>9}" for ar in recall)
-        lines.append(f"{name:8}{count:9}{numbers}".rstrip())
+        cells = [
+            "" if recall is None else f"{recall:.3f}" for recall in scores["recall"][name].values()
+        ]
+        lines.append(f"{name:8}{count:9}{''.join(f'{cell:>9}' for cell in cells)}".rstrip())
     if scores["bad_samples"]:
-        lines.append(f"{scores['bad_samples']} images could not be read and are left out")
+        lines.append(f"{scores['bad_samples']} images could not be read and were left out")
     return "\n".join(lines)
 
 
-def pair_images(proposals: Source, truths: Subset) -> list[tuple[int, int]]:
-    """Finds the proposals of selected images.
+def evaluate_proposals(
+    proposals: Source, ground_truth: Source, pairs: Iterable[tuple[int, int]]
+) -> dict[str, Any]:
+    """Evaluates proposals on images.
 
-    Of files of SA-1B's kind, `sa_7` is for image 7 of the source of `truths`, as everything mode
-    names them, so that a labelling that has not come to its end is evaluated on what it has. Any
-    other source must have all images, in the same order.
+    Args:
+      proposals: A source of masks, the best of an image first; an image may have none.
+      ground_truth: A source of the masks to be found.
+      pairs: The index of each image in both sources, for example a progress bar over the result
+        of `pair_images`.
 
     Returns:
-      The index in `proposals`, and in the source of `truths`, of each selected image of both.
+      {"images": count, "objects": {"all": count, "small": ..., "medium": ..., "large": ...},
+      "recall": {"all": {"10": average recall, "100": ..., "1000": ...}, ...}, "bad_samples":
+      number of images that could not be read}. The recall is None if there is no object of a size.
+
     Raises:
-      ValueError: if there is none, or if they are not of the same images.
+      ValueError: If there is no object at all, or if an image differs in size between the sources.
     """
-    count = len(truths.source)
+    num_objects = np.zeros(len(AREA_RANGES), np.int64)
+    num_found = np.zeros((len(AREA_RANGES), len(NUM_PROPOSALS)))
+    num_images = num_bad = 0
+    for proposed_index, true_index in pairs:
+        try:
+            objects = read_masks(ground_truth, true_index)
+            best = read_masks(proposals, proposed_index)[: NUM_PROPOSALS[-1]]
+            iou = pairwise_iou(ground_truth.name(true_index), best, objects)
+        except BadSample:
+            num_bad += 1
+            continue
+        num_images += 1
+        in_range = classify_by_area(objects)
+        num_objects += in_range.sum(axis=1)
+        num_found += count_found(match_proposals(iou, in_range))
+    if not num_objects[0]:
+        raise ValueError(f"there is no object to be found; {num_bad} images could not be read")
+    return {
+        "images": num_images,
+        "objects": dict(zip(AREA_RANGES, num_objects.tolist(), strict=True)),
+        "recall": {
+            name: {
+                str(k): round(float(found / count), 4) if count else None
+                for k, found in zip(NUM_PROPOSALS, found_of_range, strict=True)
+            }
+            for name, count, found_of_range in zip(AREA_RANGES, num_objects, num_found, strict=True)
+        },
+        "bad_samples": num_bad,
+    }
+
+
+def pair_images(proposals: Source, ground_truth: Subset) -> list[tuple[int, int]]:
+    """Finds the proposals of selected images.
+
+    In files named as in SA-1B, `sa_7` belongs to image 7 of the source of `ground_truth`, as
+    everything mode names them, so an unfinished run is evaluated on the images it has. Any other
+    source must have all images, in the same order.
+
+    Args:
+      proposals: A source of masks.
+      ground_truth: The selected images.
+
+    Returns:
+      The index in `proposals`, and in the source of `ground_truth`, of each image in both.
+
+    Raises:
+      ValueError: If there is no such image, or if the sources do not have the same images.
+    """
+    count = len(ground_truth.source)
     if isinstance(proposals, Sa1b):
         ids = proposals.ids
         if ids[-1] >= count:
             raise ValueError(
-                f"proposals sa_0 to sa_{count - 1} are those of the {count} images in the source; "
+                f"proposals must be sa_0 to sa_{count - 1} for the {count} images in the source; "
                 f"got sa_{ids[-1]}"
             )
     else:
@@ -116,44 +160,50 @@ def pair_images(proposals: Source, truths: Subset) -> list[tuple[int, int]]:
                 "proposals must be of the same images in the same order; got "
                 f"{len(proposals)} images with proposals, and {count} in the source"
             )
-    both, proposed, _ = np.intersect1d(ids, truths.indices, return_indices=True)
-    if not len(both):
-        raise ValueError(f"none of the {len(truths)} selected images has proposals")
-    return list(zip(proposed.tolist(), both.tolist(), strict=True))
+    common, positions, _ = np.intersect1d(ids, ground_truth.indices, return_indices=True)
+    if not len(common):
+        raise ValueError(f"none of the {len(ground_truth)} selected images has proposals")
+    return list(zip(positions.tolist(), common.tolist(), strict=True))
 
 
-def sizes_of(masks: Sequence[RLE]) -> np.ndarray:
-    """Which of n masks are of each of AREAS -> 's n' bool."""
+def classify_by_area(masks: Sequence[RLE]) -> Bool[np.ndarray, "s n"]:
+    """Returns which of n masks are in each of `AREA_RANGES`."""
     area = np.array([rle.area(mask) for mask in masks])
-    return np.array([(least <= area) & (area <= most) for least, most in AREAS.values()])
+    return np.array([(least <= area) & (area <= most) for least, most in AREA_RANGES.values()])
 
 
-def find(iou: np.ndarray, of_size: np.ndarray) -> np.ndarray:
-    """Which proposals find an object.
-
-    Args:
-      iou: 'p n' of p proposals, best first, and n objects.
-      of_size: 's n' bool; the objects of each size are looked for apart.
-    Returns:
-      'x s p' bool, for each of THRESHOLDS.
-    """
-    free = np.tile(of_size, (len(THRESHOLDS), 1, 1))
-    found = np.zeros((*free.shape[:2], len(iou)), bool)
-    for i in np.flatnonzero((iou >= THRESHOLDS[0]).any(axis=1)):
-        fits = np.where(free & (iou[i] >= THRESHOLDS[:, None, None]), iou[i], 0)
-        best = fits.shape[-1] - 1 - fits[..., ::-1].argmax(axis=-1)  # of equals COCO takes the last
-        found[..., i] = fits.any(axis=-1)
-        x, s = np.nonzero(found[..., i])
-        free[x, s, best[x, s]] = False
-    return found
-
-
-def count_found(found: np.ndarray) -> np.ndarray:
-    """How many objects the best of each of TOP find.
+def match_proposals(
+    iou: Float[np.ndarray, "p n"], in_range: Bool[np.ndarray, "s n"]
+) -> Bool[np.ndarray, "x s p"]:
+    """Returns which proposals find an object.
 
     Args:
-      found: 'x s p', see `find`.
+      iou: The IoU of p proposals, best first, with n objects.
+      in_range: The objects of each size; sizes are matched independently.
+
     Returns:
-      's t' float64, the mean over THRESHOLDS.
+      For each of x `IOU_THRESHOLDS` and each size, whether a proposal finds an object.
     """
-    return np.stack([found[..., :top].sum(axis=-1).mean(axis=0) for top in TOP], axis=-1)
+    available = np.tile(in_range, (len(IOU_THRESHOLDS), 1, 1))
+    finds = np.zeros((*available.shape[:2], len(iou)), bool)
+    for i in np.flatnonzero((iou >= IOU_THRESHOLDS[0]).any(axis=1)):
+        candidates = np.where(available & (iou[i] >= IOU_THRESHOLDS[:, None, None]), iou[i], 0)
+        # COCO takes the last of several objects with the same IoU.
+        best = candidates.shape[-1] - 1 - candidates[..., ::-1].argmax(axis=-1)
+        finds[..., i] = candidates.any(axis=-1)
+        x, s = np.nonzero(finds[..., i])
+        available[x, s, best[x, s]] = False
+    return finds
+
+
+def count_found(finds: Bool[np.ndarray, "x s p"]) -> Float[np.ndarray, "s k"]:
+    """Counts the objects that the best proposals find, averaged over `IOU_THRESHOLDS`.
+
+    Args:
+      finds: See `match_proposals`.
+
+    Returns:
+      For each size and each of `NUM_PROPOSALS`, the mean number of objects found.
+    """
+    counts = [finds[..., :k].sum(axis=-1).mean(axis=0) for k in NUM_PROPOSALS]
+    return np.stack(counts, axis=-1)

@@ -13,11 +13,13 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, writer: str = "") -> Iterator[Path]:
     """Yields a temporary path whose file replaces `path` if the block succeeds.
 
     Args:
       path: The file to write or to replace. Its folder must exist.
+      writer: A name that becomes part of the temporary name, `.NAME.WRITER.HEX.tmp`, by which a
+        restarted process finds the files that it left unfinished when it was killed.
 
     Yields:
       A path in the same folder that does not exist yet. The block must create a file there. If it
@@ -27,7 +29,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
       OSError: If the file cannot be written or renamed.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    prefix = f".{path.name}.{writer}." if writer else f".{path.name}."
+    temporary = path.with_name(f"{prefix}{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

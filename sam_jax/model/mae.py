@@ -252,6 +252,29 @@ def mean_and_deviation(
     return mean, jnp.sqrt(variance + EPSILON)
 
 
+def reconstruction_loss(
+    output: ReconstructedPatches, image: Float[Array, "b h w 3"], patch_size: int, normalized: bool
+) -> Float[Array, " b"]:
+    """Computes the mean squared error of the masked patches of each image.
+
+    Source: `forward_loss` in facebookresearch/mae `models_mae.py`.
+
+    Args:
+      output: Reconstructed patches. The same number is removed from each image.
+      image: Normalised images.
+      patch_size: Side of a patch in pixels.
+      normalized: True if patches are predicted normalised by their mean and deviation.
+
+    Returns:
+      The mean over an image's removed patches.
+    """
+    target = patchify(image, patch_size)
+    if normalized:
+        target = normalize_patches(target)
+    error = jnp.mean((output.patches - target) ** 2, axis=-1)
+    return jnp.sum(error * output.mask, axis=1) / jnp.sum(output.mask, axis=1)
+
+
 def mae_for(sam: Sam, **overrides: Any) -> MaskedAutoencoder:
     """Builds an autoencoder whose encoder can become a SAM's image encoder."""
     names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")

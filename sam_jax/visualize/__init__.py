@@ -1,1 +1,1 @@
-"""Pictures of masks and plots of data sets."""
+"""Masks drawn over images, plots of data sets, and the style of all plots."""

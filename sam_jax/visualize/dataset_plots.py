@@ -1,44 +1,29 @@
-"""Plots of the masks of a source, as figures 5 and 6 of Kirillov et al. 2023, and how plots look.
+"""Plots of the masks of a source.
 
-Colours are Okabe and Ito's (2008), which colour-blind people can tell apart; what matters differs
-in shape or in words too. Pictures are drawn without pyplot, whose state is the process's.
+Source: Kirillov et al. 2023, figures 5 and 6.
 """
 
 import os
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
-DPI = 120
+from sam_jax.visualize.style import BLUE, DPI, new_figure, tidy
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty picture of a size in inches."""
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def tidy(axes: Axes) -> None:
-    """Light grid, no frame, text of a readable size."""
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=11)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_fontsize(12)
-
-
-def save_plots(folder: str, statistics: dict) -> None:
-    """Writes shapes.png and centers.png, and quality.png where there is something to compare with.
+def save_plots(folder: str | os.PathLike[str], statistics: dict[str, Any]) -> list[str]:
+    """Writes shapes.png and centers.png, and quality.png if two annotations were compared.
 
     Args:
-      folder: made if it is missing; statistics: see `statistics.collect`, and "against", if it is
-        there, `quality.collect`.
+      folder: Created if it is missing.
+      statistics: The result of `statistics.summarize`, with that of `quality.summarize` under
+        "against" if there is one.
+
+    Returns:
+      The names of the files.
     """
     figures = {"shapes.png": draw_shapes(statistics), "centers.png": draw_centers(statistics)}
     if "against" in statistics:
@@ -46,69 +31,70 @@ def save_plots(folder: str, statistics: dict) -> None:
     os.makedirs(folder, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(os.path.join(folder, name), dpi=DPI)
+    return list(figures)
 
 
-def draw_shapes(statistics: dict) -> Figure:
-    """How many masks images have, how large they are, how concave; see `statistics.collect`."""
+def draw_shapes(statistics: dict[str, Any]) -> Figure:
+    """Draws histograms of the masks per image, their relative size and their concavity."""
     figure = new_figure(13, 4)
     figure.set_layout_engine("constrained", wspace=0.06)
     count, size, concavity = figure.subplots(1, 3)
     images = np.array(statistics["masks_per_image"]["images"])
     count.bar(statistics["masks_per_image"]["bins"], images / images.sum(), color=BLUE)
-    count.set_xlabel("masks in an image")
-    count.set_ylabel("of images")
+    count.set_xlabel("masks per image")
+    count.set_ylabel("share of images")
     for axes, name, label in (
         (size, "relative_size", "relative size of a mask"),
         (concavity, "concavity", "concavity of a mask"),
     ):
         draw_histogram(axes, statistics[name]["bounds"], statistics[name]["masks"])
         axes.set_xlabel(label)
-        axes.set_ylabel("of masks")
+        axes.set_ylabel("share of masks")
     for axes in (count, size, concavity):
-        show_percent(axes)
+        format_percent(axes)
     return figure
 
 
-def draw_centers(statistics: dict) -> Figure:
-    """Where in their images masks have their centres; see `statistics.collect`."""
+def draw_centers(statistics: dict[str, Any]) -> Figure:
+    """Draws the density of the centres of masks over the image."""
     figure = new_figure(6, 5)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     masks = np.array(statistics["center"]["masks"])
-    bounds = statistics["center"]["bounds"]
-    shown = axes.pcolormesh(bounds, bounds, masks / masks.mean(), cmap="cividis", vmin=0)
+    edges = statistics["center"]["bounds"]
+    mesh = axes.pcolormesh(edges, edges, masks / masks.mean(), cmap="cividis", vmin=0)
     axes.set_aspect("equal")
     axes.invert_yaxis()  # as in an image
     axes.set_xlabel("x / width")
     axes.set_ylabel("y / height")
     tidy(axes)
     axes.grid(visible=False)
-    bar = figure.colorbar(shown, ax=axes, shrink=0.85)
-    bar.set_label("density of centres, 1 on average", size=12)
+    bar = figure.colorbar(mesh, ax=axes, shrink=0.85)
+    bar.set_label("density of mask centres (mean = 1)", size=12)
     bar.ax.tick_params(labelsize=11)
     return figure
 
 
-def draw_quality(quality: dict) -> Figure:
-    """The IoU of pairs; see `quality.collect`."""
+def draw_quality(quality: dict[str, Any]) -> Figure:
+    """Draws a histogram of the IoU of matched masks; see `quality.summarize`."""
     figure = new_figure(6, 4)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     draw_histogram(axes, quality["iou"]["bounds"], quality["iou"]["pairs"])
-    axes.set_xlabel("IoU of a pair of masks")
-    axes.set_ylabel("of pairs")
-    show_percent(axes)
+    axes.set_xlabel("IoU of two matched masks")
+    axes.set_ylabel("share of pairs")
+    format_percent(axes)
     return figure
 
 
-def draw_histogram(axes: Axes, bounds: list[float], counts: list[int]) -> None:
-    """What share of all is in each bin."""
-    axes.stairs(np.array(counts) / sum(counts), bounds, fill=True, color=BLUE)
-    axes.set_xlim(bounds[0], bounds[-1])
+def draw_histogram(axes: Axes, edges: list[float], counts: list[int]) -> None:
+    """Draws the share of each bin."""
+    axes.stairs(np.array(counts) / sum(counts), edges, fill=True, color=BLUE)
+    axes.set_xlim(edges[0], edges[-1])
 
 
-def show_percent(axes: Axes) -> None:
-    """Shares on the y axis, and lines across to read them by."""
+def format_percent(axes: Axes) -> None:
+    """Labels the y axis in percent and draws horizontal grid lines."""
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     tidy(axes)

@@ -1,4 +1,4 @@
-"""Our COCO files as pycocotools reads them."""
+"""pycocotools reads our COCO files."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ mask = pytest.importorskip("pycocotools.mask")
 
 pytestmark = [
     pytest.mark.reference,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
 ]
 
 

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.model.mae import encode_positions, mae_tiny
+from sam_jax.model.mae import encode_positions, mae_tiny, reconstruction_loss
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize
-from train.objectives.reconstruction import reconstruction_loss
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -130,7 +129,7 @@ def test_encodings_and_paintings_are_theirs(theirs, params, image, keys):
     assert_close(ours, encoded.numpy())
     painted = jax.jit(MODEL.apply)({"params": params}, image, keys)
     assert_close(painted.patches, outputs.logits.numpy())
-    np.testing.assert_array_equal(painted.is_hidden, outputs.mask.numpy() > 0)
+    np.testing.assert_array_equal(painted.mask, outputs.mask.numpy() > 0)
 
 
 def test_the_loss_and_its_gradients_are_theirs(theirs, params, image, keys):

@@ -1,4 +1,4 @@
-"""Our average recall against pycocotools' COCOeval, all categories as one."""
+"""Average recall compared with COCOeval of pycocotools, all categories as one."""
 
 import contextlib
 import io
@@ -8,35 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sam_jax.data.example import Example
 from sam_jax.evaluate import proposals
 from sam_jax.masks import rle
 from sam_jax.masks.polygons import rasterize
+from tests.sam_jax.evaluate.toy_sources import ToySource
 
 coco = pytest.importorskip("pycocotools.coco")
 cocoeval = pytest.importorskip("pycocotools.cocoeval")
 
 pytestmark = [
     pytest.mark.reference,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
 ]
 
 COCO_EVAL = Path(__file__).parents[3] / "shared" / "realdata" / "coco_eval"
 
 
-class Masks(list):
-    """A source of lists of masks."""
-
-    def __getitem__(self, index):
-        return Example(image=np.zeros((1, 1, 3), np.uint8), masks=super().__getitem__(index))
-
-    def name(self, index):
-        return f"image {index}"
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_random_masks(seed, monkeypatch):
-    monkeypatch.setattr(proposals, "TOP", (1, 5, 12))
+    monkeypatch.setattr(proposals, "NUM_PROPOSALS", (1, 5, 12))
     rng = np.random.default_rng(seed)
     truths = [[_rectangle(rng) for _ in range(rng.integers(0, 8))] for _ in range(12)]
     proposed = [
@@ -71,16 +61,16 @@ def test_real_objects_and_results():
 def _assert_same(proposed, truths):
     """Proposals and objects of each image, both as run lengths."""
     pairs = [(i, i) for i in range(len(truths))]
-    ours = proposals.evaluate_proposals(Masks(proposed), Masks(truths), pairs)
-    theirs = _their_recall(proposed, truths)
-    for name, of_size in zip(proposals.AREAS, theirs, strict=True):
-        for top, expected in zip(proposals.TOP, of_size, strict=True):
-            actual = ours["recall"][name][str(top)]
+    scores = proposals.evaluate_proposals(ToySource(proposed), ToySource(truths), pairs)
+    coco_recall = _coco_recall(proposed, truths)
+    for name, of_size in zip(proposals.AREA_RANGES, coco_recall, strict=True):
+        for top, expected in zip(proposals.NUM_PROPOSALS, of_size, strict=True):
+            actual = scores["recall"][name][str(top)]
             assert (-1 if actual is None else actual) == pytest.approx(expected, abs=5.1e-5)
-    assert 0 < ours["recall"]["all"][str(proposals.TOP[-1])] < 1
+    assert 0 < scores["recall"]["all"][str(proposals.NUM_PROPOSALS[-1])] < 1
 
 
-def _their_recall(proposed, truths):
+def _coco_recall(proposed, truths):
     """Average recall 's t', -1 where there is no object of a size."""
     with contextlib.redirect_stdout(io.StringIO()):
         annotations = coco.COCO()
@@ -100,7 +90,7 @@ def _their_recall(proposed, truths):
         ]
         evaluation = cocoeval.COCOeval(annotations, annotations.loadRes(results), "segm")
         evaluation.params.useCats = 0
-        evaluation.params.maxDets = list(proposals.TOP)
+        evaluation.params.maxDets = list(proposals.NUM_PROPOSALS)
         evaluation.evaluate()
         evaluation.accumulate()
     recall = evaluation.eval["recall"][:, 0]  # thresholds, sizes, numbers of proposals

@@ -8,7 +8,7 @@ Differences: which patches are hidden depends on the step and the image alone.
 import jax
 import jax.numpy as jnp
 
-from sam_jax.model.mae import normalize_patches, patchify
+from sam_jax.model.mae import reconstruction_loss
 from sam_jax.model.sam import normalize_colors
 
 
@@ -31,18 +31,3 @@ def make_reconstruction_objective(model, config):
         return jnp.mean(losses), {}
 
     return objective
-
-
-def reconstruction_loss(painted, image, patch_size, normalized):
-    """The mean squared error of each image's hidden patches, 'b': all images have as many.
-
-    Args:
-      painted: `ReconstructedPatches`; image: 'b h w 3' float32, normalised.
-      normalized: whether patches are painted by their own means and deviations.
-    """
-    target = patchify(image, patch_size)
-    if normalized:
-        target = normalize_patches(target)
-    error = jnp.mean((painted.patches - target) ** 2, axis=-1)
-    hidden = painted.mask
-    return jnp.sum(error * hidden, axis=1) / jnp.sum(hidden, axis=1)

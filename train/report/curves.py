@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sam_jax.visualize.dataset_plots import BLUE, GREY, ORANGE, new_figure, tidy
+from sam_jax.visualize.style import BLUE, GREY, ORANGE, new_figure, tidy
 
 
 def draw_curves(rows: list[dict], evaluations: list[dict]) -> Figure:

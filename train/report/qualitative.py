@@ -11,11 +11,11 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from sam_jax.data.example import BadSample, Example, Source
-from sam_jax.evaluate.clicks import mask_iou, paint_masks, rounds_of
+from sam_jax.evaluate.clicks import decode_masks, mask_iou, predict_clicks
 from sam_jax.masks import rle
 from sam_jax.masks.clicks import center_click, center_click_on_error
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.visualize.dataset_plots import BLUE, GREEN, ORANGE, RED, new_figure
+from sam_jax.visualize.style import BLUE, GREEN, ORANGE, RED, PanelGrid
 from train.report.curves import count_of
 
 EXAMPLES = 8
@@ -71,7 +71,7 @@ def choose_objects(source: Source) -> Iterator[tuple[str, np.ndarray, np.ndarray
             try:
                 example = source[index]
                 which = choose_mask(example, rank)
-                (mask,) = paint_masks(Example(example.image, [example.masks[which]]))
+                (mask,) = decode_masks(Example(example.image, [example.masks[which]]))
             except (BadSample, rle.RLEError):
                 continue  # the next one of the stretch
             yield f"{source.name(index)}, mask {which}", example.image, mask
@@ -93,7 +93,8 @@ def play(predictor: SamPredictor, name: str, image: np.ndarray, mask: np.ndarray
     predictor.set_image(image)
     clicks = [(*center_click(mask)[:2], 1)]
     answers = []
-    for number, ((masks,), (predicted,)) in enumerate(rounds_of(predictor, mask[None]), start=1):
+    rounds = predict_clicks(predictor, mask[None])
+    for number, ((masks,), (predicted,)) in enumerate(rounds, start=1):
         answer = Answer(list(clicks), masks, predicted, mask_iou(masks, mask))
         if number in SHOWN:
             answers.append(answer)
@@ -107,29 +108,28 @@ def draw_examples(objects: list[Shown]) -> Figure:
     columns = 1 + 3 + len(SHOWN) - 1
     aspects = [shown.image.shape[0] / shown.image.shape[1] for shown in objects]
     heights = [PANEL * min(max(aspect, SLIMMEST), TALLEST) for aspect in aspects]
-    width = 2 * MARGIN + columns * (PANEL + GAP) - GAP
-    height = HEADER + sum(heights) + len(heights) * TITLE + MARGIN
-    figure = new_figure(width, height)
-    left = [MARGIN + column * (PANEL + GAP) for column in range(columns)]
+    grid = PanelGrid(
+        columns=columns,
+        row_heights=heights,
+        panel_width=PANEL,
+        column_gap=GAP,
+        row_gap=TITLE,
+        margin=MARGIN,
+        header=HEADER,
+    )
+    figure = grid.new_figure()
     headings = {
         0: (1, "image, first click"),
         1: (3, "three answers to the first click, their IoU as predicted and true"),
     } | {4 + i: (1, f"after {number} clicks") for i, number in enumerate(SHOWN[1:])}
     for column, (span, text) in headings.items():
-        middle = left[column] + (span * (PANEL + GAP) - GAP) / 2
-        y = 1 - (HEADER - 0.15) / height
-        figure.text(middle / width, y, text, ha="center", va="bottom", fontsize=12, weight="bold")
+        middle = (grid.left(column) + grid.left(column + span - 1) + PANEL) / 2 / grid.width
+        y = 1 - (HEADER - 0.15) / grid.height
+        figure.text(middle, y, text, ha="center", va="bottom", fontsize=12, weight="bold")
     draw_key(figure)
-
-    top = height - HEADER
-    for number, (shown, tall) in enumerate(zip(objects, heights, strict=True), start=1):
-        bottom = top - TITLE - tall
-        row = [
-            figure.add_axes((x / width, bottom / height, PANEL / width, tall / height))
-            for x in left
-        ]
-        draw_row(row, number, shown)
-        top = bottom
+    for i, shown in enumerate(objects):
+        row = [grid.add_panel(figure, i, column) for column in range(columns)]
+        draw_row(row, i + 1, shown)
     return figure
 
 

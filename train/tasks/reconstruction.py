@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from sam_jax.data.crop_batch import ImageBatch, RandomResizedCrop
 from sam_jax.data.open import Subset
+from sam_jax.evaluate.reconstruction import evaluate_reconstruction
 from sam_jax.model.init import init_variables
 from train.config import TrainConfig
 from train.flops import reconstruction_flops
 from train.objectives.reconstruction import make_reconstruction_objective
-from train.report.reconstruction import evaluate_reconstruction, write_reconstruction_report
+from train.report.reconstruction import write_reconstruction_report
 
 
 class MaeTask:
@@ -57,7 +58,7 @@ class MaeTask:
         indices = tqdm(held_out.indices.tolist(), "evaluation", unit="image", leave=False)
         model, objective = self.config.model, self.config.objective
         return evaluate_reconstruction(
-            model, variables["params"], objective, held_out.source, indices
+            model, variables["params"], objective.normalized, held_out.source, indices
         )
 
     def report(self, workdir: Path, variables: dict, held_out: Subset, evaluation: dict) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sam_jax.data.open import Subset
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
-from sam_jax.evaluate.clicks import evaluate_clicks, table
+from sam_jax.evaluate.clicks import evaluate_clicks, format_table
 from sam_jax.model.init import init_variables
 from sam_jax.predict.predictor import SamPredictor
 from train.config import TrainConfig, learns_encoder
@@ -71,4 +71,4 @@ class SamTask:
 
     def report(self, workdir: Path, variables: dict, held_out: Subset, evaluation: dict) -> None:
         write_report(workdir, SamPredictor(self.config.model, variables), held_out, evaluation)
-        print(table(evaluation))
+        print(format_table(evaluation))

@@ -3,7 +3,7 @@
 Files in tars are read in place by their offsets; nothing is extracted. The headers of a tar are
 read once. The offsets are then kept in a small file next to it, `NAME.tar.index.npz`, if the folder
 is writable. In an object store every header is a request, so tars should be uploaded together with
-the index that `sam-jax data check` leaves on a disk. Only the size of a tar is compared with the
+the index that `sam-jax dataset check` leaves on a disk. Only the size of a tar is compared with the
 index there: remove the index if you replace a tar.
 
 Source: Kirillov et al. 2023, and the README of facebookresearch/segment-anything, "Dataset".

@@ -1,4 +1,4 @@
-"""`sam-jax everything`, as a person types it. Masks are the model's in one test, else stand-ins."""
+"""`sam-jax everything` on the command line, with the model in one test, else with a stand-in."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam_jax.cli import everything
 from sam_jax.cli.main import main
 from sam_jax.data.open import open_source
 from sam_jax.everything import generator
@@ -19,14 +20,14 @@ SCENE = Path(__file__).parents[2] / "data" / "scene.png"
 
 
 class Bright(generator.SamAutomaticMaskGenerator):
-    """Takes the same arguments, and looks for what is bright."""
+    """A generator with the same arguments, whose masks are bright regions."""
 
     generate = staticmethod(bright.generate)
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(generator, "SamAutomaticMaskGenerator", Bright)
+    monkeypatch.setattr(everything, "SamAutomaticMaskGenerator", Bright)
 
 
 @pytest.fixture
@@ -50,13 +51,13 @@ def ids(out):
     return sorted(int(path.stem[3:]) for path in Path(out).glob("sa_*.json"))
 
 
-def test_a_model_masks_a_file(tmp_path, monkeypatch, capsys):
+def test_a_model_segments_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     options = ["--points-per-side", "3", "--pred-iou-thresh", "0.5", "--box-nms-thresh", "0.6"]
     options += ["--stability-score-thresh", "0.5", "--min-mask-region-area", "4", "--overlays"]
     out = tmp_path / "out"
     assert run(SCENE, out, *options, "--coco") == 0
-    assert "1 of 1 images are masked, 1 of them now: " in capsys.readouterr().out
+    assert "segmented 1 of 1 images, 1 of them in this run: " in capsys.readouterr().out
     assert sorted(os.listdir(out)) == [
         "everything.json",
         "instances.json",
@@ -78,7 +79,7 @@ def test_a_model_masks_a_file(tmp_path, monkeypatch, capsys):
     assert (settings["points_per_side"], settings["crop_n_layers"]) == (3, 0)
 
 
-def test_bad_images_are_named_and_the_run_goes_on(quick, photos, tmp_path, capsys):
+def test_bad_images_are_named_and_skipped(quick, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -86,7 +87,7 @@ def test_bad_images_are_named_and_the_run_goes_on(quick, photos, tmp_path, capsy
     assert named[0].startswith(f"{photos}/b\\n.jpg: broken image: ")
     assert named[1].startswith(f"{photos}/d.png: rejected image: image must have sides of at least")
     assert sorted(lines[2:4]) == ["      1  broken image", "      1  rejected image"]
-    assert lines[4].startswith("3 of 5 images are masked, 3 of them now: ")
+    assert lines[4].startswith("segmented 3 of 5 images, 3 of them in this run: ")
     assert ids(out) == [0, 2, 4]
     bad = json.loads((out / "skipped_0.json").read_text())
     assert [(entry["index"], entry["reason"]) for entry in bad] == [
@@ -95,7 +96,7 @@ def test_bad_images_are_named_and_the_run_goes_on(quick, photos, tmp_path, capsy
     ]
 
 
-def test_a_second_run_does_what_is_missing(quick, photos, tmp_path, capsys):
+def test_a_second_run_segments_only_the_missing_images(quick, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out) == 0
     kept = (out / "sa_4.json").stat().st_mtime_ns
@@ -103,7 +104,7 @@ def test_a_second_run_does_what_is_missing(quick, photos, tmp_path, capsys):
     Image.new("RGB", (60, 40)).save(photos / "d.png")
     capsys.readouterr()
     assert run(photos, out, "--coco") == 0
-    assert "4 of 5 images are masked, 2 of them now: " in capsys.readouterr().out
+    assert "segmented 4 of 5 images, 2 of them in this run: " in capsys.readouterr().out
     assert ids(out) == [0, 2, 3, 4]
     assert (out / "sa_4.json").stat().st_mtime_ns == kept
     assert [entry["index"] for entry in json.loads((out / "skipped_0.json").read_text())] == [1]
@@ -117,10 +118,12 @@ def test_processes_share_the_images_and_the_last_writes_coco(quick, photos, tmp_
     assert run(photos, out, *options, "--process", "1") == 0  # the tiny one, and e.jpg
     assert ids(out) == [2, 4]
     printed = capsys.readouterr().out
-    assert "2 images are not finished: the last process writes instances.json" in printed
+    assert (
+        "2 images are not finished: instances.json will be written by the last process" in printed
+    )
     assert not (out / "instances.json").exists()
     assert run(photos, out, *options, "--process", "0") == 1  # both are bad
-    assert "0 of 2 images are masked" in capsys.readouterr().out
+    assert "segmented 0 of 2 images" in capsys.readouterr().out
     assert len(open_source(f"coco:{out}")) == 2
     assert sorted(path.name for path in out.glob("skipped_*")) == [
         "skipped_0.json",
@@ -139,13 +142,16 @@ def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
     capsys.readouterr()
     assert run(photos, out, "--preset", "sa1b", "--dtype", "bfloat16", "--overlays") == 1
     error = capsys.readouterr().err
-    assert "begun with other settings: overlays was False and is True; crop_n_layers was 1" in error
+    assert (
+        "started with other settings: overlays was False, is True; crop_n_layers was 1, is 2"
+        in error
+    )
     again = ["--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16"]
     assert run(photos / ".." / photos.name, out, *again, "--points-per-batch", "16") == 0
     capsys.readouterr()
     (photos / "aa.png").write_bytes((photos / "c.png").read_bytes())
     assert run(photos, out, "--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16") == 1
-    assert "number of images was 5 and is 6; checksum of their names was" in capsys.readouterr().err
+    assert "number of images was 5, is 6; checksum of their names was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,10 +165,18 @@ def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
             "--process must be at least 0 and less than --processes",
         ),
         ("photos", ["--points-per-batch", "0"], "points_per_batch must be at least 1"),
-        ("photos", ["--out", "photos/masks"], "--out must not lie in photos, among the images"),
-        ("images:photos", ["--out", "photos"], "--out must not lie in photos, among the images"),
+        (
+            "photos",
+            ["--out", "photos/masks"],
+            "--out must be outside of photos, the folder of the images",
+        ),
+        (
+            "images:photos",
+            ["--out", "photos"],
+            "--out must be outside of photos, the folder of the images",
+        ),
         ("photos", ["--out", "gs://bucket/masks"], "--out must be a folder on a disk; got gs://"),
-        ("photos", ["--out", "."], "is neither empty nor of such a run"),
+        ("photos", ["--out", "."], "is not empty and has no everything.json"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -1,4 +1,4 @@
-"""The command line, as a person types it: in a process of its own where that matters."""
+"""The command line; in a new process where imports matter."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from PIL import Image
 
 import sam_jax
 from sam_jax.cli.main import main
+from sam_jax.evaluate.protocol import EVALUATIONS
 from sam_jax.masks import rle
 from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
@@ -40,22 +41,29 @@ def run(*args):
 
 
 def test_help_is_quick_because_it_imports_no_jax():
-    source = "import sys, sam_jax.cli\ntry: sam_jax.cli.main(['--help'])\nexcept SystemExit: pass\n"
+    source = (
+        "import sys, sam_jax.cli.main\n"
+        "try: sam_jax.cli.main.main(['--help'])\n"
+        "except SystemExit: pass\n"
+    )
     result = run("-c", source + "print([m for m in sys.modules if m.startswith(('jax', 'flax'))])")
     assert result.stdout.endswith("[]\n"), result.stdout + result.stderr
-    for verb in ("predict", "everything", "convert", "info", "data"):
-        assert verb in result.stdout
+    for verb in ("predict", "everything", "convert", "info", "evaluate", "dataset"):
+        assert f"\n    {verb}" in result.stdout
 
 
 @pytest.mark.parametrize(
     "verb",
-    ["predict", "everything", "convert", "info", "evaluate", "data", "data check", "data stats"],
+    [
+        *("predict", "everything", "convert", "info", "dataset", "dataset check", "dataset stats"),
+        *("evaluate", *(f"evaluate {name}" for name in EVALUATIONS)),
+    ],
 )
 def test_every_verb_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])
     assert stop.value.code == 0
-    assert f"example: sam-jax {verb} " in capsys.readouterr().out
+    assert f"example: sam-jax {verb} " in " ".join(capsys.readouterr().out.split())
 
 
 def test_python_m_is_the_same_program():
@@ -108,7 +116,7 @@ def test_three_masks_for_one_prompt_and_one_for_several(weights, photo, tmp_path
     ("options", "message"),
     [
         (["--point", "1,2,3"], "'1,2,3' is not X,Y or X,Y,0 or X,Y,1"),
-        (["--point", "1;2"], "'1;2' is not numbers with commas between"),
+        (["--point", "1;2"], "'1;2' is not a list of numbers separated by commas"),
         (["--box", "1,2,3"], "'1,2,3' is not X0,Y0,X1,Y1"),
         (["--masks", "2"], "invalid choice"),
     ],
@@ -123,7 +131,7 @@ def test_wrong_usage_is_exit_code_2(weights, photo, tmp_path, options, message, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing was asked for"),
+        ([], "there is no prompt"),
         (["--point", "nan,3"], "point_coords must be finite"),
         (["--box", "9,9,3,3"], "box must have x0 < x1"),
     ],
@@ -163,7 +171,7 @@ def test_an_image_too_large_is_refused_before_it_is_decoded(weights, tmp_path, c
     assert "at most 67108864 pixels; got 9000 x 9000" in capsys.readouterr().err
 
 
-def test_a_photo_lying_on_its_side_is_turned_upright(weights, tmp_path):
+def test_a_rotated_photo_is_turned_upright(weights, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn a quarter clockwise
     path = tmp_path / "side.jpg"
@@ -174,7 +182,7 @@ def test_a_photo_lying_on_its_side_is_turned_upright(weights, tmp_path):
     assert (result["height"], result["width"]) == (80, 40)
 
 
-def test_convert_goes_there_and_back(weights, tmp_path, capsys):
+def test_convert_through_all_formats_is_lossless(weights, tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("a.pth", "b.safetensors", "hf", "back")]
     assert main(["convert", weights, paths[0]]) == 0
     assert main(["convert", paths[0], paths[1]]) == 0
@@ -186,7 +194,7 @@ def test_convert_goes_there_and_back(weights, tmp_path, capsys):
         assert a.read() == b.read()
 
 
-def test_convert_writes_an_autoencoder_as_mae_has_it(tmp_path, capsys):
+def test_convert_writes_an_autoencoder_with_official_names(tmp_path, capsys):
     model = mae_tiny(image_size=(16, 24))
     save(tmp_path / "mae", model, init_variables(model, 0))
     assert main(["convert", str(tmp_path / "mae"), str(tmp_path / "mae.pth")]) == 0
@@ -208,25 +216,25 @@ def labels(tmp_path):
     return folder
 
 
-def test_data_check_of_a_source_without_fault(labels, tmp_path, capsys):
+def test_dataset_check_of_a_source_without_errors(labels, tmp_path, capsys):
     report = tmp_path / "report.json"
-    assert main(["data", "check", f"labels:{labels}", "--json", str(report)]) == 0
+    assert main(["dataset", "check", f"labels:{labels}", "--json", str(report)]) == 0
     assert capsys.readouterr().out == "2 of 2 samples are usable, 2 masks\n"
     result = json.loads(report.read_text())
     expected = {"samples": 2, "usable": 2, "masks": 2, "reasons": {}, "bad": []}
     assert result == {"source": f"labels:{labels}", **expected}
 
 
-def test_data_check_names_what_cannot_be_used(labels, tmp_path, capsys):
+def test_dataset_check_names_unusable_samples(labels, tmp_path, capsys):
     image = labels / "b" / "images" / "b.png"
     image.write_text("not an image")
     report = tmp_path / "report.json"
-    assert main(["data", "check", f"labels:{labels}", "--json", str(report)]) == 1
+    assert main(["dataset", "check", f"labels:{labels}", "--json", str(report)]) == 1
     captured = capsys.readouterr()
     first, *counts = captured.out.splitlines()
     assert first.startswith(f"{image}: broken image: ")
     assert counts == ["      1  broken image", "1 of 2 samples are usable, 1 masks"]
-    assert captured.err == ""  # no bar where nobody sees it move
+    assert captured.err == ""  # no progress bar without a terminal
     assert json.loads(report.read_text())["bad"][0]["name"] == str(image)
 
 
@@ -234,15 +242,15 @@ def test_data_check_names_what_cannot_be_used(labels, tmp_path, capsys):
     ("source", "message"),
     [("label:x", "did you mean labels"), ("coco:missing", "there is no missing/instances.json")],
 )
-def test_data_check_of_no_source_is_one_line(source, message, capsys):
-    assert main(["data", "check", source]) == 1
+def test_an_unknown_source_is_one_line(source, message, capsys):
+    assert main(["dataset", "check", source]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("sam-jax data: ")
+    assert error.startswith("sam-jax dataset: ")
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_info_prints_what_a_bug_report_needs(weights, capsys):
+def test_info_prints_versions_devices_and_the_model(weights, capsys):
     assert main(["info", "--weights", weights]) == 0
     printed = capsys.readouterr().out
     for word in ("sam_jax", "python", "jaxlib", "flax", "device     ", "trainable parameters"):

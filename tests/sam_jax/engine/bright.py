@@ -1,7 +1,7 @@
-"""Stands in for a model: a mask is what is bright and connected. Also a run of it to be killed.
+"""A stand-in for a model, whose masks are connected bright regions; and a run that kills itself.
 
-python -m tests.sam_jax.engine.bright PHOTOS OUT STEP kills itself before its STEP-th renaming or
-writing to the disk, unless STEP is 0.
+`python -m tests.sam_jax.engine.bright PHOTOS OUT STEP` kills itself before its STEP-th call of
+os.fsync or os.replace, unless STEP is 0.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from sam_jax.data.open import open_source
 from sam_jax.engine.automatic import label_images
-from sam_jax.engine.folder import claim, finished, write_json
+from sam_jax.engine.folder import acquire, finished_ids, write_json
 from sam_jax.engine.instances import write_instances
 from sam_jax.images.read import ImageError
 from sam_jax.masks import rle
@@ -24,7 +24,7 @@ from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
 
 
 def generate(image):
-    """The records of an image, in the form of `SamAutomaticMaskGenerator.generate`."""
+    """Returns records as `SamAutomaticMaskGenerator.generate` does."""
     height, width = image.shape[:2]
     if min(height, width) < 8:
         raise ImageError(f"image must have sides of at least 8 pixels; got {height} x {width}")
@@ -61,13 +61,13 @@ def main(photos, out, step):
 
     os.fsync, os.replace = killed_at_step(os.fsync), killed_at_step(os.replace)
     source = open_source(f"images:{photos}")
-    claim(out, {})
-    print("begun", flush=True)
-    todo = sorted(set(range(len(source))) - finished(out))
-    found = label_images(source, todo, [slowly, slowly], out, overlays=True)
+    acquire(out, {})
+    print("started", flush=True)
+    remaining = sorted(set(range(len(source))) - finished_ids(out))
+    found = label_images(source, remaining, [slowly, slowly], out, overlays=True)
     bad = [finding.index for finding in found if finding.reason is not None]
     write_json(out / "skipped_0.json", [{"index": index} for index in bad], process=0)
-    write_instances(out, sorted(finished(out)))
+    write_instances(out, sorted(finished_ids(out)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The automatic stage: what it writes is SA-1B, and the same however often it is killed."""
+"""The automatic stage writes SA-1B, and the same files however often it is killed."""
 
 import io
 import itertools
@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
 from sam_jax.data.segmentation_batch import SegmentationTransform
 from sam_jax.engine.automatic import label_images
-from sam_jax.engine.folder import claim, finished, skipped, write_json
+from sam_jax.engine.folder import acquire, finished_ids, skipped_ids, write_json
 from sam_jax.engine.instances import write_instances
 from sam_jax.masks import rle
 from tests.sam_jax.engine.bright import generate
@@ -28,15 +29,15 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def label(source, folder, indices=None, generators=(generate,), **options):
-    """Labels images -> what became of each, by index."""
+    """Labels images and returns the findings, sorted by index."""
     indices = range(len(source)) if indices is None else indices
-    claim(folder, {})
+    acquire(folder, {})
     found = label_images(source, indices, generators, folder, **options)
     return sorted(found, key=lambda finding: finding.index)
 
 
 def content(folder):
-    """The bytes of every file in a folder, hidden ones included."""
+    """Returns the bytes of every file in a folder, including hidden ones."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -51,7 +52,7 @@ def photo(seed=0, size=(40, 60)):
     return np.asarray(Image.fromarray(small).resize(size[::-1]))
 
 
-def test_what_is_written_is_read_as_sa1b_under_the_index_in_the_source(tmp_path):
+def test_results_are_read_as_sa1b_with_the_index_in_the_source_as_id(tmp_path):
     scenes = open_source("scenes:40x60")
     found = label(scenes, tmp_path, [3, 11, 700])
     source = open_source(f"sa1b:{tmp_path}")
@@ -71,7 +72,7 @@ def test_what_is_written_is_read_as_sa1b_under_the_index_in_the_source(tmp_path)
         }
 
 
-def test_what_is_written_can_be_learnt_from(tmp_path):
+def test_results_can_be_trained_on(tmp_path):
     label(open_source("scenes:40x60"), tmp_path, range(4))
     source = open_source(f"sa1b:{tmp_path}")
     loader = Loader(source, np.arange(4), SegmentationTransform((40, 64), 2), batch_size=4, seed=0)
@@ -80,7 +81,7 @@ def test_what_is_written_can_be_learnt_from(tmp_path):
     assert batch.valid.any(axis=1).all()
 
 
-def test_an_upright_jpeg_in_color_is_kept_byte_for_byte_and_others_are_made_one(tmp_path):
+def test_an_upright_rgb_jpeg_is_copied_and_other_images_are_converted_to_jpeg(tmp_path):
     photos = tmp_path / "photos"
     write(photos / "a.jpg", photo(), quality=70)
     write(photos / "b.png", photo(), compress_level=0)
@@ -128,18 +129,18 @@ def test_bad_images_have_a_reason_and_no_file_and_the_others_are_labelled(tmp_pa
     assert sorted(os.listdir(tmp_path / "out")) == ["everything.json", "sa_0.jpg", "sa_0.json"]
 
 
-def test_an_image_without_masks_is_finished_too(tmp_path):
+def test_an_image_without_masks_counts_as_finished(tmp_path):
     write(tmp_path / "photos" / "grey.png", np.full((30, 30, 3), 90, np.uint8))
     (finding,) = label(open_source(f"images:{tmp_path / 'photos'}"), tmp_path / "out")
     assert (finding.masks, finding.reason) == (0, None)
-    assert finished(tmp_path / "out") == {0}
+    assert finished_ids(tmp_path / "out") == {0}
     assert json.loads((tmp_path / "out" / "sa_0.json").read_text())["annotations"] == []
     with pytest.raises(BadSample, match="no masks"):
         open_source(f"sa1b:{tmp_path / 'out'}")[0]
 
 
 def test_empty_masks_are_left_out(tmp_path):
-    """Everything mode returns them where no stability is asked for."""
+    """Everything mode returns empty masks if there is no stability threshold."""
 
     def with_an_empty_one(image):
         record = {"segmentation": rle.encode(np.zeros(image.shape[:2], bool)), "area": 0}
@@ -151,7 +152,7 @@ def test_empty_masks_are_left_out(tmp_path):
     assert masks == [record["segmentation"] for record in generate(scenes.image(2))]
 
 
-def test_overlays_are_not_taken_for_images(tmp_path):
+def test_overlays_are_not_read_as_images(tmp_path):
     scenes = open_source("scenes:40x60")
     label(scenes, tmp_path, [5, 6], overlays=True)
     assert sorted(os.listdir(tmp_path / "overlays")) == ["sa_5.png", "sa_6.png"]
@@ -162,8 +163,8 @@ def test_overlays_are_not_taken_for_images(tmp_path):
     assert len(open_source(f"sa1b:{tmp_path}")) == 2
 
 
-def test_every_generator_works_on_two_images_at_once_and_few_are_waiting(tmp_path):
-    taken, working, most = itertools.count(), [0, 0], [0, 0]
+def test_every_generator_works_on_two_images_at_once_and_the_queue_is_short(tmp_path):
+    indices, working, most = itertools.count(), [0, 0], [0, 0]
     lock, all_busy = threading.Lock(), threading.Barrier(4)
 
     def on(device):
@@ -178,12 +179,12 @@ def test_every_generator_works_on_two_images_at_once_and_few_are_waiting(tmp_pat
 
         return slowly
 
-    claim(tmp_path, {})
+    acquire(tmp_path, {})
     scenes = open_source("scenes:40x60")
-    found = label_images(scenes, taken, [on(0), on(1)], tmp_path)
+    found = label_images(scenes, indices, [on(0), on(1)], tmp_path)
     for _ in range(8):
         next(found)
-    assert next(taken) <= 8 + 2 * 4
+    assert next(indices) <= 8 + 2 * 4
     assert most == [2, 2]
     all_busy.abort()
     with pytest.raises(threading.BrokenBarrierError):
@@ -191,58 +192,61 @@ def test_every_generator_works_on_two_images_at_once_and_few_are_waiting(tmp_pat
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-def test_a_failure_that_is_not_the_image_s_ends_the_run(error, tmp_path):
+def test_an_unexpected_error_ends_the_run(error, tmp_path):
     def fail(image):
         raise error("out of memory")
 
     with pytest.raises(error, match="out of memory"):
         label(open_source("scenes:40x60"), tmp_path, itertools.count(), [fail])
-    (tmp_path / ".0.sa_3.jpg").mkdir()
+    (tmp_path / "sa_3.jpg").mkdir()
     found = label_images(open_source("scenes:40x60"), [3], [generate], tmp_path)
     with pytest.raises(OSError, match="sa_3"):
         list(found)
 
 
-def test_a_folder_is_its_run_s_own(tmp_path):
+def test_a_folder_accepts_only_the_settings_it_was_started_with(tmp_path):
     out = tmp_path / "new" / "out"
-    claim(out, {"points_per_side": 32, "pair": (1, 2)})
-    claim(out, {"points_per_side": 32, "pair": (1, 2)})
-    message = "was begun with other settings: points_per_side was 32 and is 16; more was None and "
+    acquire(out, {"points_per_side": 32, "pair": (1, 2)})
+    acquire(out, {"points_per_side": 32, "pair": (1, 2)})
+    message = "was started with other settings: points_per_side was 32, is 16; more was None, is T"
     with pytest.raises(ValueError, match=message):
-        claim(out, {"points_per_side": 16, "pair": (1, 2), "more": True})
-    for strange in (b"[1]", b"", b'{"points'):
-        (out / "everything.json").write_bytes(strange)
-        with pytest.raises(ValueError, match=r"everything\.json is not of such a run: choose"):
-            claim(out, {})
+        acquire(out, {"points_per_side": 16, "pair": (1, 2), "more": True})
+    for invalid in (b"[1]", b"", b'{"points'):
+        (out / "everything.json").write_bytes(invalid)
+        with pytest.raises(ValueError, match=r"everything\.json is not a settings file: choose"):
+            acquire(out, {})
     (tmp_path / "photo.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="is neither empty nor of such a run: choose another"):
-        claim(tmp_path, {})
+    with pytest.raises(
+        ValueError, match=r"is not empty and has no everything\.json.*another --out"
+    ):
+        acquire(tmp_path, {})
     with pytest.raises(FileExistsError):
-        claim(tmp_path / "photo.jpg", {})
+        acquire(tmp_path / "photo.jpg", {})
 
 
-def test_what_killed_processes_left_is_cleared_away_by_their_successors(tmp_path):
-    claim(tmp_path, {})
+def test_restarted_processes_remove_the_unfinished_files_of_their_predecessors(tmp_path):
+    acquire(tmp_path, {})
     (tmp_path / "overlays").mkdir()
     for process in range(4):
         for name in ("sa_7.jpg", "sa_7.json", "instances.json", "overlays/sa_7.png"):
             path = tmp_path / name
-            path.with_name(f".{process}.{path.name}").write_bytes(b"cut sh")
+            unfinished = f".{path.name}.process{process}.{uuid.uuid4().hex}.tmp"
+            path.with_name(unfinished).write_bytes(b"cut sh")
         write_json(tmp_path / f"skipped_{process}.json", [{"index": process}], process=process)
-    for name in (".DS_Store", ".0.holiday.png", ".1.photo_2.jpg"):
-        (tmp_path / name).write_bytes(b"not ours")
-    assert skipped(tmp_path) == {0, 1, 2, 3}
-    claim(tmp_path, {}, process=1, processes=3)
-    assert skipped(tmp_path) == {0, 2, 3}
-    left = {path.name.split(".")[1] for path in tmp_path.rglob(".[0-9].sa_7.*")}
-    assert left == {"0", "2", "3"}
+    foreign = [".DS_Store", ".holiday.png.process0.12ab.tmp", ".photo_2.jpg.process1.12ab.tmp"]
+    for name in foreign:
+        (tmp_path / name).write_bytes(b"of another program")
+    assert skipped_ids(tmp_path) == {0, 1, 2, 3}
+    acquire(tmp_path, {}, process=1, processes=3)
+    assert skipped_ids(tmp_path) == {0, 2, 3}
+    left = {path.name.split(".")[3] for path in tmp_path.rglob(".sa_7.*.tmp")}
+    assert left == {"process0", "process2", "process3"}
     for process in (0, 2):
-        claim(tmp_path, {}, process=process, processes=3)
-    foreign = [".0.holiday.png", ".1.photo_2.jpg", ".DS_Store"]
+        acquire(tmp_path, {}, process=process, processes=3)
     assert sorted(content(tmp_path)) == [*foreign, "everything.json"]
 
 
-def test_instances_are_read_as_coco_with_the_images_beside_them(tmp_path):
+def test_instances_are_read_as_coco(tmp_path):
     label(open_source("scenes:40x60"), tmp_path, [8, 2, 5])
     write_instances(tmp_path, [2, 5, 8])
     coco, sa1b = open_source(f"coco:{tmp_path}"), open_source(f"sa1b:{tmp_path}")
@@ -262,15 +266,15 @@ def test_instances_are_read_as_coco_with_the_images_beside_them(tmp_path):
         assert annotation["predicted_iou"] == 0.9
 
 
-def test_no_instances_are_still_a_file_of_coco(tmp_path):
-    claim(tmp_path, {})
+def test_a_coco_file_may_have_no_instances(tmp_path):
+    acquire(tmp_path, {})
     write_instances(tmp_path, [])
     written = json.loads((tmp_path / "instances.json").read_text())
     assert (written["images"], written["annotations"]) == ([], [])
 
 
 def check_visible(folder):
-    """Reads whatever is there under its own name: it must be whole, and its image come first."""
+    """Checks that every visible file is complete, and that the image comes before its JSON."""
     for path in sorted(folder.rglob("*.*")):
         if path.name.startswith("."):
             continue
@@ -284,8 +288,8 @@ def check_visible(folder):
                 image.load()
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes_and_shows_no_part_of_a_file(tmp_path):
-    """By itself at each step of an image, and by the clock at random moments."""
+def test_a_killed_run_ends_with_the_same_bytes_and_never_shows_a_partial_file(tmp_path):
+    """The run is killed at each step of an image, and at random moments."""
     for i in range(24):
         write(tmp_path / "photos" / f"{i:02d}.{'jpg' if i % 2 else 'png'}", photo(i, (120, 160)))
     (tmp_path / "photos" / "07.jpg").write_bytes(b"text")
@@ -296,21 +300,21 @@ def test_killed_anywhere_it_ends_with_the_same_bytes_and_shows_no_part_of_a_file
             [*command, str(tmp_path / out), str(at_step)], cwd=ROOT, stdout=subprocess.PIPE
         )
 
-    with start("whole") as undisturbed:
+    with start("reference") as undisturbed:
         assert undisturbed.wait(timeout=120) == 0
     seconds = random.Random(0)
     for at_step in (1, 3, 4, 5, 6, 8, 0, 0, 0):
         with start("killed", at_step) as process:
-            process.stdout.readline()  # it has begun
+            process.stdout.readline()  # it has started
             clock = threading.Timer(seconds.uniform(0.01, 0.1), process.kill)
             if not at_step:
                 clock.start()
             while process.poll() is None:
                 check_visible(tmp_path / "killed")
             clock.cancel()
-        assert process.returncode == -9 or not at_step  # a late clock finds it done
+        assert process.returncode == -9 or not at_step  # a late timer finds it finished
     with start("killed") as process:
         assert process.wait(timeout=120) == 0
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
-    assert len(finished(tmp_path / "whole")) == 23
-    assert skipped(tmp_path / "whole") == {7}
+    assert content(tmp_path / "killed") == content(tmp_path / "reference")
+    assert len(finished_ids(tmp_path / "reference")) == 23
+    assert skipped_ids(tmp_path / "reference") == {7}

@@ -1,4 +1,4 @@
-"""The evaluation's protocol, with a predictor whose answers are known."""
+"""The protocol of clicks and boxes, with a predictor whose answers are known."""
 
 import json
 
@@ -8,16 +8,23 @@ import pytest
 from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.open import open_source, select
-from sam_jax.evaluate.clicks import evaluate_clicks, mask_iou, one_click_ceiling, rounds_of, table
+from sam_jax.evaluate.clicks import (
+    evaluate_clicks,
+    format_table,
+    mask_iou,
+    one_click_upper_bound,
+    predict_clicks,
+)
 from sam_jax.masks import rle
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights.formats import load
+from tests.sam_jax.evaluate.toy_sources import ToySource
 
 SIZE = (40, 50)
 
 
-class Known:
-    """A predictor that answers every prompt with masks of ours, and remembers the prompts."""
+class Known(SamPredictor):
+    """A predictor that answers every prompt with given masks, and records the prompts."""
 
     def __init__(self, answer):
         self.answer, self.calls = answer, []
@@ -33,16 +40,6 @@ class Known:
         return np.stack(masks), np.array(scores), np.broadcast_to(logits, (*logits.shape[:2], 8, 8))
 
 
-class Images(list):
-    """A source of examples, or of what reading them raises."""
-
-    def __getitem__(self, index):
-        value = super().__getitem__(index)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-
 def rectangle(top, left, bottom, right):
     mask = np.zeros(SIZE, bool)
     mask[top:bottom, left:right] = True
@@ -53,31 +50,31 @@ def example(*masks):
     return Example(image=np.zeros((*SIZE, 3), np.uint8), masks=[rle.encode(m) for m in masks])
 
 
-WHOLE, PART = rectangle(4, 4, 34, 44), rectangle(10, 10, 25, 25)
+LARGE, SMALL = rectangle(4, 4, 34, 44), rectangle(10, 10, 25, 25)
 
 
-def test_the_highest_score_is_chosen_and_the_best_mask_is_the_oracles():
+def test_one_score_is_of_the_highest_predicted_iou_and_the_other_of_the_best_mask():
     def answer(prompt, multimask):
-        masks = [PART, WHOLE, ~WHOLE] if multimask else [WHOLE]
+        masks = [SMALL, LARGE, ~LARGE] if multimask else [LARGE]
         return np.array(masks), [0.9, 0.5, 0.1] if multimask else [0.3]
 
-    scores = evaluate_clicks(Known(answer), Images([example(WHOLE)]), [0])
-    part = 15 * 15 / (30 * 40)
+    scores = evaluate_clicks(Known(answer), ToySource([example(LARGE)]), [0])
+    small_iou = 15 * 15 / (30 * 40)
     assert scores["objects"] == 1
-    assert scores["clicks"]["1"] == {"chosen": round(part, 4), "oracle": 1.0}
+    assert scores["clicks"]["1"] == {"chosen": round(small_iou, 4), "oracle": 1.0}
     for clicks in ("2", "3", "5", "9"):
         assert scores["clicks"][clicks] == {"chosen": 1.0, "oracle": 1.0}
-    assert scores["box"] == {"chosen": round(part, 4), "oracle": 1.0}
+    assert scores["box"] == {"chosen": round(small_iou, 4), "oracle": 1.0}
 
 
-def test_clicks_follow_the_error_and_logits_the_choice():
+def test_clicks_are_on_the_error_and_logits_are_those_of_the_predicted_best():
     def answer(prompt, multimask):
         empty = np.zeros(SIZE, bool)
-        masks = [empty, PART, WHOLE] if multimask else [PART]
+        masks = [empty, SMALL, LARGE] if multimask else [SMALL]
         return np.array(masks), [0.1, 0.9, 0.5] if multimask else [0.3]
 
     predictor = Known(answer)
-    rounds = list(rounds_of(predictor, np.stack([WHOLE, PART])))
+    rounds = list(predict_clicks(predictor, np.stack([LARGE, SMALL])))
     assert len(rounds) == 9
     first, multimask = predictor.calls[0]
     assert multimask
@@ -86,12 +83,12 @@ def test_clicks_follow_the_error_and_logits_the_choice():
     assert first[0]["point_labels"].tolist() == [1]
     second, multimask = predictor.calls[1]
     assert not multimask
-    assert (second[0]["mask_input"] == 1).all()  # of the chosen one of the first object's three
+    assert (second[0]["mask_input"] == 1).all()  # logits of the best of the first object's three
     assert (second[1]["mask_input"] == 4).all()
-    assert second[0]["point_labels"].tolist() == [1, 1]  # PART was predicted, WHOLE is missed
+    assert second[0]["point_labels"].tolist() == [1, 1]  # SMALL was predicted, LARGE is missed
     x, y = second[0]["point_coords"][1]
-    assert WHOLE[y, x]
-    assert not PART[y, x]
+    assert LARGE[y, x]
+    assert not SMALL[y, x]
     assert second[1]["point_labels"].tolist() == [1]  # nothing was wrong, nothing is added
     last, _ = predictor.calls[8]
     assert len(last[0]["point_coords"]) == 9
@@ -99,22 +96,22 @@ def test_clicks_follow_the_error_and_logits_the_choice():
 
 def test_boxes_are_tight_and_never_empty():
     def answer(prompt, multimask):
-        return np.array([WHOLE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
+        return np.array([LARGE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
 
     predictor = Known(answer)
     line = rectangle(7, 8, 8, 20)
-    evaluate_clicks(predictor, Images([example(WHOLE, line)]), [0])
+    evaluate_clicks(predictor, ToySource([example(LARGE, line)]), [0])
     boxes, multimask = predictor.calls[-1]
     assert multimask
     assert [prompt["box"].tolist() for prompt in boxes] == [[4, 4, 43, 33], [8, 7, 19, 8]]
 
 
-def test_every_mask_counts_however_large_or_many():
+def test_every_mask_counts():
     def answer(prompt, multimask):
-        return np.array([WHOLE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
+        return np.array([LARGE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
 
     everything = np.ones(SIZE, bool)
-    images = Images([example(*[WHOLE] * 70, everything)])
+    images = ToySource([example(*[LARGE] * 70, everything)])
     scores = evaluate_clicks(Known(answer), images, [0])
     assert scores["objects"] == 71
     assert scores["clicks"]["9"]["chosen"] == round((70 + 1200 / 2000) / 71, 4)
@@ -122,40 +119,42 @@ def test_every_mask_counts_however_large_or_many():
 
 def test_bad_samples_are_counted_and_an_empty_source_is_refused():
     def answer(prompt, multimask):
-        return np.array([WHOLE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
+        return np.array([LARGE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
 
     empty = example(np.zeros(SIZE, bool))
-    images = Images([BadSample("broken image", "cut"), example(WHOLE), empty])
+    images = ToySource([BadSample("broken image", "cut"), example(LARGE), empty])
     scores = evaluate_clicks(Known(answer), images, range(3))
     assert scores["bad_samples"] == 2
-    assert "2 images could not be read" in table(scores)
+    assert "2 images could not be read" in format_table(scores)
     with pytest.raises(ValueError, match="no mask to evaluate on; 1 image"):
         evaluate_clicks(Known(answer), images, [0])
 
 
 def test_iou_of_masks():
     empty = np.zeros(SIZE, bool)
-    assert mask_iou(WHOLE, PART) == 225 / 1200
-    assert mask_iou(WHOLE, empty) == 0
+    assert mask_iou(LARGE, SMALL) == 225 / 1200
+    assert mask_iou(LARGE, empty) == 0
     assert mask_iou(empty, empty) == 1
 
 
-def test_the_ceiling_of_one_click_is_one_where_objects_stand_apart():
+def test_the_upper_bound_of_disjoint_objects_is_one():
     apart = np.stack([rectangle(0, 0, 10, 10), rectangle(20, 20, 30, 30)])
-    assert one_click_ceiling(apart) == [1, 1]
+    assert one_click_upper_bound(apart) == [1, 1]
 
 
-def test_the_ceiling_of_one_click_where_a_part_hides_in_a_whole():
+def test_the_upper_bound_of_nested_objects():
     # A click in the middle of either may mean both: each answer has the mean (1 + IoU) / 2.
-    part, whole = rectangle(14, 14, 24, 34), rectangle(4, 4, 34, 44)
+    part, full = rectangle(14, 14, 24, 34), rectangle(4, 4, 34, 44)
     iou = 200 / 1200
-    assert sorted(one_click_ceiling(np.stack([part, whole]))) == pytest.approx([iou, 1])
+    assert sorted(one_click_upper_bound(np.stack([part, full]))) == pytest.approx([iou, 1])
     # Three that are nested: the middle one is the best answer to all.
-    inner, middle, outer = rectangle(16, 16, 22, 32), part, whole
-    assert one_click_ceiling(np.stack([inner, middle, outer])) == pytest.approx([96 / 200, 1, iou])
+    inner, middle, outer = rectangle(16, 16, 22, 32), part, full
+    assert one_click_upper_bound(np.stack([inner, middle, outer])) == pytest.approx(
+        [96 / 200, 1, iou]
+    )
 
 
-def test_the_packaged_model_knows_scenes_that_it_has_not_seen():
+def test_the_packaged_model_segments_held_out_scenes():
     held_out = select(open_source("scenes"), "::1000")
     evaluation = evaluate_clicks(SamPredictor(*load("sam_tiny")), held_out, range(6))
     assert evaluation["clicks"]["9"]["chosen"] > 0.75, evaluation
@@ -163,13 +162,13 @@ def test_the_packaged_model_knows_scenes_that_it_has_not_seen():
     assert evaluation["box"]["chosen"] > 0.6, evaluation
 
 
-def test_the_command_writes_what_it_prints(square, tmp_path, capsys, monkeypatch):
+def test_the_command_writes_the_printed_scores(square, tmp_path, capsys, monkeypatch):
     from sam_jax.weights.formats import save
 
     save(tmp_path / "weights", *square)
     monkeypatch.chdir(tmp_path)
     arguments = ["--weights", "weights", "--source", "scenes:48x64", "--index", "3:4"]
-    assert main(["evaluate", *arguments, "--json", "scores.json"]) == 0
+    assert main(["evaluate", "clicks", *arguments, "--json", "scores.json"]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["source"] == "scenes:48x64"
     assert scores["index"] == "3:4"
@@ -179,8 +178,9 @@ def test_the_command_writes_what_it_prints(square, tmp_path, capsys, monkeypatch
     assert f"over {scores['objects']} objects" in out
 
 
-def test_the_command_names_what_is_wrong(tmp_path, capsys):
-    assert main(["evaluate", "--weights", "w", "--source", "photos:x"]) == 1
+def test_the_command_names_wrong_arguments(tmp_path, capsys):
+    assert main(["evaluate", "clicks", "--weights", "w", "--source", "photos:x"]) == 1
     assert "photos" in capsys.readouterr().err
-    assert main(["evaluate", "--weights", "w", "--source", "scenes", "--index", "a"]) == 1
+    arguments = ["--weights", "w", "--source", "scenes", "--index", "a"]
+    assert main(["evaluate", "clicks", *arguments]) == 1
     assert "0::5" in capsys.readouterr().err

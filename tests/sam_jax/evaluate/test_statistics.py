@@ -1,4 +1,4 @@
-"""Statistics of masks whose figures are known."""
+"""Statistics of masks with known measurements."""
 
 import json
 import math
@@ -8,44 +8,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sam_jax.evaluate
 from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
-from sam_jax.evaluate.statistics import Measured, collect, measure, table
+from sam_jax.evaluate.statistics import Measurement, format_table, measure, summarize
 from sam_jax.masks import rle
-
-
-class Images(list):
-    """A source of examples, or of what reading them raises."""
-
-    def __getitem__(self, index):
-        value = super().__getitem__(index)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-    def name(self, index):
-        return f"{index}.jpg"
+from tests.sam_jax.evaluate.toy_sources import ToySource
 
 
 def mask(*rectangles, size=(4, 6)):
-    """The union of (top, left, bottom, right)."""
-    painted = np.zeros(size, bool)
+    """Returns the union of rectangles (top, left, bottom, right)."""
+    pixels = np.zeros(size, bool)
     for top, left, bottom, right in rectangles:
-        painted[top:bottom, left:right] = True
-    return rle.encode(painted)
+        pixels[top:bottom, left:right] = True
+    return rle.encode(pixels)
 
 
 def example(*masks):
     return Example(image=np.zeros((1, 1, 3), np.uint8), masks=masks)
 
 
-SQUARE, WHOLE = mask((1, 2, 3, 4)), mask((0, 0, 4, 6))
+SQUARE, FULL = mask((1, 2, 3, 4)), mask((0, 0, 4, 6))
 CORNER = mask((0, 0, 2, 1), (0, 0, 1, 2), size=(10, 10))  # its hull has half a pixel more
 
 
 def test_measures_by_hand():
-    source = Images([example(SQUARE, WHOLE), example(CORNER)])
+    source = ToySource([example(SQUARE, FULL), example(CORNER)])
     first, second = measure(source, [0, 1])
     assert (first.index, first.name, first.masks, first.reason) == (0, "0.jpg", 2, None)
     np.testing.assert_array_equal(
@@ -57,8 +44,8 @@ def test_measures_by_hand():
 
 
 def test_histograms_and_means_by_hand():
-    source = Images([example(SQUARE, WHOLE), example(), example(*[SQUARE] * 11)])
-    found = json.loads(json.dumps(collect(measure(source, range(3)))))
+    source = ToySource([example(SQUARE, FULL), example(), example(*[SQUARE] * 11)])
+    found = json.loads(json.dumps(summarize(measure(source, range(3)))))
     assert (found["samples"], found["usable"], found["masks"]) == (3, 3, 13)
     assert found["masks_per_image"] == {
         "mean": round(13 / 3, 4),
@@ -77,33 +64,35 @@ def test_histograms_and_means_by_hand():
 
 
 def test_centers_are_by_rows():
-    found = collect(measure(Images([example(mask((0, 5, 1, 6)))]), [0]))
+    found = summarize(measure(ToySource([example(mask((0, 5, 1, 6)))]), [0]))
     assert np.argwhere(found["center"]["masks"]).tolist() == [[2, 18]]  # y 1/8, x 11/12
 
 
 def test_every_number_of_masks_is_in_a_bin():
     numbers = [0, 10, 11, 50, 51, 100, 101, 200, 201, 5000]
-    found = collect([Measured(i, "x", n, values=np.zeros((n, 4))) for i, n in enumerate(numbers)])
+    found = summarize(
+        [Measurement(i, "x", n, values=np.zeros((n, 4))) for i, n in enumerate(numbers)]
+    )
     assert found["masks_per_image"]["images"] == [2, 2, 2, 2, 2]
 
 
-def test_what_cannot_be_used_is_reported_and_skipped():
+def test_unusable_images_are_reported_and_skipped():
     empty, broken = mask(), {"size": [4, 6], "counts": [23]}
-    source = Images(
+    source = ToySource(
         [BadSample("broken image", "cut"), example(SQUARE), example(SQUARE, empty), example(broken)]
     )
-    found = collect(measure(source, range(4)))
+    found = summarize(measure(source, range(4)))
     assert (found["samples"], found["usable"], found["masks"]) == (4, 1, 1)
     assert found["reasons"] == {"broken image": 1, "empty mask": 1, "broken mask": 1}
     assert [bad["index"] for bad in found["bad"]] == [0, 2, 3]
     assert found["bad"][1]["detail"] == "mask 1 has no pixels"
     assert "mask 0: runs must sum to 4 * 6 = 24, got 23" in found["bad"][2]["detail"]
-    assert "1 masks in 1 of 4 images" in table(found)
+    assert "1 masks in 1 of 4 images" in format_table(found)
 
 
 def test_images_without_masks_count():
-    source = Images([BadSample("no masks", ""), example(SQUARE), example(SQUARE, SQUARE)])
-    found = collect(measure(source, range(3)))
+    source = ToySource([BadSample("no masks", ""), example(SQUARE), example(SQUARE, SQUARE)])
+    found = summarize(measure(source, range(3)))
     assert (found["usable"], found["masks"]) == (3, 3)
     assert found["masks_per_image"]["mean"] == 1.0
     assert found["masks_per_image"]["images"][0] == 3
@@ -111,7 +100,7 @@ def test_images_without_masks_count():
 
 def test_no_mask_at_all_is_an_error():
     with pytest.raises(ValueError, match="no mask to measure in 2 images"):
-        collect(measure(Images([example(), BadSample("no masks", "")]), [0, 1]))
+        summarize(measure(ToySource([example(), BadSample("no masks", "")]), [0, 1]))
 
 
 @pytest.fixture
@@ -124,30 +113,30 @@ def labels(tmp_path):
             (folder / kind).mkdir(parents=True)
         Image.new("RGB", size[::-1]).save(folder / "images" / "a.png")
         for i, rectangle in enumerate(rectangles):
-            painted = rle.decode(mask(rectangle, size=size))
-            Image.fromarray(np.uint8(255 * painted)).save(folder / "masks" / f"{i}.png")
+            pixels = rle.decode(mask(rectangle, size=size))
+            Image.fromarray(np.uint8(255 * pixels)).save(folder / "masks" / f"{i}.png")
         return f"labels:{tmp_path / name}"
 
     return write
 
 
-def test_the_command_writes_what_it_prints(labels, tmp_path, capsys):
+def test_the_command_writes_the_printed_statistics(labels, tmp_path, capsys):
     first = labels("first", (0, 0, 10, 15), (10, 15, 20, 30))
     second = labels("second", (0, 0, 10, 12), (0, 20, 10, 30))
     out = tmp_path / "new" / "out"
-    assert main(["data", "stats", first, "--against", second, "--out", str(out)]) == 0
+    assert main(["dataset", "stats", first, "--compare-to", second, "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "2 masks in 1 of 1 images, on average",
-        "masks an image      2.000",
+        "2 masks in 1 of 1 images; means:",
+        "masks per image     2.000",
         "relative size       0.500",
         "concavity           0.000",
         "centre, x           0.500",
         "centre, y           0.500",
-        "masks an image: 0-10 in 100 %, 11-50 in 0 %, 51-100 in 0 %, 101-200 in 0 %, >200 in 0 %",
-        "1 pairs of masks in 1 images of both sources",
-        "IoU of a pair: 0.0 % above 0.9, 100.0 % above 0.75, 0.800 on average",
-        "without a partner: 1 masks of the first source, 1 of the second",
-        f"statistics.json and plots are in {out}",
+        "masks per image: 0-10 in 100 %, 11-50 in 0 %, 51-100 in 0 %, 101-200 in 0 %, >200 in 0 %",
+        "1 matched pairs of masks in 1 images of both sources",
+        "IoU of a pair: 0.0 % above 0.9, 100.0 % above 0.75, mean 0.800",
+        "unmatched: 1 masks of the first source, 1 of the second",
+        f"statistics.json, shapes.png, centers.png, quality.png are in {out}",
     ]
     written = json.loads((out / "statistics.json").read_text())
     assert (written["source"], written["index"], written["masks"]) == (first, ":", 2)
@@ -158,36 +147,35 @@ def test_the_command_writes_what_it_prints(labels, tmp_path, capsys):
             assert len(np.unique(np.asarray(plot.convert("L")))) > 10
 
 
-def test_the_command_alone_writes_nothing(labels, tmp_path, capsys, monkeypatch):
+def test_the_command_without_out_writes_nothing(labels, tmp_path, capsys, monkeypatch):
     source = labels("first", (0, 0, 10, 15))
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "stats", source]) == 0
+    assert main(["dataset", "stats", source]) == 0
     assert "relative size       0.500" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
-def test_the_command_names_what_cannot_be_used(labels, tmp_path, capsys):
+def test_the_command_names_unusable_images(labels, tmp_path, capsys):
     first, second = (labels(name, (0, 0, 9, 9)) for name in ("first", "second"))
     broken = tmp_path / "first" / "b" / "images"
     broken.mkdir(parents=True)
     (broken.parent / "masks").mkdir()
     (broken.parent / "masks" / "0.png").write_bytes(b"text")
-    assert main(["data", "stats", first]) == 0
+    assert main(["dataset", "stats", first]) == 0
     line, *rest = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{broken / 'b.png'}: broken mask: ")
-    assert rest[0] == "1 masks in 1 of 2 images, on average"
-    assert main(["data", "stats", first, "--against", second]) == 1
+    assert rest[0] == "1 masks in 1 of 2 images; means:"
+    assert main(["dataset", "stats", first, "--compare-to", second]) == 1
     assert "got 2 images and 1" in capsys.readouterr().err
-    assert main(["data", "stats", first, "--index", "0", "--against", first]) == 0
+    assert main(["dataset", "stats", first, "--index", "0", "--compare-to", first]) == 0
     other = labels("other", (0, 0, 9, 9), size=(30, 20))
-    assert main(["data", "stats", second, "--against", other]) == 1
+    assert main(["dataset", "stats", second, "--compare-to", other]) == 1
     assert "must be of one size; got 20 x 30 and 30 x 20" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_extra_is_named(labels, tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr(sam_jax.evaluate, "plots", raising=False)
     monkeypatch.setitem(sys.modules, "sam_jax.visualize.dataset_plots", None)
     out = tmp_path / "out"
-    assert main(["data", "stats", labels("first", (0, 0, 9, 9)), "--out", str(out)]) == 1
+    assert main(["dataset", "stats", labels("first", (0, 0, 9, 9)), "--out", str(out)]) == 1
     assert 'pip install "sam_jax[viz]"' in capsys.readouterr().err
     assert not out.exists()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import pytest
 
@@ -48,3 +49,9 @@ def test_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"a": math.nan})
     assert (tmp_path / "a.json").read_text() == text
+
+
+def test_the_temporary_name_contains_the_writer(tmp_path):
+    with atomic_path(tmp_path / "a", writer="process3") as temporary:
+        temporary.write_bytes(b"")
+        assert re.fullmatch(r"\.a\.process3\.[0-9a-f]+\.tmp", temporary.name)

@@ -1,10 +1,17 @@
-"""All masks of an image drawn over it: each is seen, and what is not masked stays as it is."""
+"""Masks drawn over an image: each is visible, and the rest of the image is unchanged."""
 
 import numpy as np
 import pytest
 
 from sam_jax.masks import rle
-from sam_jax.visualize.overlay import draw_masks
+from sam_jax.visualize.overlay import (
+    BACKGROUND_COLOR,
+    BOX_COLOR,
+    FOREGROUND_COLOR,
+    MASK_COLOR,
+    draw_masks,
+    draw_overlay,
+)
 
 SIZE = (60, 90)
 IMAGE = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
@@ -16,10 +23,10 @@ def box(y0, x0, y1, x1):
     return mask
 
 
-def test_small_masks_lie_above_large_ones_and_the_rest_is_untouched():
-    large, small, beside = box(5, 5, 45, 60), box(20, 20, 30, 30), box(10, 70, 30, 80)
-    drawn = draw_masks(np.full((*SIZE, 3), 100, np.uint8), [small, beside, large])
-    outside = ~(large | beside)
+def test_small_masks_are_above_large_ones_and_the_rest_is_unchanged():
+    large, small, separate = box(5, 5, 45, 60), box(20, 20, 30, 30), box(10, 70, 30, 80)
+    drawn = draw_masks(np.full((*SIZE, 3), 100, np.uint8), [small, separate, large])
+    outside = ~(large | separate)
     assert (drawn[outside] == 100).all()
     colors = [drawn[y, x].tolist() for y, x in ((10, 10), (25, 25), (20, 75))]
     assert len(set(map(tuple, colors))) == 3
@@ -32,7 +39,7 @@ def test_small_masks_lie_above_large_ones_and_the_rest_is_untouched():
         assert (edge >= 200).all()  # nearly white
 
 
-def test_run_lengths_are_drawn_as_their_masks_in_any_order():
+def test_run_lengths_are_drawn_like_arrays_in_any_order():
     rng = np.random.default_rng(1)
     masks = [box(0, 0, 60, 90), box(0, 0, 1, 1), box(30, 70, 50, 80), box(5, 75, 25, 85)]
     masks += [rng.random(SIZE) < 0.1, box(3, 0, 4, 90), box(7, 0, 40, 50), np.zeros(SIZE, bool)]
@@ -44,7 +51,7 @@ def test_run_lengths_are_drawn_as_their_masks_in_any_order():
     np.testing.assert_array_equal(draw_masks(IMAGE, lists), expected)
 
 
-def test_neighbours_in_size_have_colors_that_are_told_apart():
+def test_colors_are_distinct_and_most_of_all_those_of_masks_of_similar_size():
     grey = np.full((*SIZE, 3), 128, np.uint8)
     strips = [box(2, 9 * i, 58 - i, 9 * i + 8) for i in range(10)]
     drawn = draw_masks(grey, strips).astype(int)
@@ -54,7 +61,7 @@ def test_neighbours_in_size_have_colors_that_are_told_apart():
     assert np.diag(distance, 1).min() > 60
 
 
-def test_no_masks_leave_the_image():
+def test_without_masks_the_image_is_unchanged():
     np.testing.assert_array_equal(draw_masks(IMAGE, []), IMAGE)
     np.testing.assert_array_equal(draw_masks(IMAGE, [np.zeros(SIZE, bool)]), IMAGE)
 
@@ -64,3 +71,17 @@ def test_masks_of_another_size_are_refused():
     for mask in (np.ones((90, 60), bool), rle.encode(np.ones((90, 60), bool))):
         with pytest.raises(ValueError, match=message):
             draw_masks(IMAGE, [mask])
+
+
+def test_the_overlay_tints_the_mask_and_marks_the_prompts():
+    grey = np.full((*SIZE, 3), 100, np.uint8)
+    mask = box(10, 10, 50, 50)
+    drawn = draw_overlay(grey, mask, [(30, 30), (75, 30)], [1, 0], box=(5, 5, 55, 55))
+    assert drawn[45, 45].tolist() == [round((100 + c) / 2) for c in MASK_COLOR]
+    assert drawn[10, 30].tolist() == [255, 255, 255]
+    assert tuple(drawn[30, 30]) == FOREGROUND_COLOR
+    assert tuple(drawn[30, 75]) == BACKGROUND_COLOR
+    assert tuple(drawn[5, 30]) == BOX_COLOR
+    assert (drawn[58:, :] == 100).all()
+    with pytest.raises(ValueError, match="zip"):
+        draw_overlay(grey, mask, [(30, 30)], [])

@@ -8,9 +8,9 @@ import pytest
 
 from configs.mae_tiny import config as tiny
 from sam_jax.data.crop_batch import ImageBatch
-from sam_jax.model.mae import ReconstructedPatches, mae_tiny
+from sam_jax.model.mae import ReconstructedPatches, mae_tiny, reconstruction_loss
 from train.config import Reconstruction
-from train.objectives.reconstruction import make_reconstruction_objective, reconstruction_loss
+from train.objectives.reconstruction import make_reconstruction_objective
 from train.tasks.base import task_of
 
 MODEL = mae_tiny(image_size=(32, 32), depth=1)

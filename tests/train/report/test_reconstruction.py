@@ -4,14 +4,13 @@ import dataclasses
 import json
 
 import matplotlib.image
-import numpy as np
 import pytest
 
 from configs.mae_tiny import config as tiny
 from sam_jax.data.example import BadSample
 from sam_jax.data.open import open_source, select
 from sam_jax.model.init import init_variables
-from sam_jax.model.mae import mae_tiny, normalize_patches
+from sam_jax.model.mae import mae_tiny
 from train.config import Reconstruction
 from train.overrides import to_dict
 from train.report import reconstruction
@@ -40,42 +39,6 @@ class Bad:
 
     def name(self, index):
         return f"<b>{index}</b>"
-
-
-def evaluate(params, indices, source=SCENES):
-    return reconstruction.evaluate_reconstruction(MODEL, params, Reconstruction(), source, indices)
-
-
-def test_an_images_loss_is_its_own_whatever_comes_with_it(params):
-    alone = [evaluate(params, [i])["loss"] for i in range(20)]
-    together = evaluate(params, range(20))  # more than one batch
-    assert together["loss"] == pytest.approx(np.mean(alone), rel=1e-5)
-    assert together["images"] == 20
-    assert np.std(alone) > 1e-3
-
-
-def test_bad_images_are_counted(params):
-    found = evaluate(params, range(5), Bad())
-    assert (found["images"], found["bad_samples"]) == (3, 2)
-    assert found["loss"] == pytest.approx(evaluate(params, [0, 3, 4])["loss"], rel=1e-5)
-    with pytest.raises(ValueError, match="no held-out image can be used"):
-        evaluate(params, [1, 2], Bad())
-
-
-def test_hidden_pixels_are_those_of_hidden_patches_and_paintings_have_their_scale(params):
-    image = np.stack([reconstruction.middle_of(SCENES.image(i), MODEL) for i in range(16)])
-    _, hidden, painted = map(
-        np.asarray, reconstruction.paint(MODEL, Reconstruction(), params, np.arange(16), image)
-    )
-    patches = hidden.reshape(16, 4, 8, 6, 8)
-    assert (patches == patches[:, :, :1, :, :1]).all()
-    assert (hidden.mean((1, 2)) == 0.75).all()
-    assert (painted >= 0).all()
-    assert (painted <= 255).all()
-    true = np.random.default_rng(0).uniform(-2, 2, (2, 3, 192)).astype(np.float32)
-    np.testing.assert_allclose(
-        reconstruction.in_scale_of(true, normalize_patches(true)), true, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("normalized", [True, False])

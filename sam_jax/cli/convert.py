@@ -1,0 +1,37 @@
+"""`sam-jax convert`: weights from one format to another."""
+
+import argparse
+from pathlib import Path
+
+from sam_jax.cli.help_texts import WEIGHTS_HELP
+from sam_jax.weights import formats, mae, store
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of the verb."""
+    parser.description = "Converts weights between formats."
+    parser.epilog = "example: sam-jax convert sam_vit_b_01ec64.pth sam_b/"
+    parser.add_argument("source", metavar="SRC", help=WEIGHTS_HELP)
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        help="a .pth or .safetensors file with official names, otherwise a weights directory",
+    )
+    parser.add_argument(
+        "--format",
+        choices=formats.FORMATS,
+        help="the format of DST; default: chosen by its name",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    if (Path(args.source) / store.MAE).is_file():
+        model, tensors = store.read_mae(args.source)
+        formats.save(args.target, model, mae.from_torch(model, tensors), format=args.format)
+    else:
+        model, variables, notes = formats.read(args.source)
+        formats.save(args.target, model, variables, format=args.format)
+        for note in notes:
+            print(f"note: {note}")
+    print(f"{args.source} -> {args.target}")

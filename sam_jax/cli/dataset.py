@@ -1,0 +1,152 @@
+"""`sam-jax dataset check` and `sam-jax dataset stats`: images with masks, checked and measured."""
+
+import argparse
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from sam_jax.cli.help_texts import SLICE_HELP
+from sam_jax.cli.lazy_parser import LazyParser
+from sam_jax.data import validate
+from sam_jax.data.open import Subset, open_source, select, source_usage
+from sam_jax.data.validate import Finding
+from sam_jax.evaluate import quality, statistics
+from sam_jax.evaluate.pairs import MASKS_ONLY
+from sam_jax.io.atomic import write_json
+
+AnyFinding = TypeVar("AnyFinding", bound=Finding)
+SavePlots = Callable[[str, dict[str, Any]], list[str]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the two actions of the verb."""
+    parser.description = "Checks and measures images with masks."
+    parser.epilog = "example: sam-jax dataset check sa1b:images/ --json report.json"
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="ACTION", parser_class=LazyParser
+    )
+    actions.add_parser(
+        "check", help="read all samples and list those that cannot be used", declare=_declare_check
+    )
+    actions.add_parser(
+        "stats",
+        help="measure the number, size, concavity and position of masks",
+        declare=_declare_stats,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb and returns the exit code."""
+    return args.run_action(args)
+
+
+def _declare_check(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Reads all images and masks of a source and lists those that cannot be used. The exit code "
+        "is 1 if there are any."
+    )
+    parser.epilog = "example: sam-jax dataset check sa1b:images/ --json report.json"
+    parser.set_defaults(run_action=run_check)
+    parser.add_argument("source", metavar="SOURCE", help=source_usage())
+    parser.add_argument("--json", metavar="FILE", help="also write the result to a file")
+
+
+def _declare_stats(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measures the masks of a source: how many there are per image, their size relative to the "
+        "image, their concavity and their position, as section 5 of the paper does."
+    )
+    parser.epilog = "example: sam-jax dataset stats sa1b:images/ --index ::100 --out statistics/"
+    parser.set_defaults(run_action=run_stats)
+    parser.add_argument("source", metavar="SOURCE", help=source_usage())
+    parser.add_argument("--index", default=":", metavar="SLICE", help=SLICE_HELP)
+    parser.add_argument(
+        "--out", metavar="DIR", help="write statistics.json and plots to this folder"
+    )
+    parser.add_argument(
+        "--compare-to",
+        metavar="SOURCE",
+        help="another annotation of the same images in the same order; its masks are matched with "
+        "those of the first, and the IoU of the pairs is reported",
+    )
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Runs `dataset check` and returns the exit code."""
+    source = open_source(args.source)
+    findings = show_findings(validate.check(source), len(source))
+    result = {"source": args.source, **validate.summarize(findings)}
+    for reason, count in result["reasons"].items():
+        print(f"{count:7d}  {reason}")
+    usable, samples, masks = result["usable"], result["samples"], result["masks"]
+    print(f"{usable} of {samples} samples are usable, {masks} masks")
+    if args.json:
+        write_json(args.json, result, indent=1)
+    return 0 if usable == samples else 1
+
+
+def run_stats(args: argparse.Namespace) -> int:
+    """Runs `dataset stats` and returns the exit code."""
+    save_plots = import_plots() if args.out else None
+    images = select(open_source(args.source, reduce_to=MASKS_ONLY), args.index)
+    comparisons = start_comparison(images, args.compare_to) if args.compare_to else None
+
+    result = {"source": args.source, "index": args.index, **measure_masks(images)}
+    if comparisons is not None:
+        known = [bad["name"] for bad in result["bad"]]
+        agreement = quality.summarize(show_findings(comparisons, len(images), known))
+        print(quality.format_table(agreement))
+        result["against"] = {"source": args.compare_to, **agreement}
+    if save_plots is not None:
+        plots = save_plots(args.out, result)
+        write_json(Path(args.out) / "statistics.json", result, indent=None)
+        print(f"statistics.json, {', '.join(plots)} are in {args.out}")
+    return 0
+
+
+def measure_masks(images: Subset) -> dict[str, Any]:
+    """Measures and prints the statistics of the masks of images."""
+    measurements = statistics.measure(images.source, images.indices.tolist())
+    result = statistics.summarize(show_findings(measurements, len(images)))
+    print(statistics.format_table(result))
+    return result
+
+
+def start_comparison(images: Subset, other: str) -> Iterator[quality.Comparison]:
+    """Opens another source of the same images, to be compared image by image."""
+    second = open_source(other, reduce_to=MASKS_ONLY)
+    return quality.compare(images.source, second, images.indices.tolist())
+
+
+def import_plots() -> SavePlots:
+    """Imports `save_plots`, which needs an optional package.
+
+    Raises:
+      ValueError: If matplotlib is not installed.
+    """
+    try:
+        from sam_jax.visualize.dataset_plots import save_plots
+    except ImportError as error:
+        raise ValueError(f'--out draws plots: {error}; pip install "sam_jax[viz]"') from error
+    return save_plots
+
+
+def show_findings(
+    findings: Iterable[AnyFinding], total: int, known: Collection[str] = ()
+) -> Iterator[AnyFinding]:
+    """Passes findings on, with a progress bar and a line for each sample that cannot be used.
+
+    Args:
+      findings: One for each sample.
+      total: Their number.
+      known: The names of samples without a line, as they had one before.
+
+    Yields:
+      The findings.
+    """
+    for finding in tqdm(findings, total=total, unit=" samples", disable=None):
+        if finding.reason is not None and finding.name not in known:
+            tqdm.write(str(finding))
+        yield finding
