@@ -25,7 +25,7 @@ from sam_jax.model.mae import (
     MaskedAutoencoder,
     ReconstructedPatches,
     mean_and_deviation,
-    patches_of,
+    patchify,
     reconstruction_loss,
 )
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize_colors
@@ -191,7 +191,7 @@ def reconstruct(
     losses = reconstruction_loss(output, inputs, model.patch_size, normalized)
     patches = output.patches
     if normalized:
-        patches = unnormalize_patches(patches, patches_of(inputs, model.patch_size))
+        patches = unnormalize_patches(patches, patchify(inputs, model.patch_size))
     gh, _ = model.grid
     p = model.patch_size
     pixels = rearrange(patches, "b (gh gw) (i j c) -> b (gh i) (gw j) c", gh=gh, i=p, j=p)
