@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 import sam_jax
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import Subset, exclude, open_source, select
-from train.checkpoints import KEPT, Checkpoints
+from train.checkpoints import MAX_TO_KEEP, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops
 from train.initialization import initial_variables
@@ -166,7 +166,7 @@ def bytes_on_disk(variables: dict, is_remote: bool) -> int:
     Those of a workdir that is not on this machine are not written here.
     """
     size = sum(x.nbytes for x in jax.tree.leaves(variables))
-    return size if is_remote else (3 * (KEPT + 1) + 1) * size
+    return size if is_remote else (3 * (MAX_TO_KEEP + 1) + 1) * size
 
 
 def variables_of(mesh: Mesh, state: TrainState) -> dict:

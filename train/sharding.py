@@ -1,12 +1,12 @@
-"""How a step is spread over devices: the only file that names an axis of the mesh.
+"""Shards the training step over devices; the only file that names the axes of the mesh.
 
-Every device takes its share of the images and goes through it alone, from the gradients of which
-are added at the end: no activation ever crosses from one device to another. Large arrays of the
-state lie in pieces over a row of `fsdp` devices, which gather the parameters to use them and add
-their gradients piece by piece; small ones lie whole on every device.
+Each device processes its shard of the batch independently, and gradients are all-reduced at the
+end, so that no activation crosses from one device to another. Large arrays of the state are
+sharded over the `fsdp` axis: parameters are all-gathered before they are used, and their gradients
+are reduce-scattered. Small arrays are replicated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,31 +14,43 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from train.config import ConfigError
+from train.objectives.sums import Sums
+
+Objective = Callable[..., Sums]  # a function of (params, constants, batch, key)
 
 DATA, FSDP = "data", "fsdp"
 BATCH_SPEC = PartitionSpec((DATA, FSDP))  # the images of a batch are split over all devices
 REPLICATED = PartitionSpec()
-MIN_SHARD_SIZE = 2**20  # elements of the smallest array that is split
-SHARE = 8  # a piece's rows are a multiple of this, as tiles of memory have them
-ASYNC_ALL_GATHER_OPTIONS = {  # other work: not all generations of TPUs do so unasked
+# Elements of the smallest array that is sharded. Below some 4 MB, the latency of a collective costs
+# more than the memory that sharding would save.
+MIN_SHARD_SIZE = 2**20
+ROW_MULTIPLE = 8  # a shard has a multiple of this many rows, which TPUs tile memory by
+# XLA options that overlap all-gathers with computation, which some TPUs do not do by default.
+ASYNC_ALL_GATHER_OPTIONS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
 }
 
 
-def make_mesh(batch_size: int, fsdp: int = 1, devices=None) -> Mesh:
-    """A mesh of all devices, 'data fsdp'.
+def make_mesh(batch_size: int, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes a mesh of devices with the axes (data, fsdp).
 
-    One process takes as many of its devices as the batch can be divided among; several take all.
+    A single process uses as many of its devices as divide the batch. Several processes use all of
+    their devices.
 
     Args:
-      batch_size: images of all devices together.
-      fsdp: devices over which large arrays of the state are split.
-      devices: instead of those that there are.
+      batch_size: Images of all devices together.
+      fsdp: The number of devices over which large arrays of the state are sharded.
+      devices: The devices; by default all that there are.
+
+    Returns:
+      The mesh.
+
     Raises:
-      ConfigError: if the devices cannot be arranged so, or the batch not be divided among them.
+      ConfigError: If fsdp does not divide the number of devices, or that the batch size.
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
@@ -50,113 +62,140 @@ def make_mesh(batch_size: int, fsdp: int = 1, devices=None) -> Mesh:
             f"batch_size must be divisible by the number of devices and that by fsdp; got "
             f"{batch_size} images, {len(devices)} devices and fsdp={fsdp}"
         )
-    shape = (count // fsdp, fsdp)
-    types = (jax.sharding.AxisType.Auto,) * 2
-    placed = mesh_utils.create_device_mesh(
-        shape, devices[:count], allow_split_physical_axes=True
-    )  # the last axis, along which most is sent, over neighbours
-    return Mesh(placed, (DATA, FSDP), axis_types=types)
+    # The last axis of a mesh is laid out over neighbouring devices. Most data is sent along `fsdp`.
+    arranged = mesh_utils.create_device_mesh(
+        (count // fsdp, fsdp), devices[:count], allow_split_physical_axes=True
+    )
+    return Mesh(arranged, (DATA, FSDP), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def infer_sharding(mesh: Mesh, state: Any) -> Any:
-    """Where each array of a state lies, by its shape alone.
+    """Infers the sharding of each array of a state from its shape.
 
-    Large ones are split along the first axis that leaves every device whole tiles.
+    Large arrays are split along the first axis, other than the last, that leaves each device a
+    multiple of ROW_MULTIPLE rows. Other arrays are replicated.
+
+    Args:
+      mesh: The devices.
+      state: A tree of arrays or of their shapes.
+
+    Returns:
+      A tree of `NamedSharding`.
     """
 
-    def place(x):
+    def infer(x: Any) -> NamedSharding:
         fsdp = mesh.shape[FSDP]
-        axes = [i for i, n in enumerate(x.shape[:-1]) if n % (SHARE * fsdp) == 0]
+        axes = [i for i, n in enumerate(x.shape[:-1]) if n % (ROW_MULTIPLE * fsdp) == 0]
         if fsdp == 1 or x.size < MIN_SHARD_SIZE or not axes:
             return NamedSharding(mesh, REPLICATED)
         return NamedSharding(mesh, PartitionSpec(*[None] * axes[0], FSDP))
 
-    return jax.tree.map(place, state)
+    return jax.tree.map(infer, state)
 
 
-def init_sharded(mesh: Mesh, make: Callable, *args: Any) -> Any:
-    """What `make` returns for arrays in the host's memory, each result made where it is to lie."""
+def init_sharded(mesh: Mesh, init_fn: Callable[..., Any], *args: Any) -> Any:
+    """Runs `init_fn` under jit with `out_shardings`, so that arrays are created on their devices.
+
+    Args:
+      mesh: The devices.
+      init_fn: A function of `args` that returns a tree of arrays.
+      *args: Trees of arrays in the host's memory.
+
+    Returns:
+      The result of `init_fn`, sharded as `infer_sharding` says.
+    """
     args = jax.tree.map(np.asarray, args)
-    layout = infer_sharding(mesh, jax.eval_shape(make, *args))
-    return jax.jit(make, out_shardings=layout)(*args)
+    sharding = infer_sharding(mesh, jax.eval_shape(init_fn, *args))
+    return jax.jit(init_fn, out_shardings=sharding)(*args)
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """Makes this host's rows 'b ...' of a batch part of all hosts' rows, each on its device."""
+    """Moves this host's rows 'b ...' of a batch to its devices, as part of the global batch."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def process_allgather(mesh: Mesh, tree: Any) -> Any:
-    """All of a tree's arrays, whole, in the memory of every host."""
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, REPLICATED))(tree)
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
+    """Copies all shards of a tree's arrays to the memory of every host, as numpy arrays."""
+    replicated = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, REPLICATED))(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), replicated)
 
 
-def sync_hosts(what: str) -> None:
-    """Waits until every host has come to this place."""
+def sync_hosts(name: str) -> None:
+    """Waits until every host has called this function with the same name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
-def compile_step(mesh: Mesh, step: Callable, state: Any) -> Callable:
-    """Compiles f(state, batch) -> (state, values); the state stays where it lies, and is donated.
+def compile_step(
+    mesh: Mesh, step: Callable[..., Any], state: Any
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """Compiles a step f(state, batch) -> (state, values); the state is donated.
 
     Args:
-      state: arrays, or their shapes.
+      mesh: The devices.
+      step: The function.
+      state: The state, or its shapes. It keeps its sharding.
+
+    Returns:
+      The compiled function.
     """
-    layout = infer_sharding(mesh, state)
-    whole, images = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, BATCH_SPEC)
+    state_sharding = infer_sharding(mesh, state)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
         step,
-        in_shardings=(layout, images),
-        out_shardings=(layout, whole),
+        in_shardings=(state_sharding, NamedSharding(mesh, BATCH_SPEC)),
+        out_shardings=(state_sharding, NamedSharding(mesh, REPLICATED)),
         donate_argnums=0,
         compiler_options=ASYNC_ALL_GATHER_OPTIONS if on_tpu else None,
     )
 
 
-def make_sharded_grad_fn(mesh: Mesh, objective: Callable, params: Any, dtype: Any = jnp.float32):
-    """Builds the gradients of an objective of a batch that is split over the devices.
+def make_sharded_grad_fn(
+    mesh: Mesh, objective: Objective, params: Any, dtype: DTypeLike = jnp.float32
+) -> Callable[..., tuple[tuple[jax.Array, dict[str, Any]], Any]]:
+    """Builds the gradient of an objective for a batch that is sharded over the devices.
+
+    The objective runs under `shard_map`, so that XLA cannot choose to communicate activations. It
+    returns sums; the loss is their total over all devices, divided by the total count.
 
     Args:
-      mesh: `make_mesh`'s.
-      objective: f(params, constants, batch, key) -> (loss, values), means over the valid masks of
-        the batch.
-      params: arrays, or their shapes.
-      dtype: in which the pieces of parameters and gradients travel.
+      mesh: The devices.
+      objective: The objective.
+      params: The parameters, or their shapes.
+      dtype: The type of all-gathered parameters and reduce-scattered gradients (FSDP only).
+
     Returns:
-      f of the same arguments -> ((loss, values), gradients), of the whole batch; the gradients lie
-      as the parameters do.
+      A function of (params, constants, batch, key) that returns ((loss, values), gradients) of the
+      global batch. The gradients are sharded like the parameters.
     """
     specs = jax.tree.map(lambda x: x.spec, infer_sharding(mesh, params))
 
-    def gather_piece(spec, x):
+    def all_gather(spec: PartitionSpec, x: jax.Array) -> jax.Array:
         if FSDP not in spec:
             return x
+        # Its transpose, in the backward pass, reduce-scatters the gradient.
         return jax.lax.all_gather(x.astype(dtype), FSDP, axis=spec.index(FSDP), tiled=True)
 
-    def add(spec, x):
+    def all_reduce(spec: PartitionSpec, x: jax.Array) -> jax.Array:
         return jax.lax.psum(x, DATA if FSDP in spec else (DATA, FSDP))
 
-    def of_share(params, constants, batch, key):
-        masks = jnp.sum(batch.valid)
-        share = masks / jnp.maximum(1, jax.lax.psum(masks, (DATA, FSDP)))
-
-        def weighted(params):
+    def shard_grad(params: Any, constants: Any, batch: Any, key: jax.Array) -> Any:
+        def loss_share(params: Any) -> tuple[jax.Array, Any]:
             with jax.named_scope("gather"):
-                params = jax.tree.map(gather_piece, specs, params, is_leaf=is_spec)
-            loss, values = objective(params, constants, batch, key)
-            return loss * share, (loss, values)
+                params = jax.tree.map(all_gather, specs, params, is_leaf=is_spec)
+            sums = objective(params, constants, batch, key)
+            count = jnp.maximum(1, jax.lax.psum(sums.count, (DATA, FSDP)))
+            share = sums.loss / count
+            return share, (share, jax.tree.map(lambda x: x / count, sums.values))
 
-        gradients, means = jax.grad(weighted, has_aux=True)(params)
-        means = jax.tree.map(lambda x: jax.lax.psum(x * share, (DATA, FSDP)), means)
+        gradients, shares = jax.grad(loss_share, has_aux=True)(params)
+        means = jax.tree.map(lambda x: jax.lax.psum(x, (DATA, FSDP)), shares)
         with jax.named_scope("add_gradients"):
-            return means, jax.tree.map(add, specs, gradients, is_leaf=is_spec)
+            return means, jax.tree.map(all_reduce, specs, gradients, is_leaf=is_spec)
 
     return jax.shard_map(
-        of_share,
+        shard_grad,
         mesh=mesh,
         in_specs=(specs, REPLICATED, BATCH_SPEC, REPLICATED),
         out_specs=(REPLICATED, specs),
@@ -165,5 +204,5 @@ def make_sharded_grad_fn(mesh: Mesh, objective: Callable, params: Any, dtype: An
 
 
 def is_spec(x: Any) -> bool:
-    """Whether it is a leaf of a tree of specs, which JAX might take for a tuple."""
+    """Returns True for a `PartitionSpec`, which `jax.tree` may treat as a tuple."""
     return isinstance(x, PartitionSpec)

@@ -1,32 +1,35 @@
-"""What a run changes step by step."""
+"""The state of a training run, which changes with every step."""
+
+from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int32
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step reads and writes, and a checkpoint holds.
+    """Everything that a step reads and writes, and that a checkpoint holds.
 
     Attributes:
-      step: '' int32, steps done.
-      params, constants: of the model.
-      optimizer: the optimizer's state.
+      step: The number of steps done.
+      params: The model's parameters.
+      constants: The model's constants.
+      opt_state: The optimizer's state.
     """
 
-    step: jax.Array
-    params: dict
-    constants: dict
-    optimizer: optax.OptState
+    step: Int32[Array, ""]
+    params: dict[str, Any]
+    constants: dict[str, Any]
+    opt_state: optax.OptState
 
 
-def init_state(variables: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def init_state(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
     return TrainState(
         step=jnp.int32(0),
         params=variables["params"],
         constants=variables["constants"],
-        optimizer=optimizer.init(variables["params"]),
+        opt_state=optimizer.init(variables["params"]),
     )

@@ -1,35 +1,50 @@
-"""One update of the state by one batch."""
+"""One training step: the state is updated by the gradient of one batch."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from train.sharding import compile_step, make_sharded_grad_fn
+from train.sharding import Objective, compile_step, make_sharded_grad_fn
+from train.state import TrainState
 
 
-def make_step(objective, optimizer, seed: int, mesh, state, dtype="float32"):
-    """Builds the update.
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    state: TrainState,
+    dtype: DTypeLike = "float32",
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the compiled step.
 
     Args:
-      objective: f(params, constants, batch, key) -> (loss, values).
-      optimizer: `optax.GradientTransformation`.
-      seed: of the run; with the step it makes the key.
-      mesh: `make_mesh`'s.
-      state: a `TrainState`, or its shapes.
-      dtype: in which parameters and gradients travel where the mesh splits them.
+      objective: The objective, a function of (params, constants, batch, key).
+      optimizer: The optimizer.
+      seed: The seed of the run. The step's key is derived from it and the step's number.
+      mesh: The devices, see `make_mesh`.
+      state: The state, or its shapes.
+      dtype: The type of all-gathered parameters and reduce-scattered gradients.
+
     Returns:
-      f(state, batch) -> (`TrainState`, dict of float32 values), compiled; the state is donated.
+      A function of (state, batch) that returns the next state and a dict of float32 values. The
+      state is donated.
     """
     grad_fn = make_sharded_grad_fn(mesh, objective, state.params, dtype)
 
-    def step(state, batch):
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, values), gradients = grad_fn(state.params, state.constants, batch, key)
         with jax.named_scope("optimizer"):
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             state = state.replace(
                 step=state.step + 1,
                 params=optax.apply_updates(state.params, updates),
-                optimizer=optimizer_state,
+                opt_state=opt_state,
             )
             norm = optax.tree.norm(gradients)
         return state, values | {"total": loss, "gradient_norm": norm}

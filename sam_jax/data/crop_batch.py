@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import flax.struct
 import numpy as np
-from jaxtyping import Array, Bool, Int32, UInt8
+from jaxtyping import Array, Int32, UInt8
 from PIL import Image
 
 from sam_jax.data.example import BadSample, Example
@@ -32,11 +32,6 @@ class ImageBatch:
 
     image: UInt8[Array | np.ndarray, "b h w 3"]
     image_id: Int32[Array | np.ndarray, " b"]
-
-    @property
-    def valid(self) -> Bool[np.ndarray, " b"]:
-        """True for all images: none is padding."""
-        return np.ones(len(self.image), bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from sam_jax.model.sam import sam_vit_b, sam_vit_h, sam_vit_l
 from tests.benchmarks.everything import thresholds_of
 from train.config import Interactive, Optimizer
 from train.flops import decoder_flops, encoder_flops, peak_flops, step_flops
-from train.objectives.interactive import make_interactive
+from train.objectives.interactive import InteractiveObjective
 from train.optimizer import make_optimizer
 from train.sharding import init_sharded, make_mesh
 from train.state import init_state
@@ -204,7 +204,7 @@ def time_step(size, images, chunk, peak):
     mesh = make_mesh(images, devices=jax.devices()[:1])
     make = lambda: init_state(init_variables(model, 0), optimizer)
     state = init_sharded(mesh, make)
-    step = make_step(make_interactive(model, config), optimizer, 0, mesh, state, model.dtype)
+    step = make_step(InteractiveObjective(model, config), optimizer, 0, mesh, state, model.dtype)
     batch = random_batch(model, images, config.masks_per_image)
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()

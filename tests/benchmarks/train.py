@@ -203,7 +203,7 @@ def our_step(folder, images, points, num_extra_rounds):
     from sam_jax.data.segmentation_batch import Batch
     from sam_jax.model.sam import sam_tiny
     from train.config import Interactive, Optimizer
-    from train.objectives.interactive import make_interactive
+    from train.objectives.interactive import InteractiveObjective
     from train.optimizer import make_optimizer
     from train.sharding import init_sharded, make_mesh, shard_batch
     from train.state import init_state
@@ -211,7 +211,7 @@ def our_step(folder, images, points, num_extra_rounds):
 
     model, (_, variables) = sam_tiny(), sam_jax.load(folder / "weights.pth")
     batch = Batch(**np.load(folder / f"{images}.npz"))
-    objective = make_interactive(
+    objective = InteractiveObjective(
         model, Interactive(num_clicks=points, num_extra_rounds=num_extra_rounds)
     )
     optimizer = make_optimizer(Optimizer(), model.image_encoder.depth)

@@ -4,6 +4,7 @@ Our rounds are played one by one, and their prompts are given to the reference i
 """
 
 import copy
+import dataclasses
 import functools
 import importlib
 
@@ -15,7 +16,8 @@ import pytest
 from sam_jax.data.segmentation_batch import Batch
 from sam_jax.weights.convert import from_torch, to_torch
 from train.config import Interactive, Optimizer
-from train.objectives import interactive
+from train.objectives.interactive import InteractiveObjective
+from train.objectives.token_layout import to_image_layout
 from train.optimizer import make_optimizer
 
 torch = pytest.importorskip("torch")
@@ -63,22 +65,24 @@ def overheard(ours):
         for i, key in np.ndenumerate(keys[..., 0]):
             heard[int(index), int(key)] = [x[i] for x in prompts]
 
-    def next_clicks(model, config, truth, session, index):
-        clicks = untold(model, config, truth, session, index)
-        keys = jax.random.key_data(truth.key)
-        logits = interactive.by_place(session.logits, model)
-        jax.debug.callback(hear, index, keys, clicks.points, clicks.labels, logits)
-        return clicks
+    @dataclasses.dataclass(frozen=True)
+    class RecordingObjective(InteractiveObjective):
+        """The objective, which also tells `hear` the prompts of each round."""
 
-    untold = interactive.next_clicks
-    gradients = jax.value_and_grad(interactive.make_interactive(ours[0], OBJECTIVE), has_aux=True)
+        def predict_round(self, inputs, targets, state, index):
+            clicks, masks = super().predict_round(inputs, targets, state, index)
+            keys = jax.random.key_data(targets.key)
+            logits = to_image_layout(state.logits, self.model.grid)
+            jax.debug.callback(hear, index, keys, clicks.points, clicks.labels, logits)
+            return clicks, masks
+
+    objective = RecordingObjective(ours[0], OBJECTIVE)
+    gradients = jax.value_and_grad(lambda *args: objective(*args).mean(), has_aux=True)
     gradients = jax.jit(gradients)
 
     def run(params, constants, batch, key):
         heard.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(interactive, "next_clicks", next_clicks)
-            (loss, _), got = jax.block_until_ready(gradients(params, constants, batch, key))
+        (loss, _), got = jax.block_until_ready(gradients(params, constants, batch, key))
         jax.effects_barrier()
         return loss, got, [round_of(heard, i, batch, key) for i in range(11)]
 

@@ -14,7 +14,7 @@ from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.model.init import init_variables
 from sam_jax.model.sam import sam_tiny
 from train.config import ConfigError, Interactive, Optimizer
-from train.objectives.interactive import make_interactive
+from train.objectives.interactive import InteractiveObjective
 from train.optimizer import make_optimizer
 from train.sharding import (
     infer_sharding,
@@ -120,7 +120,7 @@ def losses_of_five_steps(mesh):
     optimizer = make_optimizer(Optimizer(peak_lr=1e-3, warmup_steps=2), MODEL.image_encoder.depth)
     variables = jax.jit(init_variables, static_argnums=(0, 1))(MODEL, 0)
     state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
-    step = make_step(make_interactive(MODEL, config), optimizer, 0, mesh, state)
+    step = make_step(InteractiveObjective(MODEL, config), optimizer, 0, mesh, state)
     losses = []
     for i in range(5):
         state, values = step(state, shard_batch(mesh, loader.batch(i)[0]))
@@ -136,7 +136,7 @@ def on_one_device():
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_a_mesh_does_not_change_a_run(fsdp, on_one_device, monkeypatch):
     monkeypatch.setattr("train.sharding.MIN_SHARD_SIZE", 1)
-    monkeypatch.setattr("train.sharding.SHARE", 1)
+    monkeypatch.setattr("train.sharding.ROW_MULTIPLE", 1)
     found, state = losses_of_five_steps(make_mesh(8, fsdp))
     same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(same, found, on_one_device)

@@ -1,369 +1,374 @@
 """SAM's objective: eleven rounds of interactive prompts for every mask, in one scan.
 
 Source: Kirillov et al. 2023, appendix A. A round adds a click where the last prediction is wrong,
-and passes that prediction on as a mask prompt; two rounds add nothing new. The first prompt has
-three outputs, of which only the best learns; every later one has the single output. What the paper
-leaves unsaid is a field of `Interactive`, or stands beside the code.
+and passes that prediction on as a mask prompt; two rounds add no new point. The first prompt has
+three outputs, of which only the best one is trained; later prompts have a single output. Where the
+paper leaves a choice open, it is a field of `Interactive` or is explained where it is made.
 
-As no gradient flows from a round into the one before, each round's gradient is taken inside the
-scan and summed, so that memory does not grow with the rounds; masks are independent given the
-image, and are taken a chunk at a time. Every random number is keyed by image and mask, so that
-neither chunks nor the layout of a batch change it.
+No gradient flows from a round into the one before. So each round's gradient is computed inside the
+scan (`scan_value_and_grad`), and memory does not grow with the number of rounds. Given the image,
+masks are independent; they are processed in chunks. Every random number is keyed by image and
+mask, so that neither the chunks nor the order of a batch change the result.
 """
 
-import functools
-import math
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
+from sam_jax.data.segmentation_batch import Batch
+from sam_jax.masks.overlap import mask_iou
+from sam_jax.model.mask_decoder import Masks
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import normalize
-from train.objectives.losses import dice_loss, focal_loss, mask_iou
-from train.objectives.prompt_sampling import FIRST_SLOTS, Clicks, click_on_error, first_prompt
+from train.config import Interactive
+from train.objectives.losses import iou_losses, mask_losses, weighted_sum
+from train.objectives.prompt_sampling import (
+    FIRST_SLOTS,
+    Clicks,
+    sample_click_on_error,
+    sample_first_prompt,
+)
+from train.objectives.scan_value_and_grad import scan_value, scan_value_and_grad
+from train.objectives.sums import Sums
+from train.objectives.targets import (
+    PromptableModel,
+    Targets,
+    loss_stride,
+    num_rounds,
+    prepare_targets,
+    split_masks,
+)
+from train.objectives.token_layout import (
+    to_image_layout,
+    to_token_layout,
+    upsample,
+    upsample_tokens,
+)
 
-# What a key is folded with: one number a purpose. Masks are numbered from 0.
+# Keys are folded with one number per purpose. Masks are numbered from 0, so that the key of an
+# image's drop path, folded with the largest number, is never that of a mask.
 CLICK, DROPOUT, INSERTION = 0, 1, 2
 DROP_PATH = 2**32 - 1
 
 
 @flax.struct.dataclass
-class Truth:
-    """What is known of masks, 'b n ...': constant through the rounds.
+class PromptState:
+    """The prompts of n objects in each of b images, as they stand after a round.
 
     Attributes:
-      mask: 'h w' bool in the frame; target: 's p' bool at the resolution of the loss, by token.
-      inside: 's p' bool, what is not padding.
-      size: '2' int32, (height, width) of the image in the frame.
-      weight: '' float32, the mask's share of the loss of a round; 0 for a filler.
-      key: of the mask.
+      clicks: The points so far.
+      logits: The prediction that becomes the next mask prompt, in the token layout.
     """
 
-    mask: jax.Array
-    target: jax.Array
-    inside: jax.Array
-    size: jax.Array
-    weight: jax.Array
-    key: jax.Array
+    clicks: Clicks
+    logits: Float32[Array, "b n s p"]
 
 
 @flax.struct.dataclass
-class Session:
-    """What the rounds have led to, 'b n ...': the clicks, and 's p' logits to go on from."""
+class DecoderInputs:
+    """What a round's predictions are computed from, besides the prompts.
 
-    clicks: Clicks
-    logits: jax.Array
-
-
-def make_interactive(model, config, train=True):
-    """Builds the objective of a model.
-
-    Args:
-      model: `Sam`; config: `Interactive`; train: whether to drop paths and units.
-    Returns:
-      f(params, constants, batch, key) -> (loss, values), where batch is a `Batch`, key that of the
-      step, and values a dict of 'round' float32 means over masks: "loss", its parts "focal",
-      "dice" and "iou" without their weights, and "miou" of the mask that goes on. Where the batch
-      holds embeddings, they are taken as they are.
+    Attributes:
+      params: Parameters of the prompt encoder and the mask decoder.
+      constants: The model's constants.
+      embedding: Embeddings of the images.
     """
 
-    def objective(params, constants, batch, key):
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.image_id)
+    params: dict[str, Any]
+    constants: dict[str, Any]
+    embedding: Float32[Array, "b gh gw c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InteractiveObjective:
+    """The objective of a model, a function of (params, constants, batch, key).
+
+    Attributes:
+      model: The model.
+      config: The objective's configuration.
+      train: Whether to apply drop path and dropout.
+    """
+
+    model: PromptableModel
+    config: Interactive
+    train: bool = True
+
+    def __call__(
+        self, params: dict[str, Any], constants: dict[str, Any], batch: Batch, key: Key[Array, ""]
+    ) -> Sums:
+        """Computes the loss of a batch.
+
+        Args:
+          params: The model's parameters.
+          constants: The model's constants.
+          batch: Images and masks. Where the batch holds embeddings, the images are not encoded.
+          key: The random key of the step.
+
+        Returns:
+          Sums over the valid masks. The values are one number per round: "loss", its unweighted
+          parts "focal", "dice" and "iou", and "miou", the IoU of the mask with the highest
+          predicted IoU.
+        """
+        keys = jax.vmap(lambda image_id: jax.random.fold_in(key, image_id))(batch.image_id)
         embedding = batch.embedding
         if embedding is None:
-            variables = {"params": params, "constants": constants}
-            image = normalize(batch.image, batch.size)
-            one = functools.partial(encode, model, variables, train=train)
             with jax.named_scope("encoder"):
-                embedding = jax.vmap(one)(image, keys)
+                embedding = self._encode(params, constants, batch, keys)
+        inputs = DecoderInputs(
+            params={part: params[part] for part in ("prompt_encoder", "mask_decoder")},
+            constants=constants,
+            embedding=jnp.asarray(embedding, jnp.float32),  # its gradients are summed in float32
+        )
 
-        def start(chunk):
-            truth = make_truth(model, config, batch.size, keys, chunk)
-            return truth, begin(model, config, truth)
+        def prepare(chunk: dict[str, Any]) -> tuple[Targets, PromptState]:
+            targets = prepare_targets(self.model, self.config, batch.size, keys, chunk)
+            return targets, self.init_prompt_state(targets)
 
-        play = functools.partial(play_round, model, config, train, constants)
-        decoder = {part: params[part] for part in ("prompt_encoder", "mask_decoder")}
-        chunks = split_masks(config, batch)
         with jax.named_scope("rounds"):
-            return sum_rounds(config, start, play, decoder, embedding.astype(jnp.float32), chunks)
+            loss, values = self._sum_rounds(inputs, prepare, split_masks(self.config, batch))
+        return Sums(loss, values, jnp.sum(batch.valid))
 
-    return objective
+    def init_prompt_state(self, targets: Targets) -> PromptState:
+        """Samples the first prompt of every mask: a click or a box."""
+
+        @vmap_masks
+        def sample(targets: Targets) -> Clicks:
+            return sample_first_prompt(
+                fold_key(targets.key, 0, CLICK),
+                targets.mask,
+                targets.size,
+                num_slots=FIRST_SLOTS + self.config.num_clicks,
+                box_noise=self.config.box_noise,
+            )
+
+        logits = jnp.zeros((*targets.weight.shape, *self.model.low_res))
+        return PromptState(sample(targets), to_token_layout(logits, self.model.grid))
+
+    def predict_round(
+        self, inputs: DecoderInputs, targets: Targets, state: PromptState, index: Int[Array, ""]
+    ) -> tuple[Clicks, Masks]:
+        """Adds the round's clicks and predicts masks.
+
+        Args:
+          inputs: What masks are predicted from, besides the prompts.
+          targets: The true masks.
+          state: The prompts after the last round.
+          index: The round, from 0.
+
+        Returns:
+          The clicks including the new ones, and all four masks of every object.
+        """
+        clicks = self._next_clicks(targets, state, index)
+        variables = {"params": inputs.params, "constants": inputs.constants}
+
+        def decode(embedding: Array, clicks: Clicks, logits: Array, key: Array) -> Masks:
+            prompts = Prompts(
+                points=clicks.points,
+                labels=clicks.labels,
+                mask=to_image_layout(logits, self.model.grid),
+                has_mask=index > 0,
+            )
+            prompts = jax.tree.map(lambda x: x[None, None], prompts)
+            masks = self.model.apply(
+                variables,
+                embedding[None],
+                prompts,
+                self.train,
+                rngs={"dropout": key},
+                method="decode",
+            )
+            return jax.tree.map(lambda x: x[0, 0], masks)
+
+        # One mask is decoded at a time and vmapped, so that dropout has a key per mask.
+        keys = vmap_masks(lambda key: fold_key(key, index, DROPOUT))(targets.key)
+        decode_masks = jax.vmap(jax.vmap(decode, (None, 0, 0, 0)))
+        return clicks, decode_masks(inputs.embedding, clicks, state.logits, keys)
+
+    def run_round(
+        self, inputs: DecoderInputs, targets: Targets, state: PromptState, index: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[PromptState, dict[str, Float[Array, ""]]]]:
+        """Runs one round of all masks of a chunk; arguments as for `predict_round`.
+
+        Returns:
+          The weighted sum of the losses, and (the prompts of the next round, the weighted sums of
+          the values).
+        """
+        clicks, masks = self.predict_round(inputs, targets, state, index)
+        is_multimask = self.is_multimask(clicks.count, index)
+        losses, logits, values = vmap_masks(self.score)(masks, targets.target, is_multimask)
+        if self.config.detach_mask:
+            logits = jax.lax.stop_gradient(logits)
+
+        def total(x: Array) -> Array:
+            return jnp.sum(x * targets.weight)
+
+        return total(losses), (PromptState(clicks, logits), jax.tree.map(total, values))
+
+    def score(
+        self, masks: Masks, target: Bool[Array, "s p"], is_multimask: Bool[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, "s_low p"], dict[str, Float[Array, ""]]]:
+        """Computes the loss of one object's masks.
+
+        Args:
+          masks: The object's four masks.
+          target: The true mask, at the resolution of the loss.
+          is_multimask: Whether masks 1 to 3 are the candidates, or mask 0.
+
+        Returns:
+          The loss, the logits that become the next mask prompt, and the values.
+        """
+        is_candidate = is_multimask == (jnp.arange(len(masks.iou)) > 0)
+        logits = to_token_layout(masks.logits, self.model.grid)
+        detached = self._to_loss_resolution(jax.lax.stop_gradient(logits))
+        loss = weighted_sum(mask_losses(detached, target), self.config)
+        best = jnp.argmin(jnp.where(is_candidate, loss, jnp.inf))
+        chosen = jnp.argmax(jnp.where(is_candidate, masks.iou, -jnp.inf))
+
+        iou = mask_iou(detached > 0, target)
+        iou_loss = iou_losses(masks.iou, iou, self.config)
+        if self.config.iou_supervision == "all":
+            iou_loss = jnp.sum(jnp.where(is_candidate, iou_loss, 0.0)) / jnp.sum(is_candidate)
+        else:
+            iou_loss = iou_loss[best]
+        # Only the best mask has a backward pass.
+        losses = mask_losses(self._to_loss_resolution(logits[best]), target)
+        loss = weighted_sum(losses, self.config) + self.config.iou * iou_loss
+        values = {"loss": loss, **losses, "iou": iou_loss, "miou": iou[chosen]}
+        return loss, logits[chosen], values
+
+    def is_multimask(
+        self, num_clicks: Int[Array, "b n"], index: Int[Array, ""]
+    ) -> Bool[Array, "b n"]:
+        """Returns True for prompts that have three outputs in this round.
+
+        Args:
+          num_clicks: Clicks of each mask after its first prompt.
+          index: The round.
+        """
+        is_first = (num_clicks == 0) if self.config.multimask_extra else (index == 0)
+        return jnp.broadcast_to(self.config.multimask & is_first, num_clicks.shape)
+
+    def _encode(
+        self, params: Any, constants: Any, batch: Batch, keys: Key[Array, " b"]
+    ) -> Float[Array, "b gh gw c"]:
+        """Encodes images, one at a time and vmapped, so that drop path has a key per image."""
+        variables = {"params": params, "constants": constants}
+
+        def encode(image: Array, key: Array) -> Array:
+            rngs = {"drop_path": jax.random.fold_in(key, DROP_PATH)}
+            return self.model.apply(variables, image[None], self.train, rngs=rngs, method="encode")[
+                0
+            ]
+
+        return jax.vmap(encode)(normalize(batch.image, batch.size), keys)
+
+    def _sum_rounds(
+        self, inputs: DecoderInputs, prepare: Callable[..., Any], chunks: dict[str, Any]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, " round"]]]:
+        """Sums the losses and values of all rounds of all chunks of masks.
+
+        Args:
+          inputs: What masks are predicted from.
+          prepare: A function of a chunk that returns its `Targets` and first `PromptState`.
+          chunks: The chunks, from `split_masks`.
+
+        Returns:
+          The sum of the losses, and the sums of the values in each round.
+        """
+        differentiable = inputs.params, inputs.embedding
+        rounds = jnp.arange(num_rounds(self.config))
+
+        def sum_chunks(scan: Callable[..., Any], total: Any, differentiable: Any) -> Any:
+            def sum_chunk(total: Any, chunk: Any) -> Any:
+                targets, state = prepare(chunk)
+
+                def run_round(differentiable: Any, state: PromptState, index: Array) -> Any:
+                    params, embedding = differentiable
+                    changed = inputs.replace(params=params, embedding=embedding)
+                    return self.run_round(changed, targets, state, index)
+
+                if not self.config.detach_mask:
+                    run_round = jax.checkpoint(run_round)
+                total, _, values = scan(run_round, differentiable, state, rounds, total)
+                return total, values
+
+            total, values = jax.lax.scan(sum_chunk, total, chunks)
+            # A mask's weight is its share of all rounds; the values are those of single rounds.
+            return total, jax.tree.map(lambda x: jnp.sum(x, axis=0) * len(rounds), values)
+
+        def loss_and_values(differentiable: Any) -> Any:
+            return sum_chunks(scan_value, 0.0, differentiable)
+
+        if not self.config.detach_mask:
+            return loss_and_values(differentiable)
+
+        def forward(differentiable: Any) -> Any:
+            zero = 0.0, jax.tree.map(jnp.zeros_like, differentiable)
+            (loss, gradients), values = sum_chunks(scan_value_and_grad, zero, differentiable)
+            return (loss, values), gradients
+
+        def backward(gradients: Any, cotangents: Any) -> Any:
+            return (jax.tree.map(lambda g: g * cotangents[0], gradients),)
+
+        loss_with_gradients = jax.custom_vjp(loss_and_values)
+        loss_with_gradients.defvjp(forward, backward)
+        return loss_with_gradients(differentiable)
+
+    def _next_clicks(self, targets: Targets, state: PromptState, index: Int[Array, ""]) -> Clicks:
+        """Adds a click to each mask, unless this round adds no new point to it."""
+        grid, scale = self.model.grid, self.config.loss_scale
+        stride = loss_stride(self.model, self.config)
+
+        @vmap_masks
+        def add_click(targets: Targets, state: PromptState) -> Clicks:
+            logits = upsample(to_image_layout(state.logits, grid), scale)
+            clicks = sample_click_on_error(
+                fold_key(targets.key, index, CLICK),
+                state.clicks,
+                jax.lax.stop_gradient(logits),
+                to_image_layout(targets.target, grid),
+                to_image_layout(targets.inside, grid),
+                stride,
+            )
+            is_new = has_click(self.config, targets.key, index)
+            return jax.tree.map(lambda new, old: jnp.where(is_new, new, old), clicks, state.clicks)
+
+        return add_click(targets, state)
+
+    def _to_loss_resolution(self, logits: Float[Array, "*batch s p"]) -> Float[Array, "..."]:
+        return upsample_tokens(logits, self.model.grid, self.config.loss_scale)
 
 
-def sum_rounds(config, start, play, params, embedding, chunks):
-    """Plays all rounds of all chunks of masks.
+def has_click(config: Interactive, key: Key[Array, ""], index: Int[Array, ""]) -> Bool[Array, ""]:
+    """Returns True if a round adds a click to a mask.
+
+    With two extra rounds, one comes before a random click and the other one is the last, so that
+    each of the rounds 1 to `num_clicks` is equally likely to be the inserted one.
 
     Args:
-      config: `Interactive`.
-      start: one of the chunks -> (`Truth`, `Session`); play: `play_round` from its params on.
-      params: of the decoder; embedding: 'b gh gw c' float32, in which its gradients are summed.
-      chunks: what `split_masks` returns.
-    Returns:
-      The loss, and a dict of 'round' values.
+      config: The objective's configuration.
+      key: The mask's key.
+      index: The round.
     """
-
-    def over_rounds(play, zero):
-        """Sums what `play` returns first over rounds and chunks."""
-
-        def play_chunk(sums, chunk):
-            truth, session = start(chunk)
-
-            def play_next(carry, index):
-                sums, session = carry
-                terms, (session, values) = play(truth, session, index)
-                return (jax.tree.map(jnp.add, sums, terms), session), values
-
-            rounds = jnp.arange(num_rounds(config))
-            (sums, _), values = jax.lax.scan(play_next, (sums, session), rounds)
-            return sums, values
-
-        sums, values = jax.lax.scan(play_chunk, zero, chunks)
-        return sums, jax.tree.map(lambda x: jnp.sum(x, axis=0) * num_rounds(config), values)
-
-    def loss(params, embedding):
-        return over_rounds(functools.partial(play, params, embedding), 0.0)
-
-    def loss_and_gradients(params, embedding):
-        def play_with_gradients(*args):
-            gradients = jax.value_and_grad(play, argnums=(0, 1), has_aux=True)
-            (loss, state), gradients = gradients(params, embedding, *args)
-            return (loss, gradients), state
-
-        zero = 0.0, jax.tree.map(jnp.zeros_like, (params, embedding))
-        (loss, gradients), values = over_rounds(play_with_gradients, zero)
-        return (loss, values), gradients
-
-    if not config.detach_mask:
-        play = jax.checkpoint(play)
-        return loss(params, embedding)
-    loss = jax.custom_vjp(loss)
-    scale = lambda gradients, cotangents: jax.tree.map(lambda g: g * cotangents[0], gradients)
-    loss.defvjp(loss_and_gradients, scale)
-    return loss(params, embedding)
-
-
-def encode(model, variables, image, key, train):
-    """Encodes one normalised image 'h w 3', with paths dropped by its own key -> 'gh gw c'."""
-    rngs = {"drop_path": jax.random.fold_in(key, DROP_PATH)}
-    return model.apply(variables, image[None], train, rngs=rngs, method="encode")[0]
-
-
-def split_masks(config, batch):
-    """The masks of a batch in chunks 'chunk b n ...', the last one filled up with weight 0."""
-    n = batch.valid.shape[1]
-    chunk = min(config.masks_per_chunk, n)
-    weight = batch.valid / jnp.maximum(1, jnp.sum(batch.valid)) / num_rounds(config)
-    masks = {"bits": batch.masks, "mask_id": batch.mask_id, "weight": weight.astype(jnp.float32)}
-    fill = lambda x: jnp.pad(x, ((0, 0), (0, -n % chunk), *[(0, 0)] * (x.ndim - 2)))
-    return jax.tree.map(lambda x: rearrange(fill(x), "b (s n) ... -> s b n ...", n=chunk), masks)
-
-
-def make_truth(model, config, size, keys, chunk):
-    """Prepares masks for their rounds.
-
-    Args:
-      model, config: as in `make_interactive`.
-      size: 'b 2' int32, of the images; keys: 'b', theirs.
-      chunk: one of the chunks of `split_masks`.
-    Returns:
-      `Truth` of masks 'b n ...'.
-    """
-    mask = jnp.unpackbits(chunk["bits"], axis=-1, count=model.image_size[1]).astype(bool)
-    cell = cell_size(model, config)
-    fraction = reduce(
-        mask.astype(jnp.float32), "b n (h i) (w j) -> b n h w", "mean", i=cell, j=cell
-    )
-    target = fraction >= 0.5
-    vanished = ~jnp.any(target, axis=(2, 3), keepdims=True)
-    target = target | (vanished & (fraction > 0))
-    covered = (2 * size + cell) // (2 * cell)  # a cell is inside if its centre is, or the target
-    rows = jnp.arange(target.shape[2]) < covered[:, :1]
-    columns = jnp.arange(target.shape[3]) < covered[:, 1:]
-    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
-    return Truth(
-        mask=mask,
-        target=by_token(target, model),
-        inside=by_token(inside | target, model),
-        size=jnp.broadcast_to(size[:, None], (*mask.shape[:2], 2)),
-        weight=chunk["weight"],
-        key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, chunk["mask_id"]),
-    )
-
-
-def cell_size(model, config):
-    """Side in pixels of the frame of a pixel at the resolution of the loss."""
-    return model.patch_size // (4 * config.loss_scale)
-
-
-def num_rounds(config):
-    """The first prompt, the sampled clicks, and the rounds without new information."""
-    return 1 + config.num_clicks + config.num_extra_rounds
-
-
-def begin(model, config, truth):
-    """Draws the first prompts of masks 'b n ...' -> `Session`."""
-
-    @over_masks
-    def one(truth):
-        return first_prompt(
-            key_of(truth, 0, CLICK),
-            truth.mask,
-            truth.size,
-            num_slots=FIRST_SLOTS + config.num_clicks,
-            box_noise=config.box_noise,
-        )
-
-    gh, gw = (side // model.patch_size for side in model.image_size)
-    logits = jnp.zeros((*truth.weight.shape, 4 * gh, 4 * gw))
-    return Session(clicks=one(truth), logits=by_token(logits, model))
-
-
-def play_round(model, config, train, constants, params, embedding, truth, session, index):
-    """Plays one round of masks 'b n ...'.
-
-    Args:
-      model, config, train: as in `make_interactive`.
-      constants: of the model; params: of the prompt encoder and the mask decoder.
-      embedding: 'b gh gw c'.
-      truth, session: `Truth` and `Session` of the masks.
-      index: '' int32, the round.
-    Returns:
-      The weighted loss of the masks, and (the next `Session`, a dict of weighted sums).
-    """
-    session = session.replace(clicks=next_clicks(model, config, truth, session, index))
-    variables = {"params": params, "constants": constants}
-
-    def decode_one(embedding, session, key):
-        prompts = Prompts(
-            points=session.clicks.points,
-            labels=session.clicks.labels,
-            mask=by_place(session.logits, model),
-            has_mask=index > 0,
-        )
-        prompts = jax.tree.map(lambda x: x[None, None], prompts)
-        rngs = {"dropout": key}
-        masks = model.apply(variables, embedding[None], prompts, train, rngs=rngs, method="decode")
-        return jax.tree.map(lambda x: x[0, 0], masks)
-
-    keys = over_masks(lambda truth: key_of(truth, index, DROPOUT))(truth)
-    masks = jax.vmap(jax.vmap(decode_one, (None, 0, 0)))(embedding, session, keys)
-    score = functools.partial(score_masks, model, config)
-    loss, logits, values = jax.vmap(jax.vmap(score))(
-        masks, truth.target, is_multimask(config, session, index)
-    )
-    total = lambda x: jnp.sum(x * truth.weight)
-    if config.detach_mask:
-        logits = jax.lax.stop_gradient(logits)
-    return total(loss), (session.replace(logits=logits), jax.tree.map(total, values))
-
-
-def next_clicks(model, config, truth, session, index):
-    """Adds a click to each mask 'b n ...', unless this round has nothing new for it."""
-    cell = cell_size(model, config)
-
-    @over_masks
-    def one(truth, session):
-        logits = resize_logits(by_place(session.logits, model), config.loss_scale)
-        shown = (
-            jax.lax.stop_gradient(logits),
-            *(by_place(x, model) for x in (truth.target, truth.inside)),
-        )
-        key = key_of(truth, index, CLICK)
-        clicked = click_on_error(key, session.clicks, *shown, cell)
-        is_new = has_click(config, truth.key, index)
-        return jax.tree.map(lambda new, old: jnp.where(is_new, new, old), clicked, session.clicks)
-
-    return one(truth, session)
-
-
-def has_click(config, key, index):
-    """Whether the round adds a click to the mask with this key.
-
-    With two extra rounds one comes before a click drawn at random, the other last; so each of the
-    rounds 1 to `points` is as likely to be the one inserted.
-    """
-    last = (config.num_extra_rounds > 0) & (index == num_rounds(config) - 1)
-    inserted = False
+    is_last = (config.num_extra_rounds > 0) & (index == num_rounds(config) - 1)
+    is_inserted = False
     if config.num_extra_rounds == 2:
-        before = jax.random.randint(jax.random.fold_in(key, INSERTION), (), 0, config.num_clicks)
-        inserted = index == 1 + before
-    return (index > 0) & ~last & ~inserted
+        insertion_key = jax.random.fold_in(key, INSERTION)
+        clicks_before = jax.random.randint(insertion_key, (), 0, config.num_clicks)
+        is_inserted = index == 1 + clicks_before
+    return (index > 0) & ~is_last & ~jnp.asarray(is_inserted)
 
 
-def is_multimask(config, session, index):
-    """Whether the prompts of masks 'b n' have three outputs in this round -> 'b n' bool."""
-    first = (session.clicks.count == 0) if config.multimask_extra else (index == 0)
-    return jnp.broadcast_to(config.multimask & first, session.clicks.count.shape)
+def fold_key(key: Key[Array, ""], index: int | Int[Array, ""], purpose: int) -> Key[Array, ""]:
+    """Derives the key of a mask for a round and a purpose."""
+    return jax.random.fold_in(jax.random.fold_in(key, purpose), index)
 
 
-def score_masks(model, config, masks, target, is_multimask):
-    """The loss of one mask's outputs.
-
-    Args:
-      model, config: as in `make_interactive`.
-      masks: `Masks` 'm lh lw' and 'm'.
-      target: 's p' bool, at the resolution of the loss.
-      is_multimask: '' bool, whether outputs 1 to 3 count, or output 0.
-    Returns:
-      '' the loss, 's p' the logits that go on, and a dict of '' values.
-    """
-    counts = is_multimask == (jnp.arange(len(masks.iou)) > 0)
-    logits = by_token(masks.logits, model)
-    scaled = scale_tokens(model, config, jax.lax.stop_gradient(logits))
-    loss_of = lambda x: config.focal * focal_loss(x, target) + config.dice * dice_loss(x, target)
-    best = jnp.argmin(jnp.where(counts, loss_of(scaled), jnp.inf))
-    goes_on = jnp.argmax(jnp.where(counts, masks.iou, -jnp.inf))
-
-    iou = mask_iou(scaled, target)
-    iou_loss = jnp.abs(masks.iou - iou) if config.iou_loss == "l1" else (masks.iou - iou) ** 2
-    if config.iou_supervision == "all":
-        iou_loss = jnp.sum(jnp.where(counts, iou_loss, 0.0)) / jnp.sum(counts)
-    else:
-        iou_loss = iou_loss[best]
-    learns = scale_tokens(model, config, logits[best])  # no other has a backward pass
-    focal, dice = focal_loss(learns, target), dice_loss(learns, target)
-    loss = config.focal * focal + config.dice * dice + config.iou * iou_loss
-    values = {"loss": loss, "focal": focal, "dice": dice, "iou": iou_loss, "miou": iou[goes_on]}
-    return loss, logits[goes_on], values
-
-
-def scale_tokens(model, config, logits):
-    """'... s p' logits of the decoder at the resolution of the loss."""
-    return by_token(resize_logits(by_place(logits, model), config.loss_scale), model)
-
-
-def by_token(x, model):
-    """'... lh lw' pixels as '... s p': the s of each token together.
-
-    So they leave the decoder, whose prompt takes them so: in this order they need not be moved,
-    which on TPUs costs more than the losses.
-    """
-    gh, gw = (side // model.patch_size for side in model.image_size)
-    return rearrange(x, "... (gh i) (gw j) -> ... (i j) (gh gw)", gh=gh, gw=gw)
-
-
-def by_place(x, model):
-    """Undoes `by_token`."""
-    gh, _ = (side // model.patch_size for side in model.image_size)
-    i = math.isqrt(x.shape[-2])
-    return rearrange(x, "... (i j) (gh gw) -> ... (gh i) (gw j)", i=i, gh=gh)
-
-
-def resize_logits(logits, scale):
-    """'... h w' logits at `scale` times the resolution, bilinear."""
-    if scale == 1:
-        return logits
-    shape = (*logits.shape[:-2], logits.shape[-2] * scale, logits.shape[-1] * scale)
-    return jax.image.resize(logits, shape, "linear", antialias=False)
-
-
-def key_of(truth, index, purpose):
-    """The key of one mask, for a purpose and a round."""
-    return jax.random.fold_in(jax.random.fold_in(truth.key, purpose), index)
-
-
-def over_masks(f):
-    """f of one mask -> f of masks 'b n ...'."""
+def vmap_masks(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Maps a function of one mask over the masks 'b n' of a chunk."""
     return jax.vmap(jax.vmap(f))

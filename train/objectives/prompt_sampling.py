@@ -1,18 +1,20 @@
-"""One mask's prompts through the rounds of an interactive training step.
+"""Samples one mask's prompts in the rounds of an interactive training step.
 
-Source: Kirillov et al. 2023, appendix A. What it leaves unsaid:
-- The box's noise is Gaussian with a tenth of the side as its deviation, clipped at 20 pixels; the
-  box then stays inside the image, its corners in order. `Interactive.box_noise` has another law.
-- Later clicks are uniform over the pixels that the last prediction got wrong, misses and false
-  alarms together, at the resolution of the loss. Where nothing is wrong, a background click is
-  drawn; where there is no background, one on the mask.
+Source: Kirillov et al. 2023, appendix A. The paper does not give the following:
+- The box's noise is Gaussian. Its deviation is a tenth of the side, and it is clipped at 20 pixels.
+  The box then stays inside the image with its corners in order. `Interactive.box_noise` offers
+  uniform noise instead.
+- Later clicks are uniform over the pixels that the last prediction got wrong, false negatives and
+  false positives together, at the resolution of the loss. Where nothing is wrong, a background
+  click is sampled; where there is no background, a click on the mask.
 
-Everything here is about one mask and is vmapped over masks by `train.objectives.interactive`.
+The functions take one mask. `train.objectives.interactive` maps them over masks.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
 from sam_jax.masks.clicks import uniform_click
 from sam_jax.model.prompt_encoder import (
@@ -24,9 +26,9 @@ from sam_jax.model.prompt_encoder import (
     TOP_LEFT,
 )
 
-BOX_NOISE = 0.1  # of the box's side
-MAX_BOX_NOISE = 20.0  # pixels of the frame
-FIRST_SLOTS = 2  # a click and the padding point, or a box's two corners; sampled clicks follow
+BOX_NOISE = 0.1  # as a fraction of the box's side
+MAX_BOX_NOISE = 20.0  # pixels of the padded image
+FIRST_SLOTS = 2  # for a click and the padding point, or for a box's corners; clicks follow
 
 
 @flax.struct.dataclass
@@ -34,57 +36,80 @@ class Clicks:
     """The points of one mask's prompt.
 
     Attributes:
-      points: 'k 2' float32 (x, y) in pixels of the frame; labels: 'k' int32, as in `Prompts`.
-      count: '' int32, how many clicks were sampled after the first prompt.
+      points: (x, y) in pixels of the padded image.
+      labels: As in `Prompts`.
+      count: The number of clicks that were sampled after the first prompt.
     """
 
-    points: jax.Array
-    labels: jax.Array
-    count: jax.Array
+    points: Float32[Array, "k 2"]
+    labels: Int32[Array, " k"]
+    count: Int32[Array, ""]
 
 
-def first_prompt(key, mask, size, *, num_slots, box_noise):
-    """Draws the first prompt: a click on the mask or a noisy box, with equal probability.
+def sample_first_prompt(
+    key: Key[Array, ""],
+    mask: Bool[Array, "h w"],
+    size: Int[Array, " 2"],
+    *,
+    num_slots: int,
+    box_noise: str,
+) -> Clicks:
+    """Samples the first prompt: a click on the mask or a noisy box, with equal probability.
 
     Args:
-      key: of this mask's first round.
-      mask: 'h w' bool, in the frame.
-      size: '2' int32, (height, width) of the image in the frame.
-      num_slots: k of the result.
+      key: The key of the mask's first round.
+      mask: The mask in pixels of the padded image.
+      size: (height, width) of the image without padding.
+      num_slots: The number of slots of the result.
       box_noise: "gaussian" or "uniform", see `Interactive`.
+
     Returns:
-      `Clicks`, its first FIRST_SLOTS slots taken.
+      The prompt in the first FIRST_SLOTS slots; the others are absent.
     """
-    kind, click_key, noise_key = jax.random.split(key, 3)
+    kind_key, click_key, noise_key = jax.random.split(key, 3)
     click = uniform_click(click_key, mask).astype(jnp.float32)
     click = jnp.stack([click, jnp.zeros(2)])
-    box = noisy_box(noise_key, tight_box(mask), size, box_noise)
-    is_box = jax.random.bernoulli(kind)
+    box = add_box_noise(noise_key, tight_box(mask), size, box_noise)
+    is_box = jax.random.bernoulli(kind_key)
     points = jnp.where(is_box, box, click)
     labels = jnp.where(
         is_box, jnp.array([TOP_LEFT, BOTTOM_RIGHT]), jnp.array([FOREGROUND, NOT_A_POINT])
     )
-    empty = num_slots - FIRST_SLOTS
+    num_absent = num_slots - FIRST_SLOTS
     return Clicks(
-        points=jnp.pad(points, ((0, empty), (0, 0))),
-        labels=jnp.pad(labels, (0, empty), constant_values=ABSENT),
+        points=jnp.pad(points, ((0, num_absent), (0, 0))),
+        labels=jnp.pad(labels, (0, num_absent), constant_values=ABSENT),
         count=jnp.int32(0),
     )
 
 
-def tight_box(mask):
-    """The corners '2 2' float32 of a mask 'h w': its outermost pixels, (x, y), inclusive."""
+def tight_box(mask: Bool[Array, "h w"]) -> Float32[Array, "2 2"]:
+    """Returns the corners (x, y) of a mask's tight box: its outermost pixels, inclusive."""
     columns, rows = jnp.any(mask, axis=0), jnp.any(mask, axis=1)
-    first = lambda line: jnp.argmax(line)
-    last = lambda line: len(line) - 1 - jnp.argmax(line[::-1])
-    corners = [[first(columns), first(rows)], [last(columns), last(rows)]]
+
+    def last(line: Array) -> Array:
+        return len(line) - 1 - jnp.argmax(line[::-1])
+
+    corners = [[jnp.argmax(columns), jnp.argmax(rows)], [last(columns), last(rows)]]
     return jnp.array(corners, jnp.float32)
 
 
-def noisy_box(key, box, size, law):
-    """Moves the corners '2 2' of a box, each coordinate on its own, within the image."""
+def add_box_noise(
+    key: Key[Array, ""], box: Float[Array, "2 2"], size: Int[Array, " 2"], distribution: str
+) -> Float[Array, "2 2"]:
+    """Moves each coordinate of a box's corners independently, within the image.
+
+    Args:
+      key: A random key.
+      box: The corners (x, y).
+      size: (height, width) of the image.
+      distribution: "gaussian" or "uniform".
+
+    Returns:
+      The corners, in order.
+    """
     side = box[1] - box[0]
-    if law == "gaussian":
+    if distribution == "gaussian":
         noise = jax.random.normal(key, (2, 2)) * BOX_NOISE * side
         noise = jnp.clip(noise, -MAX_BOX_NOISE, MAX_BOX_NOISE)
     else:
@@ -94,28 +119,36 @@ def noisy_box(key, box, size, law):
     return jnp.sort(jnp.clip(box + noise, 0.0, limit), axis=0)
 
 
-def click_on_error(key, clicks, logits, target, inside, cell):
+def sample_click_on_error(
+    key: Key[Array, ""],
+    clicks: Clicks,
+    logits: Float[Array, "h w"],
+    target: Bool[Array, "h w"],
+    inside: Bool[Array, "h w"],
+    stride: int,
+) -> Clicks:
     """Adds a click where the last prediction is wrong.
 
     Args:
-      key: of this mask's round.
-      clicks: `Clicks`.
-      logits: 'h w' float32, the last prediction, at the resolution of the loss.
-      target: 'h w' bool, the truth.
-      inside: 'h w' bool, what is not padding.
-      cell: pixels of the frame to one of these.
+      key: The key of the mask's round.
+      clicks: The clicks so far.
+      logits: The last prediction, at the resolution of the loss.
+      target: The true mask at this resolution.
+      inside: True for pixels that are not padding.
+      stride: The side of these pixels in pixels of the padded image.
+
     Returns:
-      `Clicks` with one more, labelled by what is true where it lies.
+      The clicks with one more, labelled by the true mask at its position.
     """
-    wrong = ((logits > 0) != target) & inside
+    is_wrong = ((logits > 0) != target) & inside
     background = ~target & inside
     region = jnp.where(jnp.any(background), background, target)
-    region = jnp.where(jnp.any(wrong), wrong, region)
+    region = jnp.where(jnp.any(is_wrong), is_wrong, region)
     x, y = click = uniform_click(key, region)
     label = jnp.where(target[y, x], FOREGROUND, BACKGROUND)
     slot = FIRST_SLOTS + clicks.count
     return Clicks(
-        points=clicks.points.at[slot].set((click + 0.5) * cell - 0.5),
+        points=clicks.points.at[slot].set((click + 0.5) * stride - 0.5),
         labels=clicks.labels.at[slot].set(label),
         count=clicks.count + 1,
     )

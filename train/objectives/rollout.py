@@ -1,116 +1,130 @@
-"""The rounds of SAM's objective for one mask, one after the other, to be looked at.
+"""The rounds of SAM's objective for one mask, one by one, for inspection.
 
-Clicks, masks and scores are those of `train.objectives.interactive`, without dropping paths or
-units.
+Clicks, masks and scores are those of `InteractiveObjective`, without drop path and dropout.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int, Int32, Key
 
 from sam_jax.data.segmentation_batch import Batch
-from sam_jax.model.mask_decoder import choose_masks
-from sam_jax.model.prompt_encoder import BACKGROUND, Prompts
+from sam_jax.masks.overlap import mask_iou
+from sam_jax.model.mask_decoder import Masks, choose_masks
+from sam_jax.model.prompt_encoder import BACKGROUND
 from sam_jax.model.sam import Sam, normalize
 from train.config import Interactive
-from train.objectives.interactive import (
-    begin,
-    by_place,
-    by_token,
-    is_multimask,
-    make_truth,
-    next_clicks,
-    num_rounds,
-    resize_logits,
-    split_masks,
-)
-from train.objectives.losses import mask_iou
+from train.objectives.interactive import DecoderInputs, InteractiveObjective, PromptState
+from train.objectives.prompt_sampling import Clicks
+from train.objectives.targets import Targets, num_rounds, prepare_targets, split_masks
+from train.objectives.token_layout import to_image_layout, to_token_layout, upsample
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What was asked in a round, and what the model answered.
+    """The prompt of a round and the model's answer.
 
     Attributes:
-      points: 'k 2' float32 (x, y) in pixels of the frame, labels: 'k' int32; all up to this round:
-        1 a click on the object, 0 one off it, 2 and 3 the corners of a box.
-      logits: 'm lh lw' float32 of three masks or one.
-      predicted, iou: 'm' float32, the IoU that the model expects of each, and the true one.
-      chosen: the mask that goes on to the next round.
+      points: (x, y) in pixels of the padded image, of all points up to this round.
+      labels: 1 for a click on the object, 0 for one on the background, 2 and 3 for the corners of
+        a box.
+      logits: Logits of three masks or of one.
+      predicted: The predicted IoU of each mask.
+      iou: The IoU of each mask with the true mask.
+      chosen: The index of the mask that becomes the next mask prompt.
     """
 
-    points: np.ndarray
-    labels: np.ndarray
-    logits: np.ndarray
-    predicted: np.ndarray
-    iou: np.ndarray
+    points: Float32[np.ndarray, "k 2"]
+    labels: Int32[np.ndarray, " k"]
+    logits: Float32[np.ndarray, "m lh lw"]
+    predicted: Float32[np.ndarray, " m"]
+    iou: Float32[np.ndarray, " m"]
     chosen: int
 
 
-def replay(
-    model: Sam, variables: dict, config: Interactive, batch: Batch, key: jax.Array
+def rollout(
+    model: Sam, variables: dict[str, Any], config: Interactive, batch: Batch, key: Key[Array, ""]
 ) -> list[Round]:
-    """Plays the rounds of one mask.
+    """Runs the rounds of one mask.
 
     Args:
-      model, variables: which answer.
-      config: of the objective.
-      batch: one image with one mask.
-      key: of the step.
+      model: The model.
+      variables: Its variables.
+      config: The objective's configuration.
+      batch: One image with one mask.
+      key: The random key of the step.
+
+    Returns:
+      The rounds.
+
     Raises:
-      ValueError: if the batch holds more.
+      ValueError: If the batch holds more than one image or mask.
     """
     if batch.valid.shape != (1, 1):
         raise ValueError(
-            "batch must hold one image with one mask, as of a loader with batch_size=1 and "
+            "batch must hold one image with one mask, as from a loader with batch_size=1 and "
             f"masks_per_image=1; got (images, masks) = {batch.valid.shape}"
         )
-    embedding, truth, session = start(model, config, variables, batch, key)
+    objective = InteractiveObjective(model, config, train=False)
+    inputs, targets, state = _prepare(objective, variables, batch, key)
     rounds = []
     for index in range(num_rounds(config)):
-        clicks, masks = ask(model, config, variables, embedding, truth, session, index)
-        session = session.replace(clicks=clicks)
-        masks = choose_masks(masks, is_multimask(config, session, index).item())
-        shown = by_token(resize_logits(masks.logits, config.loss_scale), model)
-        iou = mask_iou(shown, truth.target[:, :, None])
-        chosen = jnp.argmax(masks.iou)
-        session = session.replace(logits=by_token(masks.logits[:, :, chosen], model))
-        clicks, masks, iou = jax.tree.map(lambda x: np.asarray(x[0, 0]), (clicks, masks, iou))
-        given = clicks.labels >= BACKGROUND  # neither absent nor the padding point
-        rounds.append(
-            Round(
-                points=clicks.points[given],
-                labels=clicks.labels[given],
-                logits=masks.logits,
-                predicted=masks.iou,
-                iou=iou,
-                chosen=int(chosen),
-            )
-        )
+        clicks, masks = _predict(objective, inputs, targets, state, index)
+        multimask = objective.is_multimask(clicks.count, jnp.int32(index)).item()
+        masks = choose_masks(masks, multimask)
+        chosen = int(jnp.argmax(masks.iou))
+        logits = to_token_layout(masks.logits[:, :, chosen], model.grid)
+        state = PromptState(clicks, logits)
+        rounds.append(_to_round(clicks, masks, targets, chosen, objective))
     return rounds
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def start(model, config, variables, batch, key):
-    """The embedding '1 gh gw c' of the image, and the `Truth` and first `Session` of the mask."""
-    embedding = model.apply(variables, normalize(batch.image, batch.size), method="encode")
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.image_id)
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(
+    objective: InteractiveObjective, variables: dict[str, Any], batch: Batch, key: Key[Array, ""]
+) -> tuple[DecoderInputs, Targets, PromptState]:
+    """Encodes the image and samples the first prompt."""
+    model, config = objective.model, objective.config
+    image = normalize(batch.image, batch.size)
+    embedding: Any = model.apply(variables, image, method="encode")
+    keys = jax.vmap(lambda image_id: jax.random.fold_in(key, image_id))(batch.image_id)
     chunk = jax.tree.map(lambda x: x[0], split_masks(config, batch))  # the only one
-    truth = make_truth(model, config, batch.size, keys, chunk)
-    return embedding.astype(jnp.float32), truth, begin(model, config, truth)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def ask(model, config, variables, embedding, truth, session, index):
-    """The `Clicks` up to a round, and the `Masks` that the model answers; both '1 1 ...'."""
-    clicks = next_clicks(model, config, truth, session, index)
-    prompts = Prompts(
-        points=clicks.points,
-        labels=clicks.labels,
-        mask=by_place(session.logits, model),
-        has_mask=jnp.broadcast_to(index > 0, clicks.count.shape),
+    targets = prepare_targets(model, config, batch.size, keys, chunk)
+    inputs = DecoderInputs(
+        variables["params"], variables["constants"], embedding.astype(jnp.float32)
     )
-    return clicks, model.apply(variables, embedding, prompts, method="decode")
+    return inputs, targets, objective.init_prompt_state(targets)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(
+    objective: InteractiveObjective,
+    inputs: DecoderInputs,
+    targets: Targets,
+    state: PromptState,
+    index: int | Int[Array, ""],
+) -> tuple[Clicks, Masks]:
+    return objective.predict_round(inputs, targets, state, index)
+
+
+def _to_round(
+    clicks: Clicks, masks: Masks, targets: Targets, chosen: int, objective: InteractiveObjective
+) -> Round:
+    """Converts the arrays of the only mask of a round to numpy."""
+    grid = objective.model.grid
+    logits = upsample(masks.logits, objective.config.loss_scale)
+    iou = mask_iou(logits > 0, to_image_layout(targets.target, grid)[:, :, None])
+    clicks, masks, iou = jax.tree.map(lambda x: np.asarray(x[0, 0]), (clicks, masks, iou))
+    is_given = clicks.labels >= BACKGROUND  # neither absent nor the padding point
+    return Round(
+        points=clicks.points[is_given],
+        labels=clicks.labels[is_given],
+        logits=masks.logits,
+        predicted=masks.iou,
+        iou=iou,
+        chosen=chosen,
+    )

@@ -14,7 +14,7 @@ from sam_jax.evaluate.reconstruction import evaluate_reconstruction
 from sam_jax.model.init import init_variables
 from train.config import TrainConfig
 from train.flops import reconstruction_flops
-from train.objectives.reconstruction import make_reconstruction_objective
+from train.objectives.reconstruction import ReconstructionObjective
 from train.report.reconstruction import write_reconstruction_report
 
 
@@ -31,7 +31,7 @@ class MaeTask:
         )
         smallest = tuple(int(side * data.min_area**-0.5) for side in model.image_size)
         self.decode_size = smallest if data.half_size_jpeg else None
-        self.objective = make_reconstruction_objective(model, config.objective)
+        self.objective = ReconstructionObjective(model, config.objective)
         self.flops = reconstruction_flops(model)
         self.initialize = functools.partial(init_variables, model, config.seed)
         self.encoder_depth = model.depth

@@ -17,7 +17,7 @@ from sam_jax.predict.predictor import SamPredictor
 from train.config import TrainConfig, learns_encoder
 from train.embedding_cache import Embeddings
 from train.flops import step_flops
-from train.objectives.interactive import make_interactive
+from train.objectives.interactive import InteractiveObjective
 from train.report.segmentation import write_report
 
 
@@ -33,7 +33,7 @@ class SamTask:
             model.image_size, objective.masks_per_image, data.flips, data.rot90
         )
         self.decode_size = model.image_size if data.half_size_jpeg else None
-        self.objective = make_interactive(model, objective)
+        self.objective = InteractiveObjective(model, objective)
         self.flops = step_flops(model, objective) if learns_encoder(config) else None
         self.initialize = functools.partial(init_variables, model, config.seed)
         self.encoder_depth = model.image_encoder.depth

@@ -146,7 +146,6 @@ def test_batches_have_no_masks_and_small_images_are_replaced():
     np.testing.assert_array_equal(batch.image[:, 0, 0, 0], batch.image_id)
     assert not (batch.image_id % 3 == 0).any()
     assert {p.index for p in problems} >= {0, 3, 6, 9}
-    assert batch.valid.tolist() == [True] * 12
 
 
 @pytest.mark.parametrize("workers", [0, 2])

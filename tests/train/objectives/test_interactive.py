@@ -1,16 +1,12 @@
-"""SAM's objective against a plain loop over rounds and masks, and the rules of its rounds.
+"""SAM's objective equals a plain loop over rounds and masks, and its rounds obey the rules.
 
-`plain` is the specification once more: one mask after the other, no scan, no vmap, all gradients by
-`jax.grad`. With the objective it shares the model, the draws of
-`train.objectives.prompt_sampling`, and the rule of the keys. `Toy` stands in for the model where
-the objective alone is in question.
+`interactive_oracle.py` has the loop. `toy_model.py` has a model for tests of the objective alone.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +16,7 @@ import pytest
 import scipy.stats
 
 from sam_jax.data.segmentation_batch import Batch
+from sam_jax.model.init import init_variables
 from sam_jax.model.mask_decoder import Masks
 from sam_jax.model.prompt_encoder import (
     ABSENT,
@@ -28,14 +25,32 @@ from sam_jax.model.prompt_encoder import (
     FOREGROUND,
     NOT_A_POINT,
     TOP_LEFT,
-    Prompts,
 )
-from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, build_sam
+from sam_jax.model.sam import build_sam
+from tests.train.objectives.interactive_oracle import (
+    cells_of,
+    fold,
+    normalized,
+    pieces,
+    plain,
+    unpack,
+)
+from tests.train.objectives.toy_model import (
+    KEY,
+    TOY,
+    Recorder,
+    Toy,
+    make_batch,
+    masks_in,
+    rearranged,
+    rectangle,
+)
 from train.config import Interactive
-from train.objectives.interactive import CLICK, DROP_PATH, DROPOUT, INSERTION, make_interactive
-from train.objectives.prompt_sampling import click_on_error, first_prompt
+from train.objectives.interactive import (
+    DROP_PATH,
+    InteractiveObjective,
+)
 
-KEY = jax.random.key(5)
 TOLERANCE = 1e-5
 
 
@@ -51,322 +66,6 @@ def jit(jit):
     return quicker
 
 
-# The plain loop.
-
-
-def fold(key, *numbers):
-    return functools.reduce(jax.random.fold_in, numbers, key)
-
-
-def upsample(x, scale):
-    """'... h w' at `scale` times the resolution, bilinear, pixel centres at +0.5."""
-    for axis in (-2, -1) if scale > 1 else ():
-        size = x.shape[axis]
-        at = np.clip((np.arange(scale * size) + 0.5) / scale - 0.5, 0, size - 1)
-        weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(size)))
-        x = jnp.moveaxis(jnp.tensordot(x, weights.astype(np.float32), (axis, 1)), -1, axis)
-    return x
-
-
-@functools.cache
-def pieces(jit, model, train):
-    """The compiled pieces of `plain`; of the first three `jax.grad` knows the gradients."""
-
-    def encode(variables, image, key):
-        rngs = {"drop_path": key}
-        return model.apply(variables, image[None], train, rngs=rngs, method="encode")[0]
-
-    def decode(inputs, clicks, has_mask, key):
-        variables, embedding, mask = inputs
-        prompts = Prompts(clicks.points, clicks.labels, mask, has_mask)
-        prompts = jax.tree.map(lambda x: x[None, None], prompts)
-        rngs = {"dropout": key}
-        masks = model.apply(variables, embedding[None], prompts, train, rngs=rngs, method="decode")
-        return masks.logits[0, 0], masks.iou[0, 0]
-
-    def measure(logits, target):
-        """Focal loss, dice loss and IoU of outputs 'm lh lw': 'm' each."""
-        t = jnp.broadcast_to(target, logits.shape).astype(jnp.float32)
-        focal = optax.losses.sigmoid_focal_loss(logits, t, alpha=0.25, gamma=2.0).mean((1, 2))
-        dice = optax.losses.dice_loss(
-            logits[..., None], t[..., None], smooth=0.5, axis=(-3, -2), reduction="none"
-        )[:, 0]
-        both, either = (logits > 0) & target, (logits > 0) | target
-        return focal, dice, both.sum((1, 2)) / jnp.maximum(1, either.sum((1, 2)))
-
-    def differentiable(f):
-        """Compiles f and its gradient by its first argument."""
-        run, whole = jit(f), jax.custom_vjp(f)
-        pull = jit(lambda args, g: jax.vjp(lambda x: f(x, *args[1:]), args[0])[1](g)[0])
-        forward = lambda *args: (run(*args), args)
-        whole.defvjp(forward, lambda args, g: (pull(args, g), *[None] * (len(args) - 1)))
-        return whole
-
-    return SimpleNamespace(
-        encode=differentiable(encode),
-        decode=differentiable(decode),
-        measure=differentiable(measure),
-        first_prompt=jit(first_prompt, static_argnames=("num_slots", "box_noise")),
-        click_on_error=jit(click_on_error, static_argnums=5),
-    )
-
-
-def judge(config, focal, dice, truth, iou):
-    """The values of a round from those of its outputs 'm', and which of them goes on."""
-    error = jnp.abs(iou - truth) if config.iou_loss == "l1" else (iou - truth) ** 2
-    best, chosen = jnp.argmin(config.focal * focal + config.dice * dice), jnp.argmax(iou)
-    values = {
-        "focal": focal[best],
-        "dice": dice[best],
-        "iou": jnp.mean(error) if config.iou_supervision == "all" else error[best],
-        "miou": truth[chosen],
-    }
-    parts = {"focal": config.focal, "dice": config.dice, "iou": config.iou}
-    return values | {"loss": sum(w * values[part] for part, w in parts.items())}, chosen
-
-
-def cells_of(model, config, mask, size):
-    """The target, and the cells whose centre is in the image or that it holds: 'lh lw' bool."""
-    cell = model.patch_size // (4 * config.loss_scale)
-    rows, columns = (range(0, side, cell) for side in model.image_size)
-    parts = np.array([[mask[y : y + cell, x : x + cell].mean() for x in columns] for y in rows])
-    target = parts >= 0.5
-    target = target if target.any() else parts > 0
-    middle = cell / 2
-    inside = [[y + middle <= size[0] and x + middle <= size[1] for x in columns] for y in rows]
-    return target, np.array(inside) | target
-
-
-def normalized(image, size):
-    """'h w 3' uint8: colours are normalised first, what is padding is set to zero then."""
-    rows, columns = (np.arange(side) for side in image.shape[:2])
-    inside = (rows[:, None] < size[0]) & (columns < size[1])
-    colors = (image - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
-    return jnp.where(inside[..., None], colors, 0)
-
-
-def unpack(model, batch):
-    return np.unpackbits(batch.masks, axis=-1, count=model.image_size[1]).astype(bool)
-
-
-def plain(jit, model, config, train=True):
-    """`make_interactive`, as a loop."""
-    do = pieces(jit, model, train)
-    rounds = 1 + config.num_clicks + config.num_extra_rounds
-    cell = model.patch_size // (4 * config.loss_scale)
-    low = tuple(4 * side // model.patch_size for side in model.image_size)
-
-    def play(variables, embedding, mask, size, key):
-        target, inside = cells_of(model, config, mask, size)
-        nothing_new = set()
-        if config.num_extra_rounds >= 1:
-            nothing_new.add(rounds - 1)
-        if config.num_extra_rounds == 2:
-            k = jax.random.randint(fold(key, INSERTION), (), 0, config.num_clicks)
-            nothing_new.add(1 + int(k))
-        slots = 2 + config.num_clicks
-        clicks = do.first_prompt(
-            fold(key, CLICK, 0), mask, size, num_slots=slots, box_noise=config.box_noise
-        )
-        sampled, before, values = 0, jnp.zeros(low), []
-        for r in range(rounds):
-            if r > 0 and r not in nothing_new:
-                shown = upsample(jax.lax.stop_gradient(before), config.loss_scale)
-                clicks = do.click_on_error(fold(key, CLICK, r), clicks, shown, target, inside, cell)
-                sampled += 1
-            inputs, dropout = (variables, embedding, before), fold(key, DROPOUT, r)
-            logits, iou = do.decode(inputs, clicks, jnp.array(r > 0), dropout)
-            one_prompt = r == 0 or (config.multimask_extra and sampled == 0)
-            outputs = slice(1, 4) if config.multimask and one_prompt else slice(0, 1)
-            scaled = upsample(logits[outputs], config.loss_scale)
-            value, chosen = judge(config, *do.measure(scaled, target), iou[outputs])
-            values.append(value)
-            before = logits[outputs][chosen]
-            if config.detach_mask:
-                before = jax.lax.stop_gradient(before)
-        return jax.tree.map(lambda *x: jnp.stack(x), *values)
-
-    def objective(params, constants, batch, key):
-        variables = {"params": params, "constants": constants}
-        masks, values = unpack(model, batch), []
-        for b, size in enumerate(batch.size):
-            image_key = fold(key, batch.image_id[b])
-            image = normalized(batch.image[b], size)
-            embedding = do.encode(variables, image, fold(image_key, DROP_PATH))
-            for n in np.flatnonzero(batch.valid[b]):
-                key_of_mask = fold(image_key, batch.mask_id[b, n])
-                values.append(play(variables, embedding, masks[b, n], size, key_of_mask))
-        values = jax.tree.map(lambda *x: sum(x) / len(x), *values)
-        return jnp.mean(values["loss"]), values
-
-    return objective
-
-
-# A model of a few lines, every part of which reacts to every prompt.
-
-
-@dataclasses.dataclass(frozen=True)
-class Toy:
-    """What the objective asks of `Sam`."""
-
-    image_size: tuple[int, int] = (24, 40)
-    patch_size: int = 8
-    channels: int = 5
-
-    def init(self, seed=0):
-        rng, c = np.random.default_rng(seed), self.channels
-        h, w = (4 * side // self.patch_size for side in self.image_size)
-        normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-        return {
-            "params": {
-                "image_encoder": {"kernel": normal(3, c)},
-                "prompt_encoder": {"table": normal(6, c), "no_mask": normal(), "mask": normal()},
-                "mask_decoder": {
-                    "mix": normal(c, 4),
-                    "hint": normal(4),
-                    "bias": normal(4),
-                    "head": normal(c, 4),
-                },
-            },
-            "constants": {"waves": 0.2 * normal(2, c), "ramp": normal(h, w, c)},
-        }
-
-    def apply(self, variables, *args, rngs, method):
-        return getattr(self, method)(variables["params"], variables["constants"], *args, **rngs)
-
-    def encode(self, params, constants, image, train, drop_path):
-        p = self.patch_size
-        b, h, w, c = image.shape
-        patches = image.reshape(b, h // p, p, w // p, p, c).mean(axis=(2, 4))
-        noise = jax.random.normal(drop_path, (self.channels,)) if train else 0.0
-        return jnp.tanh(patches @ params["image_encoder"]["kernel"] + 0.3 * noise)
-
-    def decode(self, params, constants, embedding, prompts, train, dropout):
-        encoder, decoder = params["prompt_encoder"], params["mask_decoder"]
-        points, labels, mask, has_mask = (x[0, 0] for x in jax.tree.leaves(prompts))
-        tokens = encoder["table"][labels + 2] * jnp.cos(points @ constants["waves"])
-        feature = jnp.sum(jnp.where((labels == ABSENT)[:, None], 0.0, tokens), axis=0)
-        if train:
-            feature = feature + 0.3 * jax.random.normal(dropout, feature.shape)
-        pixels = embedding[0].repeat(4, axis=0).repeat(4, axis=1) + constants["ramp"]
-        hint = jnp.where(has_mask, encoder["mask"] * jnp.tanh(mask), encoder["no_mask"])
-        logits = (pixels * feature) @ decoder["mix"] + hint[..., None] * decoder["hint"]
-        logits = jnp.moveaxis(logits + decoder["bias"], -1, 0)
-        iou = feature @ decoder["head"] + jnp.mean(jnp.tanh(logits), axis=(1, 2))
-        return Masks(logits=logits[None, None], iou=jax.nn.sigmoid(iou)[None, None])
-
-
-TOY = Toy()
-
-
-@jax.jit
-def keys_of_rounds(key, image_id, mask_id, rounds):
-    """The data 'n round ...' of the keys with which masks 'n' drop units."""
-    of_mask = lambda i, m: jax.vmap(lambda r: fold(key, i, m, DROPOUT, r))(rounds)
-    return jax.random.key_data(jax.vmap(of_mask)(image_id, mask_id))
-
-
-class Recorder:
-    """A model that notes each mask's prompts and outputs by the key of its round."""
-
-    def __init__(self, model):
-        self.model, self.notes = model, {}
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def apply(self, variables, *args, rngs, method):
-        out = self.model.apply(variables, *args, rngs=rngs, method=method)
-        if method != "decode":
-            return out
-        key = jax.random.key_data(rngs["dropout"])
-        note = jax.lax.stop_gradient((key, args[1], out))
-        like = jax.ShapeDtypeStruct((), jnp.float32)
-        zero = jax.pure_callback(self.take, like, note, vmap_method="broadcast_all")
-        return out.replace(logits=out.logits + zero)
-
-    def take(self, note):
-        """Takes the notes of masks 'b n ...'."""
-        key, *leaves = (np.array(x) for x in jax.tree.leaves(note))
-        shape = key.shape[:-1]
-        for at in np.ndindex(shape):
-            some = [x[at][0, 0] for x in leaves]
-            self.notes[key[at].tobytes()] = jax.tree.unflatten(jax.tree.structure(note[1:]), some)
-        return np.zeros(shape, np.float32)
-
-    def of(self, batch, rounds, key=KEY):
-        """The notes of all valid masks by (image, mask): a list of rounds."""
-        ids = [
-            (int(i), int(m))
-            for i, masks, valid in zip(batch.image_id, batch.mask_id, batch.valid, strict=True)
-            for m in masks[valid]
-        ]
-        keys = keys_of_rounds(key, *np.array(ids).T, np.arange(rounds))
-        return {
-            which: [self.notes[key.tobytes()] for key in some]
-            for which, some in zip(ids, np.asarray(keys), strict=True)
-        }
-
-
-# Batches.
-
-
-def make_batch(model, sizes, masks, image_id=(7, 3, 11), mask_id=None, seed=0):
-    """A batch of images of random grey, and masks: for each image a list of 'h w' bool."""
-    rng, (h, w) = np.random.default_rng(seed), model.image_size
-    b, n = len(sizes), max(map(len, masks)) + 1
-    bits = np.zeros((b, n, h, w), bool)
-    for image, some in enumerate(masks):
-        bits[image, : len(some)] = some
-    if mask_id is None:
-        mask_id = [1 + rng.permutation(n) for _ in sizes]  # 0 is that of fillers of chunks
-    image = rng.integers(0, 256, (b, h, w, 3), np.uint8)
-    image[:, ::8] = rng.integers(0, 256, (b, 1, 1, 3), np.uint8)
-    return Batch(
-        image=image,
-        size=np.array(sizes, np.int32),
-        image_id=np.array(image_id[:b], np.int32),
-        masks=np.packbits(bits, axis=-1),
-        mask_id=np.array(mask_id, np.int32),
-        valid=np.arange(n) < np.array([len(some) for some in masks])[:, None],
-    )
-
-
-def rectangle(model, x0, y0, x1, y1):
-    mask = np.zeros(model.image_size, bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
-
-
-def masks_in(model, size, number, seed):
-    """Random rectangles in an image, and at last one pixel, which vanishes at low resolution."""
-    rng, masks = np.random.default_rng(seed), []
-    for _ in range(number - 1):
-        (y0, y1), (x0, x1) = (np.sort(rng.choice(s + 1, 2, replace=False)) for s in size)
-        masks.append(rectangle(model, x0, y0, x1, y1))
-    y, x = (int(rng.integers(s)) for s in size)
-    return [*masks, rectangle(model, x, y, x + 1, y + 1)]
-
-
-def rearranged(batch):
-    """The images and their masks in another order, with fillers among them."""
-    order, columns = [2, 0, 1], [3, 1, 0, 2]
-    moved = jax.tree.map(lambda x: x[order], batch)
-    n = batch.valid.shape[1]
-    assert n == 4
-    rng = np.random.default_rng(9)
-    filler = {
-        "masks": rng.integers(0, 256, (3, 2, *batch.masks.shape[2:]), np.uint8),
-        "mask_id": np.arange(50, 56, dtype=np.int32).reshape(3, 2),
-        "valid": np.zeros((3, 2), bool),
-    }
-    changed = {
-        field: np.concatenate([more[:, :1], getattr(moved, field)[:, columns], more[:, 1:]], axis=1)
-        for field, more in filler.items()
-    }
-    return moved.replace(**changed)
-
-
 def assert_close(actual, expected, tolerance=TOLERANCE):
     """Of the largest magnitude, leaf by leaf; what is zero but for rounding is below 1e-7."""
     expected = jax.tree_util.tree_leaves_with_path(expected)
@@ -375,10 +74,15 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
         np.testing.assert_allclose(a, e, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
 
 
+def mean_of(objective):
+    """Returns the function of the objective's means (loss, values)."""
+    return lambda *args: objective(*args).mean()
+
+
 @functools.cache
 def compiled(jit, model, config, train=True):
     """Loss, values and gradients of the objective, as a function of (variables, batch, key)."""
-    f = jit(jax.value_and_grad(make_interactive(model, config, train), has_aux=True))
+    f = jit(jax.value_and_grad(mean_of(InteractiveObjective(model, config, train)), has_aux=True))
     return lambda variables, batch, key=KEY: f(
         variables["params"], variables["constants"], batch, key
     )
@@ -389,7 +93,7 @@ def by_hand(jit, model, config, variables, batch, train=True):
     return f(variables["params"], variables["constants"], batch, KEY)
 
 
-# The whole, with the real model.
+# The objective of a real model.
 
 SMALL = build_sam(
     image_size=(48, 72),
@@ -410,15 +114,7 @@ SMALL = build_sam(
 @pytest.fixture(scope="module")
 def small(jit):
     """The objective of a small `Sam`, its variables, and a batch."""
-    prompts = Prompts(
-        points=jnp.zeros((1, 1, 2, 2)),
-        labels=jnp.ones((1, 1, 2), jnp.int32),
-        mask=jnp.zeros((1, 1, 24, 36)),
-        has_mask=jnp.ones((1, 1), bool),
-    )
-    shapes = jax.eval_shape(
-        lambda: SMALL.init(jax.random.key(0), jnp.zeros((1, *SMALL.image_size, 3)), prompts)
-    )
+    shapes = jax.eval_shape(lambda: init_variables(SMALL, 0))
     rng = np.random.default_rng(3)
 
     def draw(path, like):
@@ -529,7 +225,7 @@ def test_a_mask_prompt_that_is_not_detached_changes_gradients_alone(jit, batch, 
 
 
 def test_gradients_are_scaled_by_what_the_loss_is_scaled_by(jit, batch, expected):
-    objective = make_interactive(TOY, GAME)
+    objective = mean_of(InteractiveObjective(TOY, GAME))
 
     def scaled(params, constants, batch, key):
         loss, values = objective(params, constants, batch, key)

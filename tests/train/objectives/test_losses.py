@@ -1,12 +1,23 @@
 """The losses, against numbers worked out by hand and against optax's."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from train.objectives.losses import dice_loss, focal_loss, mask_iou
+from sam_jax.masks.overlap import mask_iou
+from train.config import Interactive
+from train.objectives.losses import (
+    MASK_LOSSES,
+    dice_loss,
+    focal_loss,
+    iou_losses,
+    mask_losses,
+    weighted_sum,
+)
 
 LN2, LN3 = np.log(2), np.log(3)
 
@@ -36,26 +47,27 @@ def test_dice_loss_by_hand():
     np.testing.assert_allclose(dice_loss(jnp.full((2, 2), -200.0), empty), 0, atol=1e-6)
 
 
-def test_mask_iou_by_hand():
-    target = jnp.array([[True, True, False], [False, False, False]])
-    logits = jnp.array([[0.1, -1.0, 2.0], [0.0, -3.0, 1e-9]])  # 0 is outside
-    np.testing.assert_allclose(mask_iou(logits, target), 1 / 4, rtol=1e-6)
-    assert mask_iou(jnp.where(target, 1.0, -1.0), target) == 1
-    assert mask_iou(jnp.where(target, -1.0, 1.0), target) == 0
-
-
-def test_mask_iou_of_empty_masks():
-    empty, nothing = jnp.zeros((2, 3), bool), jnp.full((2, 3), -1.0)
-    assert mask_iou(nothing, empty) == 0  # the union is taken as one at least
-    assert mask_iou(nothing, ~empty) == 0
-    assert mask_iou(-nothing, empty) == 0
-    assert mask_iou(nothing, empty).dtype == jnp.float32
-
-
 def test_no_gradient_flows_through_the_iou():
     target = jnp.array([[True, False], [True, False]])
-    gradient = jax.grad(lambda x: (0.3 - mask_iou(x, target)) ** 2)(jnp.ones((2, 2)))
+    gradient = jax.grad(lambda x: (0.3 - mask_iou(x > 0, target)) ** 2)(jnp.ones((2, 2)))
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_the_weighted_sum_uses_the_weights_of_the_config():
+    losses = {"focal": jnp.array([1.0, 2.0]), "dice": jnp.array([10.0, 30.0])}
+    config = Interactive(focal=3.0, dice=0.5)
+    np.testing.assert_allclose(weighted_sum(losses, config), [8.0, 21.0], rtol=1e-6)
+
+
+def test_every_mask_loss_has_a_weight_in_the_config():
+    weights = {field.name for field in dataclasses.fields(Interactive)}
+    assert set(MASK_LOSSES) <= weights
+
+
+@pytest.mark.parametrize(("iou_loss", "expected"), [("mse", [0.25, 0.01]), ("l1", [0.5, 0.1])])
+def test_iou_losses_by_hand(iou_loss, expected):
+    found = iou_losses(jnp.array([0.2, 0.9]), jnp.array([0.7, 0.8]), Interactive(iou_loss=iou_loss))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +101,15 @@ def test_dice_loss_is_that_of_optax_with_half_its_smoothing(many):
     assert np.abs(actual - by_optax(1.0)[..., 0]).max() > 1e-3
 
 
+def test_mask_losses_are_the_single_losses(many):
+    losses = mask_losses(*many)
+    np.testing.assert_array_equal(losses["focal"], focal_loss(*many))
+    np.testing.assert_array_equal(losses["dice"], dice_loss(*many))
+
+
 def test_masks_of_a_batch_are_apart(many):
     logits, target = many
-    for loss in (focal_loss, dice_loss, mask_iou):
+    for loss in (focal_loss, dice_loss):
         apart = [[loss(x, t) for x, t in zip(*row, strict=True)] for row in zip(*many, strict=True)]
         np.testing.assert_allclose(loss(logits, target), apart, rtol=1e-6)
         # One target for several masks.
@@ -137,8 +155,9 @@ def test_gradients_are_the_slopes():
 
     for loss, in_numpy in ((focal_loss, focal), (dice_loss, dice)):
         float32 = jnp.array(logits, jnp.float32)
-        np.testing.assert_allclose(loss(float32, target), in_numpy(logits), rtol=1e-5)
+        jax_target = jnp.array(target)
+        np.testing.assert_allclose(loss(float32, jax_target), in_numpy(logits), rtol=1e-5)
         h = 1e-5  # in float64
         slope = (in_numpy(logits + h * direction) - in_numpy(logits - h * direction)) / (2 * h)
-        gradient = np.asarray(jax.grad(loss)(float32, target), np.float64)
+        gradient = np.asarray(jax.grad(loss)(float32, jax_target), np.float64)
         np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-4)

@@ -14,7 +14,12 @@ from sam_jax.model.prompt_encoder import (
     NOT_A_POINT,
     TOP_LEFT,
 )
-from train.objectives.prompt_sampling import Clicks, click_on_error, first_prompt, tight_box
+from train.objectives.prompt_sampling import (
+    Clicks,
+    sample_click_on_error,
+    sample_first_prompt,
+    tight_box,
+)
 
 KEYS = jax.random.split(jax.random.key(0), 10_000)
 SIZE = (400, 600)  # of the image, in a frame that is larger
@@ -32,7 +37,9 @@ def box_mask(x0, y0, x1, y1, frame=(416, 640)):
 def first(jit):
     """First prompts of 10,000 keys, as numpy arrays."""
     draw = jax.vmap(
-        lambda key, mask, size, law: first_prompt(key, mask, size, num_slots=5, box_noise=law),
+        lambda key, mask, size, law: sample_first_prompt(
+            key, mask, size, num_slots=5, box_noise=law
+        ),
         (0, None, None, None),
     )
     draw = jit(draw, static_argnums=3)
@@ -163,7 +170,7 @@ CELL = 4
 @pytest.fixture(scope="module")
 def clicked(jit):
     """One click more for each of 10,000 keys: its cell 'key 2' (x, y), its label and its point."""
-    add = jit(jax.vmap(click_on_error, (0, *[None] * 5)), static_argnums=5)
+    add = jit(jax.vmap(sample_click_on_error, (0, *[None] * 5)), static_argnums=5)
 
     def run(logits, target=TARGET, inside=INSIDE, count=0, cell=CELL):
         before = Clicks(

@@ -10,7 +10,7 @@ from configs.mae_tiny import config as tiny
 from sam_jax.data.crop_batch import ImageBatch
 from sam_jax.model.mae import ReconstructedPatches, mae_tiny, reconstruction_loss
 from train.config import Reconstruction
-from train.objectives.reconstruction import make_reconstruction_objective
+from train.objectives.reconstruction import ReconstructionObjective
 from train.tasks.base import task_of
 
 MODEL = mae_tiny(image_size=(32, 32), depth=1)
@@ -45,7 +45,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def objective(jit):
-    return jit(make_reconstruction_objective(MODEL, Reconstruction()))
+    return jit(lambda *args: ReconstructionObjective(MODEL, Reconstruction())(*args).mean())
 
 
 def batch_of(*ids):
@@ -63,7 +63,7 @@ def test_what_is_hidden_depends_on_the_image_and_the_step_alone(objective, param
 
 
 def test_gradients_reach_every_parameter(jit, params):
-    objective = make_reconstruction_objective(MODEL, Reconstruction())
+    objective = lambda *args: ReconstructionObjective(MODEL, Reconstruction())(*args).mean()
     gradient = jit(jax.grad(lambda p: objective(p, {}, batch_of(1, 2), jax.random.key(0))[0]))
     for path, x in jax.tree_util.tree_leaves_with_path(gradient(params)):
         assert np.isfinite(x).all()

@@ -8,8 +8,8 @@ import pytest
 
 from sam_jax.data.segmentation_batch import Batch
 from train.config import Interactive
-from train.objectives.interactive import make_interactive
-from train.objectives.rollout import replay
+from train.objectives.interactive import InteractiveObjective
+from train.objectives.rollout import rollout
 
 KEY = jax.random.key(3)
 BOX = (9, 7, 40, 33)
@@ -18,7 +18,7 @@ CONFIG = Interactive(loss_scale=2)  # with a pixel of this model's frame to one 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    """`replay` compiles by itself, for which the fixture `jit` is not made."""
+    """`rollout` compiles by itself, for which the fixture `jit` is not made."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -44,10 +44,10 @@ def batch_of(model, size, box, mask_id=1):
 def test_rounds_are_those_of_the_objective(tiny, jit):
     model, variables = tiny
     batch = batch_of(model, (48, 60), BOX)
-    rounds = replay(model, variables, CONFIG, batch, KEY)
+    rounds = rollout(model, variables, CONFIG, batch, KEY)
     miou = np.array([r.iou[r.chosen] for r in rounds])
     assert len(np.unique(miou)) > 3, "the rounds differ"
-    objective = jit(make_interactive(model, CONFIG, train=False))
+    objective = jit(lambda *args: InteractiveObjective(model, CONFIG, train=False)(*args).mean())
     _, values = objective(variables["params"], variables["constants"], batch, KEY)
     np.testing.assert_allclose(miou, values["miou"], atol=1e-5)
 
@@ -58,7 +58,7 @@ def test_a_round_tells_what_was_asked_and_answered(tiny):
     first_labels = set()
     for mask_id in range(8):
         batch = batch_of(model, (48, 60), BOX, mask_id)
-        first, *later = rounds = replay(model, variables, CONFIG, batch, KEY)
+        first, *later = rounds = rollout(model, variables, CONFIG, batch, KEY)
         assert len(rounds) == 11
         first_labels.add(tuple(first.labels.tolist()))
         assert first.logits.shape == (3, *low)
@@ -82,4 +82,4 @@ def test_more_than_one_mask_is_refused(tiny):
     batch = batch_of(model, (48, 72), BOX)
     two = dataclasses.replace(batch, valid=np.ones((1, 2), bool))
     with pytest.raises(ValueError, match=r"masks_per_image=1; got .* \(1, 2\)"):
-        replay(model, variables, CONFIG, two, KEY)
+        rollout(model, variables, CONFIG, two, KEY)
