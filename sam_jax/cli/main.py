@@ -167,16 +167,10 @@ def _predict(args):
 
 
 def _convert(args):
-    from sam_jax.weights import formats, mae, store
+    from sam_jax.weights.formats import convert_file
 
-    if (Path(args.source) / store.MAE).is_file():
-        model, tensors = store.read_mae(args.source)
-        formats.save(args.target, model, mae.from_torch(model, tensors), format=args.format)
-    else:
-        model, variables, notes = formats.read(args.source)
-        formats.save(args.target, model, variables, format=args.format)
-        for note in notes:
-            print(f"note: {note}")
+    for note in convert_file(args.source, args.target, args.format):
+        print(f"note: {note}")
     print(f"{args.source} -> {args.target}")
 
 

@@ -7,7 +7,7 @@ interpolated; drop path and rematerialization, which the released code leaves ou
 attention is computed as described in `attention.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -133,7 +133,7 @@ def patch_rules(image_size: tuple[int, int], patch_size: int) -> Iterator[Rule]:
 
 def scan_super_blocks(
     blocks: Sequence[Any],
-    params: dict[str, Any],
+    params: Mapping[str, Any],
     x: Float[Array, "b gh gw c"],
     keep: Float[Array, "depth 2 b"] | None,
 ) -> Float[Array, "b gh gw c"]:

@@ -103,6 +103,7 @@ class MaskedAutoencoder(nn.Module):
         check_rules(self.rules())
 
     def setup(self) -> None:
+        """Creates the parameters and submodules."""
         normal = nn.initializers.normal(0.02)
         self.patch_embed = PatchConv(self.embed_dim, self.patch_size, self.dtype, xavier_uniform)
         self.class_token = self.param("class_token", normal, (self.embed_dim,))

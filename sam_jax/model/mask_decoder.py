@@ -101,6 +101,7 @@ class MaskDecoder(nn.Module):
         check_rules(self.rules())
 
     def setup(self) -> None:
+        """Creates the parameters and submodules."""
         c = self.dim
         normal = nn.initializers.normal(1.0)
         self.iou_token = self.param("iou_token", normal, (1, c))

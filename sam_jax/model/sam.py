@@ -242,7 +242,8 @@ def normalize(
 
 def normalize_colors(image: Shaped[Array | np.ndarray, "*shape 3"]) -> Float[Array, "*shape 3"]:
     """Normalises RGB values from 0 to 255 by ImageNet's mean and deviation, in float32."""
-    return (image.astype(jnp.float32) - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+    image = jnp.asarray(image, jnp.float32)
+    return (image - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
 # Where each flat field of `build_sam` is in a Sam. A field that parts share is set in all of them.
