@@ -130,7 +130,7 @@ def test_encodings_and_paintings_are_theirs(theirs, params, image, keys):
     assert_close(ours, encoded.numpy())
     painted = jax.jit(MODEL.apply)({"params": params}, image, keys)
     assert_close(painted.patches, outputs.logits.numpy())
-    np.testing.assert_array_equal(painted.is_hidden, outputs.mask.numpy() > 0)
+    np.testing.assert_array_equal(painted.mask, outputs.mask.numpy() > 0)
 
 
 def test_the_loss_and_its_gradients_are_theirs(theirs, params, image, keys):
