@@ -13,6 +13,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
@@ -78,7 +79,7 @@ class ImageEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"], train: bool = False
+        self, image: Float[Array | np.ndarray, "b h w 3"], train: bool = False
     ) -> Float[Array, "b gh gw c"]:
         """Encodes images.
 
@@ -124,7 +125,7 @@ class ImageEncoder(nn.Module):
         return jnp.where(is_kept, 1 / keep_prob, 0.0)
 
 
-def patch_rules(image_size: tuple[int, int], patch_size: int) -> Iterator[Rule]:
+def patch_rules(image_size: tuple[int, ...], patch_size: int) -> Iterator[Rule]:
     """Yields the rules of an image size and the side of a patch."""
     yield Rule("patch_size", patch_size, patch_size >= 1, "at least 1")
     fits = len(image_size) == 2 and all(side > 0 and side % patch_size == 0 for side in image_size)
@@ -197,8 +198,8 @@ def rematted(block: type[nn.Module], remat: Remat) -> Any:
 
 
 def resize_positions(
-    table: Float[Array, "1 th tw c"], grid: Sequence[int]
-) -> Float[Array, "1 gh gw c"]:
+    table: Float[Array | np.ndarray, "1 th tw c"], grid: Sequence[int]
+) -> Float[Array | np.ndarray, "1 gh gw c"]:
     """Interpolates a table of positions to a grid (gh, gw), bicubically as PyTorch does."""
     if table.shape[1:3] == tuple(grid):
         return table
@@ -225,7 +226,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b gh gw c"], keep: Float[Array, "2 b"] | None = None
+        self,
+        x: Float[Array | np.ndarray, "b gh gw c"],
+        keep: Float[Array | np.ndarray, "2 b"] | None = None,
     ) -> Float[Array, "b gh gw c"]:
         """Applies the block; `keep` are factors of the two residual branches."""
 
@@ -240,9 +243,9 @@ class Block(nn.Module):
         attention = Attention(
             self.num_heads, self.table_size, self.window, self.dtype, name="attention"
         )
-        x = x + scale(attention(layer_norm(1e-6, self.dtype, "norm1")(x)), 0)
-        y = gelu(dense(self.mlp_dim, "lin1")(layer_norm(1e-6, self.dtype, "norm2")(x)))
-        return x + scale(dense(x.shape[-1], "lin2")(y), 1)
+        y = x + scale(attention(layer_norm(1e-6, self.dtype, "norm1")(x)), 0)
+        z = gelu(dense(self.mlp_dim, "lin1")(layer_norm(1e-6, self.dtype, "norm2")(y)))
+        return y + scale(dense(y.shape[-1], "lin2")(z), 1)
 
 
 class Neck(nn.Module):

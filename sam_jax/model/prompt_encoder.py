@@ -57,9 +57,9 @@ class PromptFeatures:
         all objects or all tokens share the features.
     """
 
-    sparse: Float[Array, "b n k c"]
-    token_mask: Bool[Array, "b n k"]
-    dense: Float[Array, "b n_or_1 p_or_1 c"]
+    sparse: Float[Array | np.ndarray, "b n k c"]
+    token_mask: Bool[Array | np.ndarray, "b n k"]
+    dense: Float[Array | np.ndarray, "b n_or_1 p_or_1 c"]
 
 
 class PromptEncoder(nn.Module):
@@ -105,7 +105,7 @@ class PromptEncoder(nn.Module):
         self.no_mask = self._embedding("no_mask")
         self.mask_downscaling = MaskDownscaling(self.dim, self.mask_channels, self.dtype)
 
-    def _embedding(self, name: str) -> Float[Array, " c"]:
+    def _embedding(self, name: str) -> Float[Array | np.ndarray, " c"]:
         return self.param(name, nn.initializers.normal(1.0), (self.dim,))
 
     def __call__(self, prompts: Prompts, padded_size: tuple[int, int]) -> PromptFeatures:
@@ -187,7 +187,7 @@ class MaskDownscaling(nn.Module):
     @nn.compact
     def __call__(
         self, mask: Float[Array | np.ndarray, "b n lh lw"]
-    ) -> tuple[Float[Array, "b n p c"], Float[Array, " c"]]:
+    ) -> tuple[Float[Array, "b n p c"], Float[Array | np.ndarray, " c"]]:
         """Returns the features of each token without the last bias, and this bias."""
 
         def conv(x: Array | np.ndarray, features: int, size: int, name: str) -> Array:

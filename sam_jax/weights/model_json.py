@@ -125,14 +125,17 @@ def _check_value(value: Any, default: Any, annotation: Any) -> tuple[bool, str]:
     Args:
       value: The value.
       default: The field's default value, whose type the value must have.
-      annotation: The field's annotation, which lists the allowed values of a string.
+      annotation: The field's annotation, which tells the length of a list and the allowed strings.
 
     Returns:
       Whether the value is allowed, and the allowed values in words.
     """
     if isinstance(default, tuple):
         is_allowed = isinstance(value, tuple) and all(type(x) is int and x >= 0 for x in value)
-        return is_allowed, "a list of integers, none negative"
+        if Ellipsis in (items := typing.get_args(annotation)):
+            return is_allowed, "a list of integers, none negative"
+        is_allowed = is_allowed and len(value) == len(items)
+        return is_allowed, f"a list of {len(items)} integers, none negative"
     if type(default) is bool:
         return type(value) is bool, "true or false"
     if type(default) is int:

@@ -49,9 +49,10 @@ def test_bfloat16_multiplies_in_bfloat16_except_for_positions(tiny):
     assert {dtype for precision, dtype in decoded if precision != HIGHEST} == {"bfloat16"}
 
 
-def test_bfloat16_stays_close_to_float32(tiny, jit, images):
-    """Within 2 %, where kernels are so small that layers do not magnify what rounding does."""
+def test_bfloat16_stays_close_to_float32(tiny, jit):
+    """Within 2 %, where kernels are so small that layers do not magnify rounding errors."""
     model, variables = tiny
+    images = np.random.default_rng(0).standard_normal((2, 48, 72, 3)).astype(np.float32)
     rng = np.random.default_rng(0)
     prompts = Prompts(
         points=rng.uniform(0, 48, (2, 8, 2, 2)).astype(np.float32),
