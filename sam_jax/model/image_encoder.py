@@ -226,9 +226,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array | np.ndarray, "b gh gw c"],
-        keep: Float[Array | np.ndarray, "2 b"] | None = None,
+        self, x: Float[Array, "b gh gw c"], keep: Float[Array, "2 b"] | None = None
     ) -> Float[Array, "b gh gw c"]:
         """Applies the block; `keep` are factors of the two residual branches."""
 
@@ -243,9 +241,9 @@ class Block(nn.Module):
         attention = Attention(
             self.num_heads, self.table_size, self.window, self.dtype, name="attention"
         )
-        y = x + scale(attention(layer_norm(1e-6, self.dtype, "norm1")(x)), 0)
-        z = gelu(dense(self.mlp_dim, "lin1")(layer_norm(1e-6, self.dtype, "norm2")(y)))
-        return y + scale(dense(y.shape[-1], "lin2")(z), 1)
+        x = x + scale(attention(layer_norm(1e-6, self.dtype, "norm1")(x)), 0)
+        y = gelu(dense(self.mlp_dim, "lin1")(layer_norm(1e-6, self.dtype, "norm2")(x)))
+        return x + scale(dense(x.shape[-1], "lin2")(y), 1)
 
 
 class Neck(nn.Module):

@@ -153,7 +153,7 @@ def test_a_block_multiplies_each_branch_of_an_image_with_its_factor(jit, silent,
     block = Block(num_heads=2, table_size=(3, 3), window=3, mlp_dim=16, dtype="float32")
     rng = np.random.default_rng(0)
     x = np.repeat(rng.standard_normal((1, 4, 5, 8)).astype(np.float32), 3, axis=0)
-    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x[:1]))
+    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), jnp.asarray(x[:1])))
     flat = flax.traverse_util.flatten_dict(shapes, sep="/")
     flat = {path: rng.standard_normal(v.shape).astype(np.float32) for path, v in flat.items()}
     flat = {path: 0 * v if silent in path else v for path, v in flat.items()}
