@@ -39,8 +39,8 @@ def state(tiny):
 # Round trips.
 
 MODELS = {
-    "a non-square frame": {},
-    "a square frame": dict(image_size=(64, 64), window_size=3),
+    "images that are not square": {},
+    "square images": dict(image_size=(64, 64), window_size=3),
     "another patch": dict(image_size=(24, 20), patch_size=4),
     "windows larger than the grid": dict(window_size=10),
     "windows of one token": dict(window_size=1),
@@ -63,7 +63,7 @@ def test_the_model_is_found_from_the_shapes(tiny, variables_of, fields):
     assert_same_arrays(flatten(again), flatten(variables))
 
 
-def test_how_a_model_computes_is_not_in_the_file(tiny):
+def test_compute_options_are_not_in_the_file(tiny):
     model, variables = tiny
     training = replace_fields(model, dtype="bfloat16", dropout=0.1, drop_path=0.4, remat="blocks")
     assert load(to_torch(training, variables))[0] == model
@@ -100,7 +100,7 @@ def test_huggingface_to_ours_to_huggingface_is_bitwise(square):
     assert_same_arrays(to_huggingface(model, variables), source)
 
 
-def test_tensors_lie_where_the_model_has_them(state):
+def test_tensors_have_the_model_s_paths_and_layouts(state):
     _, variables, _ = load(state)
     params, constants = variables["params"], variables["constants"]
     name = "image_encoder.blocks.1.mlp.lin1.weight"
@@ -199,10 +199,10 @@ def test_tied_matrices_must_be_equal(square):
         load(source)
 
 
-# Another frame.
+# Another image size.
 
 
-def test_positions_for_another_frame_than_the_tables(tiny, state):
+def test_positions_for_another_image_size_than_the_tables(tiny, state):
     """Absolute positions say the frame; the global tables are interpolated, and a note says so."""
     state["image_encoder.pos_embed"] = np.ones((1, 4, 11, 24), np.float32)
     old = {axis: state[f"image_encoder.blocks.1.attn.rel_pos_{axis}"] for axis in "hw"}

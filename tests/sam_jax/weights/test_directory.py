@@ -80,7 +80,7 @@ def test_a_bad_model_json_is_named(tiny, text):
         load("w")
 
 
-def test_a_model_json_that_is_no_text(tiny):
+def test_a_model_json_that_is_not_text(tiny):
     save("w", *tiny)
     Path("w/model.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(WeightsError, match=r"w/model.json"):

@@ -34,7 +34,7 @@ def listing(path="."):
     return sorted(str(p.relative_to(path)) for p in Path(path).rglob("*") if p.is_file())
 
 
-# What goes where.
+# Formats.
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_saved_and_loaded(square, name):
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "weights"])
-def test_a_frame_that_is_not_square(tiny, name):
+def test_images_that_are_not_square(tiny, name):
     save(name, *tiny)
     model, variables = load(name)
     assert model == tiny[0]
@@ -67,16 +67,14 @@ def test_formats_of_files(square):
     assert listing("ours") == ["model.json", "weights.safetensors"]
     save("ours.pth", *square, format="sam_jax")
     assert listing("ours.pth") == ["model.json", "weights.safetensors"]
-    save("theirs", *square, format="huggingface")
-    assert listing("theirs") == ["config.json", "model.safetensors", "preprocessor_config.json"]
-    assert (
-        safetensors_file.read("theirs/model.safetensors").keys() == to_huggingface(*square).keys()
-    )
-    for name in ("other", "theirs", "ours.pth"):
+    save("hf", *square, format="huggingface")
+    assert listing("hf") == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert safetensors_file.read("hf/model.safetensors").keys() == to_huggingface(*square).keys()
+    for name in ("other", "hf", "ours.pth"):
         assert_same_variables(load(name)[1], square[1])
 
 
-def test_a_weights_directory_keeps_how_the_model_computes(tiny):
+def test_a_weights_directory_keeps_all_fields(tiny):
     model = replace_fields(tiny[0], dtype="bfloat16", dropout=0.1, drop_path=0.4, remat="blocks")
     save("w", model, tiny[1])
     assert load("w")[0] == model
@@ -94,7 +92,7 @@ def test_safetensors_with_huggingface_names(square):
     assert_same_variables(load("w.pth")[1], square[1])
 
 
-def test_the_dtype_of_what_is_saved_is_float32(tiny):
+def test_variables_are_saved_as_float32(tiny):
     half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), tiny[1])
     for name in ("w", "w.pth", "w.safetensors"):
         save(name, tiny[0], half)
@@ -108,7 +106,7 @@ def test_an_unknown_format_is_refused(tiny, folder):
     assert listing() == []
 
 
-def test_a_missing_path_says_what_may_be_there():
+def test_the_error_of_a_missing_path_lists_the_possible_ones():
     message = r"no weights at missing.pth: .*directory.*\.pth.*safetensors.*Hugging.*sam_vit_b"
     with pytest.raises(FileNotFoundError, match=message):
         load("missing.pth")
@@ -128,7 +126,7 @@ def test_names_of_official_files_are_fetched(square, monkeypatch):
     for name in ("sam_vit_b", "sam_vit_l", "sam_vit_h"):
         assert load(name)[0] == square[0]
     assert fetched == ["sam_vit_b", "sam_vit_l", "sam_vit_h"]
-    # What lies there under that name comes first.
+    # A directory of that name takes precedence.
     save("sam_vit_b", *square)
     load("sam_vit_b")
     assert len(fetched) == 3
@@ -147,7 +145,7 @@ def test_notes_are_logged_as_warnings(square, caplog):
     ]
 
 
-def test_files_that_hold_something_else(square):
+def test_other_files_are_refused(square):
     Path("text.pth").write_text("hello, world")
     with pytest.raises(ValueError, match=r"text.pth"):
         load("text.pth")
@@ -162,12 +160,12 @@ def test_files_that_hold_something_else(square):
         load("empty")
 
 
-# Writing over what is there.
+# Replacing existing files.
 
 
 def test_a_weights_directory_replaces_an_older_one(tiny, square):
     save("w", *square)
-    Path("w/notes.txt").write_text("the older one's")
+    Path("w/notes.txt").write_text("of the older one")
     save("w", *tiny)
     assert load("w")[0] == tiny[0]
     assert listing() == ["w/model.json", "w/weights.safetensors"]
@@ -183,7 +181,7 @@ def test_a_huggingface_folder_replaces_an_older_one(square):
 
 
 @pytest.mark.parametrize("format", ["sam_jax", "huggingface"])
-def test_what_is_no_such_directory_is_kept(square, format):
+def test_other_directories_and_files_are_kept(square, format):
     os.mkdir("photos")
     Path("photos/a.jpg").write_text("precious")
     Path("file").write_text("precious")
@@ -249,7 +247,7 @@ def test_a_failure_between_the_two_renames_puts_the_older_weights_back(tiny, squ
     assert os.listdir() == ["w"]
 
 
-def test_nothing_is_written_where_the_variables_are_not_the_models(tiny, square):
+def test_nothing_is_written_if_the_variables_are_those_of_another_model(tiny, square):
     for name in ("w", "w.pth", "w.safetensors"):
         for variables in (square[1], {"params": tiny[1]["params"]}, {}):
             with pytest.raises(ValueError, match="variables"):

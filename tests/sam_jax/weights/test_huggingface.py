@@ -86,7 +86,7 @@ def test_a_tensor_of_two_shards_is_named(square):
         load("hf")
 
 
-def test_what_transformers_reads_of_the_configuration(square):
+def test_the_configuration(square):
     save("hf", *square, format="huggingface")
     config = json.loads(Path("hf/config.json").read_text())
     vision = config["vision_config"]

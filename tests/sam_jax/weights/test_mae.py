@@ -1,4 +1,4 @@
-"""Masked autoencoders on disk, as facebookresearch/mae has them, and their encoders in a SAM."""
+"""Files of masked autoencoders, and their encoders in a SAM."""
 
 import json
 
@@ -124,16 +124,16 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_tensors_that_are_not_the_models(variables, kind):
-    damage, said = DAMAGED[kind]
+def test_tensors_of_another_model_are_refused(variables, kind):
+    damage, message = DAMAGED[kind]
     state = mae.to_torch(MODEL, variables)
     damage(state)
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         mae.from_torch(MODEL, state)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         (
             "decoder_heads",
@@ -149,10 +149,10 @@ def test_tensors_that_are_not_the_models(variables, kind):
         ("mask_ratio", "most", "mask_ratio must be a positive number; got 'most'"),
     ],
 )
-def test_fields_that_cannot_be(saved, field, value, said):
+def test_invalid_fields_are_named(saved, field, value, message):
     fields = json.loads((saved / directory.MAE_JSON).read_text()) | {field: value}
     (saved / directory.MAE_JSON).write_text(json.dumps(fields))
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         read_autoencoder(saved)
 
 
@@ -162,7 +162,7 @@ def test_a_directory_without_its_tensors(saved):
         read_autoencoder(saved)
 
 
-# Its encoder in a SAM.
+# Its encoder as a SAM's image encoder.
 
 SAM = sam_tiny(image_size=(64, 80), window_size=4, global_blocks=(1,))
 
@@ -189,7 +189,7 @@ def test_every_layer_of_the_encoder_is_there():
         assert_same_arrays(flatten(block), flatten(theirs))
 
 
-def test_positions_and_patches_are_resized_to_the_sams():
+def test_positions_and_patches_are_resized():
     sam = replace_fields(SAM, patch_size=16, image_size=(64, 80))
     state = mae.to_torch(MODEL, random_variables(MODEL))
     notes = []
@@ -226,9 +226,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_encoders_that_are_not_the_sams(variables, kind):
-    sam, grid, said = REFUSED[kind]
-    with pytest.raises(WeightsError, match=said):
+def test_encoders_of_another_size_are_refused(variables, kind):
+    sam, grid, message = REFUSED[kind]
+    with pytest.raises(WeightsError, match=message):
         mae.encoder_for(sam, mae.to_torch(MODEL, variables), [], grid)
 
 
