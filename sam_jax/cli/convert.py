@@ -1,10 +1,9 @@
 """`sam-jax convert`: weights from one format to another."""
 
 import argparse
-from pathlib import Path
 
 from sam_jax.cli.help_texts import WEIGHTS_HELP
-from sam_jax.weights import formats, mae, store
+from sam_jax.weights import formats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    if (Path(args.source) / store.MAE).is_file():
-        model, tensors = store.read_mae(args.source)
-        formats.save(args.target, model, mae.from_torch(model, tensors), format=args.format)
-    else:
-        model, variables, notes = formats.read(args.source)
-        formats.save(args.target, model, variables, format=args.format)
-        for note in notes:
-            print(f"note: {note}")
+    for note in formats.convert_file(args.source, args.target, args.format):
+        print(f"note: {note}")
     print(f"{args.source} -> {args.target}")

@@ -1,11 +1,14 @@
-"""Files that are either complete or absent, also after a crash or a power cut.
+"""Files and directories that are either complete or absent.
 
-A file is written under a temporary name in the same folder, flushed to the disk, and renamed.
+A file is written under a temporary name in the same folder, flushed to the disk, and renamed. So
+it is complete even after a power cut. A directory is filled under a temporary name and renamed.
 """
 
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +41,48 @@ def atomic_path(path: str | os.PathLike[str], *, writer: str = "") -> Iterator[P
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
+    """Yields an empty temporary directory that replaces `path` if the block succeeds.
+
+    If the block raises, the temporary directory is removed and `path` keeps its former content.
+
+    Args:
+      path: The directory to write or to replace; parent directories are created.
+      marker: Name of a file that every directory of this kind has. A directory without it is not
+        replaced, unless it is empty.
+
+    Yields:
+      The temporary directory, which is on the same disk.
+
+    Raises:
+      FileExistsError: If something else than such a directory is at `path`.
+      OSError: If the directory cannot be created or renamed.
+    """
+    path = Path(path)
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not (path / marker).is_file() and not is_empty:
+        raise FileExistsError(
+            f"{path} exists and has no {marker}: choose another name or remove it"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(temporary)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -7,12 +7,13 @@ interpolated; drop path and rematerialization, which the released code leaves ou
 attention is computed as described in `attention.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
@@ -78,7 +79,7 @@ class ImageEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"], train: bool = False
+        self, image: Float[Array | np.ndarray, "b h w 3"], train: bool = False
     ) -> Float[Array, "b gh gw c"]:
         """Encodes images.
 
@@ -124,7 +125,7 @@ class ImageEncoder(nn.Module):
         return jnp.where(is_kept, 1 / keep_prob, 0.0)
 
 
-def patch_rules(image_size: tuple[int, int], patch_size: int) -> Iterator[Rule]:
+def patch_rules(image_size: tuple[int, ...], patch_size: int) -> Iterator[Rule]:
     """Yields the rules of an image size and the side of a patch."""
     yield Rule("patch_size", patch_size, patch_size >= 1, "at least 1")
     fits = len(image_size) == 2 and all(side > 0 and side % patch_size == 0 for side in image_size)
@@ -133,7 +134,7 @@ def patch_rules(image_size: tuple[int, int], patch_size: int) -> Iterator[Rule]:
 
 def scan_super_blocks(
     blocks: Sequence[Any],
-    params: dict[str, Any],
+    params: Mapping[str, Any],
     x: Float[Array, "b gh gw c"],
     keep: Float[Array, "depth 2 b"] | None,
 ) -> Float[Array, "b gh gw c"]:
@@ -197,8 +198,8 @@ def rematted(block: type[nn.Module], remat: Remat) -> Any:
 
 
 def resize_positions(
-    table: Float[Array, "1 th tw c"], grid: Sequence[int]
-) -> Float[Array, "1 gh gw c"]:
+    table: Float[Array | np.ndarray, "1 th tw c"], grid: Sequence[int]
+) -> Float[Array | np.ndarray, "1 gh gw c"]:
     """Interpolates a table of positions to a grid (gh, gw), bicubically as PyTorch does."""
     if table.shape[1:3] == tuple(grid):
         return table

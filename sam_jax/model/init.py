@@ -1,7 +1,9 @@
-"""A model's first variables, drawn from a seed."""
+"""Initial variables of a model, sampled from a seed, and their shapes."""
 
+import functools
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -27,11 +29,28 @@ def init_variables(model: Sam | MaskedAutoencoder, seed: int) -> dict[str, Any]:
     image = jnp.zeros((1, *model.image_size, 3))
     if isinstance(model, MaskedAutoencoder):
         keys = jax.random.split(jax.random.key(0), 1)
-        return model.init(jax.random.key(seed), image, keys) | {"constants": {}}
+        return {**model.init(jax.random.key(seed), image, keys), "constants": {}}
     prompts = Prompts(
         points=jnp.zeros((1, 1, 1, 2)),
         labels=jnp.zeros((1, 1, 1), jnp.int32),
         mask=jnp.zeros((1, 1, *model.low_res)),  # without one, its convolutions get no parameters
         has_mask=jnp.ones((1, 1), bool),
     )
-    return model.init(jax.random.key(seed), image, prompts)
+    return dict(model.init(jax.random.key(seed), image, prompts))
+
+
+@functools.lru_cache(maxsize=32)
+def variable_shapes(model: Sam | MaskedAutoencoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and types of a model's variables by path, without computing anything.
+
+    >>> variable_shapes(sam_jax.sam_tiny())["params/mask_decoder/iou_token"].shape
+    (1, 64)
+
+    Args:
+      model: The model.
+
+    Returns:
+      Shapes by path. The dict is shared by all callers and must not be changed.
+    """
+    shapes = jax.eval_shape(lambda: init_variables(model, 0))
+    return flax.traverse_util.flatten_dict(shapes, sep="/")

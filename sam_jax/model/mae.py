@@ -103,6 +103,7 @@ class MaskedAutoencoder(nn.Module):
         check_rules(self.rules())
 
     def setup(self) -> None:
+        """Creates the parameters and submodules."""
         normal = nn.initializers.normal(0.02)
         self.patch_embed = PatchConv(self.embed_dim, self.patch_size, self.dtype, xavier_uniform)
         self.class_token = self.param("class_token", normal, (self.embed_dim,))
@@ -132,7 +133,9 @@ class MaskedAutoencoder(nn.Module):
         # By default, TPUs multiply float32 matrices in bfloat16 and GPUs in TF32.
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
 
-    def __call__(self, image: Shaped[Array, "..."], keys: Key[Array, " b"]) -> ReconstructedPatches:
+    def __call__(
+        self, image: Shaped[Array | np.ndarray, "..."], keys: Key[Array, " b"]
+    ) -> ReconstructedPatches:
         """Reconstructs all patches of images from the visible ones.
 
         Args:
@@ -162,7 +165,7 @@ class MaskedAutoencoder(nn.Module):
         return jnp.argsort(jax.random.uniform(key, (self.num_patches,)))
 
     def encode(
-        self, image: Float[Array, "b h w 3"], visible: Int[Array, "b v"]
+        self, image: Float[Array | np.ndarray, "b h w 3"], visible: Int[Array | np.ndarray, "b v"]
     ) -> Float[Array, "b 1+v c"]:
         """Encodes the visible patches of images.
 
@@ -180,7 +183,7 @@ class MaskedAutoencoder(nn.Module):
         return self.norm(apply_to_rows(blocks, prepend(self.class_token, x)))
 
     def decode(
-        self, x: Float[Array, "b one_plus_v c"], order: Int[Array, "b l"]
+        self, x: Float[Array, "b one_plus_v c"], order: Int[Array | np.ndarray, "b l"]
     ) -> Float[Array, "b l d"]:
         """Reconstructs all patches of images.
 
@@ -213,13 +216,17 @@ def apply_to_rows(
     return x[:, 0]
 
 
-def prepend(token: Float[Array, " c"], x: Float[Array, "b t c"]) -> Float[Array, "b 1+t c"]:
+def prepend(
+    token: Float[Array | np.ndarray, " c"], x: Float[Array, "b t c"]
+) -> Float[Array, "b 1+t c"]:
     """Puts a token before those of each image."""
     first = jnp.broadcast_to(token, (len(x), 1, x.shape[-1]))
     return jnp.concatenate([first.astype(x.dtype), x], axis=1)
 
 
-def patchify(image: Shaped[Array, "b h w c"], size: int) -> Shaped[Array, "b l d"]:
+def patchify(
+    image: Shaped[Array | np.ndarray, "b h w c"], size: int
+) -> Shaped[Array | np.ndarray, "b l d"]:
     """Cuts images into patches 'b (gh gw) (i j c)' of i = j = `size` pixels, row by row."""
     return rearrange(image, "b (gh i) (gw j) c -> b (gh gw) (i j c)", i=size, j=size)
 
@@ -237,14 +244,14 @@ def encode_positions(gh: int, gw: int, c: int) -> Float32[np.ndarray, "l c"]:
     return np.concatenate([x, y], axis=-1).reshape(gh * gw, c).astype(np.float32)
 
 
-def normalize_patches(patches: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
+def normalize_patches(patches: Float[Array | np.ndarray, "*shape d"]) -> Float[Array, "*shape d"]:
     """Normalises each patch by its own mean and deviation."""
     mean, deviation = mean_and_deviation(patches)
-    return (patches - mean) / deviation
+    return (jnp.asarray(patches) - mean) / deviation
 
 
 def mean_and_deviation(
-    patches: Float[Array, "*shape d"],
+    patches: Float[Array | np.ndarray, "*shape d"],
 ) -> tuple[Float[Array, "*shape 1"], Float[Array, "*shape 1"]]:
     """Returns the mean of each patch, and its deviation with d - 1 degrees of freedom."""
     mean = jnp.mean(patches, axis=-1, keepdims=True)

@@ -53,8 +53,8 @@ class DecoderState:
       iou: As in `Masks`.
     """
 
-    image: Float[Array, "b n p c"]
-    hypernetwork_out: Float[Array, "b n m k"]
+    image: Float[Array | np.ndarray, "b n p c"]
+    hypernetwork_out: Float[Array | np.ndarray, "b n m k"]
     iou: Float32[Array, "b n m"]
 
 
@@ -101,6 +101,7 @@ class MaskDecoder(nn.Module):
         check_rules(self.rules())
 
     def setup(self) -> None:
+        """Creates the parameters and submodules."""
         c = self.dim
         normal = nn.initializers.normal(1.0)
         self.iou_token = self.param("iou_token", normal, (1, c))
@@ -119,7 +120,7 @@ class MaskDecoder(nn.Module):
         self,
         embedding: Float[Array | np.ndarray, "b gh gw c"],
         features: PromptFeatures,
-        image_pe: Float[Array, "p c"],
+        image_pe: Float[Array | np.ndarray, "p c"],
         train: bool = False,
     ) -> Masks:
         """Decodes masks.
@@ -141,7 +142,7 @@ class MaskDecoder(nn.Module):
         self,
         embedding: Float[Array | np.ndarray, "b gh gw c"],
         features: PromptFeatures,
-        image_pe: Float[Array, "p c"],
+        image_pe: Float[Array | np.ndarray, "p c"],
         train: bool = False,
     ) -> DecoderState:
         """Runs the decoder up to the masks themselves; arguments as for `__call__`."""
@@ -167,8 +168,8 @@ class MaskDecoder(nn.Module):
 
     def upscale_masks(
         self,
-        image: Float[Array, "b n p c"],
-        hypernetwork_out: Float[Array, "b n m k"],
+        image: Float[Array | np.ndarray, "b n p c"],
+        hypernetwork_out: Float[Array | np.ndarray, "b n m k"],
         gh: int,
     ) -> Float32[Array, "b n m lh lw"]:
         """Makes masks; arguments as for `Sam.upscale_masks`."""
@@ -191,7 +192,9 @@ class Upscaling(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b n p c"], hypernetwork_out: Float[Array, "b n m k"]
+        self,
+        image: Float[Array | np.ndarray, "b n p c"],
+        hypernetwork_out: Float[Array | np.ndarray, "b n m k"],
     ) -> Float32[Array, "b n m 16 p"]:
         """Returns the masks' logits at the (4 4) pixels of each token."""
         c = image.shape[-1]
@@ -218,7 +221,9 @@ class Deconvolution(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self) -> tuple[Float[Array, "c 2 2 o"], Float[Array, " o"]]:
+    def __call__(
+        self,
+    ) -> tuple[Float[Array | np.ndarray, "c 2 2 o"], Float[Array | np.ndarray, " o"]]:
         """Returns the kernel and the bias."""
         init = fan_in_uniform(4 * self.features)
         kernel = self.param("kernel", init, (self.in_features, 2, 2, self.features))
@@ -226,7 +231,9 @@ class Deconvolution(nn.Module):
 
 
 def deconvolve(
-    x: Float[Array, "*shape c"], kernel: Float[Array, "c 2 2 o"], bias: Float[Array, " o"]
+    x: Float[Array | np.ndarray, "*shape c"],
+    kernel: Float[Array | np.ndarray, "c 2 2 o"],
+    bias: Float[Array | np.ndarray, " o"],
 ) -> Float[Array, "*shape 2 2 o"]:
     """Applies a transposed convolution whose output pixels stay grouped by input pixel."""
     return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(x.dtype)) + bias.astype(x.dtype)

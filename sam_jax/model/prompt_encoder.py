@@ -57,9 +57,9 @@ class PromptFeatures:
         all objects or all tokens share the features.
     """
 
-    sparse: Float[Array, "b n k c"]
-    token_mask: Bool[Array, "b n k"]
-    dense: Float[Array, "b n_or_1 p_or_1 c"]
+    sparse: Float[Array | np.ndarray, "b n k c"]
+    token_mask: Bool[Array | np.ndarray, "b n k"]
+    dense: Float[Array | np.ndarray, "b n_or_1 p_or_1 c"]
 
 
 class PromptEncoder(nn.Module):
@@ -90,6 +90,7 @@ class PromptEncoder(nn.Module):
         check_rules(self.rules())
 
     def setup(self) -> None:
+        """Creates the parameters and submodules."""
         normal = nn.initializers.normal(self.position_scale)
         self.gaussian = self.variable(
             "constants", "gaussian", lambda: normal(self.make_rng("params"), (2, self.dim // 2))
@@ -104,7 +105,7 @@ class PromptEncoder(nn.Module):
         self.no_mask = self._embedding("no_mask")
         self.mask_downscaling = MaskDownscaling(self.dim, self.mask_channels, self.dtype)
 
-    def _embedding(self, name: str) -> Float[Array, " c"]:
+    def _embedding(self, name: str) -> Float[Array | np.ndarray, " c"]:
         return self.param(name, nn.initializers.normal(1.0), (self.dim,))
 
     def __call__(self, prompts: Prompts, padded_size: tuple[int, int]) -> PromptFeatures:
@@ -126,6 +127,7 @@ class PromptEncoder(nn.Module):
 
         dense = self.no_mask[None, None, None]
         if prompts.mask is not None:
+            assert prompts.has_mask is not None, "prompts.has_mask must be given with prompts.mask"
             # The bias and `no_mask` are the same for all pixels. They are selected before they are
             # broadcast, so that each of their gradients is a single sum.
             has_mask = prompts.has_mask[..., None, None]
@@ -160,7 +162,9 @@ class PromptEncoder(nn.Module):
         positions = jnp.einsum("skxc,kyc->yxsc", by_x, by_y, precision=jax.lax.Precision.HIGHEST)
         return rearrange(positions, "gh gw s c -> (gh gw) (s c)").astype(self.dtype)
 
-    def encode_positions(self, xy: Float[Array, "*shape 2"]) -> Float[Array, "*shape c"]:
+    def encode_positions(
+        self, xy: Float[Array | np.ndarray, "*shape 2"]
+    ) -> Float[Array, "*shape c"]:
         """Returns random Fourier features, in float32, of positions from 0 to 1."""
         phase = jnp.matmul(2 * xy - 1, self.gaussian.value, precision=jax.lax.Precision.HIGHEST)
         phase = 2 * jnp.pi * phase
@@ -183,10 +187,10 @@ class MaskDownscaling(nn.Module):
     @nn.compact
     def __call__(
         self, mask: Float[Array | np.ndarray, "b n lh lw"]
-    ) -> tuple[Float[Array, "b n p c"], Float[Array, " c"]]:
+    ) -> tuple[Float[Array, "b n p c"], Float[Array | np.ndarray, " c"]]:
         """Returns the features of each token without the last bias, and this bias."""
 
-        def conv(x: Array, features: int, size: int, name: str) -> Array:
+        def conv(x: Array | np.ndarray, features: int, size: int, name: str) -> Array:
             init = fan_in_uniform(size * size * x.shape[-1])
             return PatchConv(features, size, self.dtype, init, init, name=name)(x)
 

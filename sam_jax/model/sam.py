@@ -98,12 +98,14 @@ class Sam(nn.Module):
         ))  # fmt: skip
 
     def __call__(
-        self, image: Float[Array, "b h w 3"], prompts: Prompts, train: bool = False
+        self, image: Float[Array | np.ndarray, "b h w 3"], prompts: Prompts, train: bool = False
     ) -> Masks:
         """Encodes images and decodes prompts; see `encode` and `decode`."""
         return self.decode(self.encode(image, train), prompts, train)
 
-    def encode(self, image: Shaped[Array, "..."], train: bool = False) -> Float[Array, "b gh gw c"]:
+    def encode(
+        self, image: Shaped[Array | np.ndarray, "..."], train: bool = False
+    ) -> Float[Array, "b gh gw c"]:
         """Encodes images.
 
         Args:
@@ -128,7 +130,7 @@ class Sam(nn.Module):
             return self.image_encoder(image.astype(self.dtype), train)
 
     def decode(
-        self, embedding: Shaped[Array, "..."], prompts: Prompts, train: bool = False
+        self, embedding: Shaped[Array | np.ndarray, "..."], prompts: Prompts, train: bool = False
     ) -> Masks:
         """Decodes four masks for every prompted object; `choose_masks` keeps three or one.
 
@@ -147,7 +149,9 @@ class Sam(nn.Module):
             features, grid_pe = self._encode_prompts(embedding, prompts)
             return self.mask_decoder(embedding, features, grid_pe, train)
 
-    def decode_tokens(self, embedding: Shaped[Array, "..."], prompts: Prompts) -> DecoderState:
+    def decode_tokens(
+        self, embedding: Shaped[Array | np.ndarray, "..."], prompts: Prompts
+    ) -> DecoderState:
         """Runs `decode` up to the masks themselves, for callers who want only a few of them.
 
         Args:
@@ -166,8 +170,8 @@ class Sam(nn.Module):
 
     def upscale_masks(
         self,
-        image: Float[Array, "b n p c"],
-        hypernetwork_out: Float[Array, "b n m k"],
+        image: Float[Array | np.ndarray, "b n p c"],
+        hypernetwork_out: Float[Array | np.ndarray, "b n m k"],
         gh: int,
     ) -> Float[Array, "b n m lh lw"]:
         """Makes the masks of some objects of a `DecoderState`.
@@ -185,7 +189,7 @@ class Sam(nn.Module):
             return self.mask_decoder.upscale_masks(image, hypernetwork_out, gh)
 
     def _encode_prompts(
-        self, embedding: Array, prompts: Prompts
+        self, embedding: Array | np.ndarray, prompts: Prompts
     ) -> tuple[PromptFeatures, Float[Array, "p c"]]:
         """Encodes prompts for embeddings, and the positions of the embeddings' grid."""
         _check_prompts(embedding, prompts, self.embedding_dim)
@@ -198,7 +202,7 @@ class Sam(nn.Module):
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
 
 
-def _check_prompts(embedding: Array, prompts: Prompts, embedding_dim: int) -> None:
+def _check_prompts(embedding: Array | np.ndarray, prompts: Prompts, embedding_dim: int) -> None:
     """Raises ValueError if embeddings and prompts do not fit together."""
     if embedding.ndim != 4 or embedding.shape[-1] != embedding_dim:
         raise ValueError(
@@ -242,7 +246,8 @@ def normalize(
 
 def normalize_colors(image: Shaped[Array | np.ndarray, "*shape 3"]) -> Float[Array, "*shape 3"]:
     """Normalises RGB values from 0 to 255 by ImageNet's mean and deviation, in float32."""
-    return (image.astype(jnp.float32) - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+    image = jnp.asarray(image, jnp.float32)
+    return (image - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
 # Where each flat field of `build_sam` is in a Sam. A field that parts share is set in all of them.

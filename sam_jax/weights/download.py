@@ -1,8 +1,11 @@
-"""Fetches the official weights, once, into a cache folder.
+"""Downloads the official weights once, into a cache folder.
 
-Source: the links in the README of facebookresearch/segment-anything dca509f. The table pins size
-and SHA-256 of each file: a download gets the file's own name only after its digest was verified, so
-a file under that name is complete.
+Source: the links in the README of facebookresearch/segment-anything dca509f. The table pins the
+size and the SHA-256 of each file. A download gets the file's name only after its digest has been
+verified, so a file under that name is complete.
+
+Differences: pooch, the usual library for this, neither resumes a partial file, which may be 2.5 GB,
+nor lets several processes wait for one download.
 """
 
 import contextlib
@@ -27,10 +30,16 @@ BASE_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
 class OfficialFile(NamedTuple):
-    """A published weights file."""
+    """A published weights file.
+
+    Attributes:
+      name: Its name on the server and in the cache.
+      size: Its size in bytes.
+      sha256: Its digest, in hexadecimal digits.
+    """
 
     name: str
-    size: int  # bytes
+    size: int
     sha256: str
 
 
@@ -51,37 +60,40 @@ OFFICIAL = {
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
 }
-_TIMEOUT = 60  # seconds without a byte
-_CHUNK = 2**20  # bytes
+_TIMEOUT = 60  # seconds without data
+_CHUNK_SIZE = 2**20  # bytes
 
 
 class DownloadError(OSError):
-    """A file that could not be fetched, or that is not the official one."""
+    """A file that cannot be downloaded, or that is not the official one."""
 
 
 def fetch(name: str, *, cache_dir: str | Path | None = None, base_url: str = BASE_URL) -> Path:
-    """Returns the path of an official file, downloading it if it is not in the cache.
+    """Returns the path of an official file, and downloads it if it is not in the cache.
 
-    A file that is there is returned without a request and without reading it: either it was
-    verified before it got its name, or the user put it there. An unfinished download stays beside
-    it as `<file>.part`, and the next call continues it.
+    A file in the cache is neither requested nor read: either it was verified before it was renamed,
+    or the user put it there. A partial download is kept as `<file>.part`, and the next call resumes
+    it.
 
     Args:
-      name: a key of OFFICIAL.
-      cache_dir: by default $SAM_JAX_CACHE, else $XDG_CACHE_HOME/sam_jax, else ~/.cache/sam_jax.
-      base_url: the folder of the files on a mirror; https, or http on this machine.
+      name: A key of `OFFICIAL`.
+      cache_dir: The cache folder. By default $SAM_JAX_CACHE, else $XDG_CACHE_HOME/sam_jax, else
+        ~/.cache/sam_jax.
+      base_url: The URL of the folder of the files on a mirror: https, or http on this machine.
+
     Returns:
       The path of the file.
+
     Raises:
-      ValueError: if the name is unknown or the address is not allowed.
-      DownloadError: if the file cannot be fetched, or has another size or digest.
+      ValueError: If the name is unknown or the URL is not allowed.
+      DownloadError: If the file cannot be downloaded, or has another size or digest.
     """
     if name not in OFFICIAL:
         raise ValueError(f"name must be one of {', '.join(OFFICIAL)}; got {name!r}")
     official = OFFICIAL[name]
     url = f"{base_url.rstrip('/')}/{official.name}"
     if not (_is_https(url) or _is_local(url)):
-        raise ValueError(f"base_url must start with https://, got {base_url!r}")
+        raise ValueError(f"base_url must start with https://; got {base_url!r}")
 
     path = _cache_folder(cache_dir) / official.name
     if not path.exists():
@@ -105,7 +117,7 @@ def fetch(name: str, *, cache_dir: str | Path | None = None, base_url: str = BAS
 def _fetch(url: str, path: Path, official: OfficialFile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_name(f"{path.name}.lock")):
-        if path.exists():  # another process fetched it while this one waited
+        if path.exists():  # another process downloaded it while this one waited
             return
         part = path.with_name(f"{path.name}.part")
         _download(url, part, official.size)
@@ -121,12 +133,11 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time in; the others wait for it and then find the finished file.
+    """Holds a lock, so that other processes wait and then find the complete file.
 
-    The lock is on a file of its own which is never deleted: the unfinished file will be renamed,
-    and a lock on it would then hold the finished one. Where there are no locks (Windows, some
-    network file systems) two processes can spoil each other's download; its digest or size then
-    refuses it.
+    The lock is a separate file, which is never deleted, because a lock on the partial file would
+    become one on the complete file when that is renamed. Without locks (on Windows and some network
+    file systems) two processes can corrupt each other's download, which its digest or size detects.
     """
     with open(path, "ab") as file:
         if sys.platform != "win32":
@@ -136,23 +147,23 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _download(url: str, part: Path, size: int) -> None:
-    """Brings `part` to `size` bytes, continuing from those it has; never writes more than that."""
+    """Appends to a partial file until it has `size` bytes, and never writes more."""
     have = part.stat().st_size if part.exists() else 0
     if have == size:
         return
-    response = _open_rest(url, have, size) if have else None
+    response = _open_from(url, have, size) if have else None
     if response is None:
-        have, response = 0, _open_whole(url, size)
+        have, response = 0, _open_from_start(url, size)
     bar = tqdm(
         desc=part.stem,
         initial=have,
         total=size,
         unit="B",
         unit_scale=True,
-        disable=None,  # shown on a terminal only
+        disable=None,  # except on a terminal
     )
     with response, open(part, "ab" if have else "wb") as file, bar:
-        while have < size and (chunk := response.read(min(_CHUNK, size - have))):
+        while have < size and (chunk := response.read(min(_CHUNK_SIZE, size - have))):
             file.write(chunk)
             have += len(chunk)
             bar.update(len(chunk))
@@ -161,10 +172,12 @@ def _download(url: str, part: Path, size: int) -> None:
 
 
 def _publish(part: Path, path: Path, sha256: str) -> None:
-    """Gives a verified file its name, and deletes any other."""
+    """Verifies a file and renames it; deletes it if its digest is wrong."""
     with open(part, "r+b") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())  # after a power cut the name must not stand on missing bytes
+        os.fsync(
+            file.fileno()
+        )  # before the name, which after a power cut must mean a complete file
     if digest != sha256:
         part.unlink()
         raise DownloadError(
@@ -173,8 +186,8 @@ def _publish(part: Path, path: Path, sha256: str) -> None:
     os.replace(part, path)
 
 
-def _open_rest(url: str, start: int, size: int) -> http.client.HTTPResponse | None:
-    """Opens the bytes from `start` on; None where the server does not offer exactly those."""
+def _open_from(url: str, start: int, size: int) -> http.client.HTTPResponse | None:
+    """Requests the bytes from `start`; returns None if the server does not offer exactly those."""
     try:
         response = _open(url, {"Range": f"bytes={start}-"})
     except urllib.error.HTTPError as error:
@@ -189,7 +202,7 @@ def _open_rest(url: str, start: int, size: int) -> http.client.HTTPResponse | No
     return None
 
 
-def _open_whole(url: str, size: int) -> http.client.HTTPResponse:
+def _open_from_start(url: str, size: int) -> http.client.HTTPResponse:
     response = _open(url, {})
     announced = response.headers.get("Content-Length", str(size))
     if announced != str(size):
@@ -210,7 +223,7 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https alone, and from this machine to itself."""
+    """Follows redirects to https only, and from this machine to itself."""
 
     def redirect_request(
         self,
@@ -221,6 +234,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
+        """Raises DownloadError for a redirect to another scheme."""
         if not (_is_https(newurl) or (_is_local(req.full_url) and _is_local(newurl))):
             raise DownloadError(f"{req.full_url} redirects to {newurl}; only https is allowed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -1,112 +1,208 @@
-"""One way in and one way out for weights, whatever their format."""
+"""Reads and writes models with their weights, in any of the supported formats."""
 
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.sam import Sam
-from sam_jax.weights import download, mae, safetensors_file, store, torch_file
-from sam_jax.weights.convert import from_torch, take_tensors, to_torch
+from sam_jax.weights import (
+    convert,
+    directory,
+    download,
+    huggingface,
+    mae,
+    safetensors_file,
+    torch_file,
+)
+from sam_jax.weights.state_dict import take_tensors
 from sam_jax.weights.tensors import WeightsError
 
-TINY = Path(__file__).with_name("sam_tiny")  # comes with the package: a weights directory
+TINY = Path(__file__).with_name("sam_tiny")  # a weights directory that the package contains
 FORMATS = ("sam_jax", "official", "huggingface")
+OFFICIAL_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 log = logging.getLogger("sam_jax")
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights, as numpy arrays.
+
+    Attributes:
+      kind: A key of `KINDS`: "sam", or "mae" for a masked autoencoder.
+      model: The model. None for a file of facebookresearch/mae, which does not tell the fields of
+        its decoder.
+      variables: {"params", "constants"} of the model; empty if `model` is None.
+      tensors: Arrays by the names of facebookresearch/mae; empty for a SAM.
+      notes: Remarks about the file that a user should read.
+    """
+
+    kind: str
+    model: Sam | MaskedAutoencoder | None
+    variables: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Kind(NamedTuple):
+    """The functions that read and write one kind of model.
+
+    Attributes:
+      model_class: The class of its models.
+      marker: The file that tells a weights directory of this kind.
+      read_directory: Reads a weights directory.
+      write_directory: Writes a weights directory.
+      to_torch: Returns the official state dict.
+      write_huggingface: Writes a Hugging Face folder; None if there is no such format.
+    """
+
+    model_class: type
+    marker: str
+    read_directory: Callable[[Path], Checkpoint]
+    write_directory: Callable[[Path, Any, dict[str, Any]], None]
+    to_torch: Callable[[Any, dict[str, Any]], dict[str, np.ndarray]]
+    write_huggingface: Callable[[Path, Any, dict[str, Any]], None] | None
+
+
+def _read_sam_directory(path: Path) -> Checkpoint:
+    model, variables = directory.read_sam(path)
+    return Checkpoint("sam", model, variables)
+
+
+def _read_mae_directory(path: Path) -> Checkpoint:
+    model, tensors = directory.read_mae(path)
+    return Checkpoint("mae", model, mae.from_torch(model, tensors), tensors)
+
+
+KINDS = {
+    "sam": Kind(
+        model_class=Sam,
+        marker=directory.SAM_JSON,
+        read_directory=_read_sam_directory,
+        write_directory=directory.write_sam,
+        to_torch=convert.to_torch,
+        write_huggingface=huggingface.write,
+    ),
+    "mae": Kind(
+        model_class=MaskedAutoencoder,
+        marker=directory.MAE_JSON,
+        read_directory=_read_mae_directory,
+        write_directory=directory.write_mae,
+        to_torch=mae.to_torch,
+        write_huggingface=None,
+    ),
+}
+
+
 def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
-    """Loads a model and its variables.
+    """Loads a `Sam` and its variables.
+
+    >>> model, variables = sam_jax.load("sam_vit_b")
 
     Args:
-      path: a weights directory, a Hugging Face folder, a `.pth` or safetensors file with official,
-        Hugging Face or MAE names; "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official file,
-        which is downloaded once; or "sam_tiny", which comes with the package and is trained on
-        generated scenes.
+      path: A weights directory, a Hugging Face folder, or a `.pth` or safetensors file with
+        official, Hugging Face or MAE names; "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official
+        file, which is downloaded once; or "sam_tiny", which the package contains and which was
+        trained on generated scenes. An MAE file's encoder becomes that of an untrained model.
+
     Returns:
-      (`Sam`, {"params", "constants"} of float32 arrays on the default device).
+      The model and its {"params", "constants"}, float32 arrays on the default device.
+
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is damaged, or holds other than exactly the tensors of a SAM.
-      DownloadError: if an official file could not be fetched.
+      FileNotFoundError: If there is no such file.
+      ValueError: If the file is damaged, or does not hold exactly the tensors of a SAM.
+      DownloadError: If an official file cannot be downloaded.
     """
-    model, variables, notes = read(path)
-    for note in notes:
+    checkpoint = read(path)
+    if isinstance(checkpoint.model, Sam):
+        model, variables = checkpoint.model, checkpoint.variables
+    elif checkpoint.model is None:
+        model, variables = mae.to_sam(checkpoint.tensors, checkpoint.notes)
+    else:
+        raise WeightsError(
+            f"{path} holds a masked autoencoder, not a SAM: read it with load_autoencoder, or "
+            f"train a SAM from it with init_from={path}"
+        )
+    for note in checkpoint.notes:
         log.warning("%s: %s", path, note)
     return model, _to_device(variables)
 
 
-def _to_device(tree: dict[str, Any]) -> dict[str, Any]:
-    """Moves a tree of arrays, forgetting each on the host before the next one is moved."""
-    moved = {}
-    for key in list(tree):
-        value = tree.pop(key)
-        moved[key] = _to_device(value) if isinstance(value, dict) else jax.device_put(value)
-    return moved
+def load_autoencoder(path: str | os.PathLike[str]) -> tuple[MaskedAutoencoder, dict[str, Any]]:
+    """Loads a masked autoencoder and its variables.
 
+    Args:
+      path: Its weights directory.
 
-def read(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any], list[str]]:
-    """Like `load`, but with numpy arrays, and a third result: what is notable about the file."""
-    notes: list[str] = []
-    path = _find(path)
-    if (path / store.MODEL).is_file():
-        return *store.read(path), notes
-    if (path / store.MAE).is_file():
+    Returns:
+      The model and its {"params", "constants"}, float32 arrays on the default device.
+
+    Raises:
+      FileNotFoundError: If there is no such directory.
+      ValueError: If it is damaged, or does not hold a masked autoencoder.
+    """
+    checkpoint = read(path)
+    if not isinstance(checkpoint.model, MaskedAutoencoder):
         raise WeightsError(
-            f"{path} holds a masked autoencoder, no SAM: one can begin with it, by init_from={path}"
+            f"{path} must be the weights directory of a masked autoencoder, with its decoder"
         )
-    return *from_torch(_read_state(path), notes), notes
+    return checkpoint.model, _to_device(checkpoint.variables)
 
 
 def read_autoencoder(
     path: str | os.PathLike[str],
-) -> tuple[MaskedAutoencoder | None, dict[str, Any]] | None:
-    """Reads a masked autoencoder's tensors, if that is what there is.
+) -> tuple[MaskedAutoencoder | None, dict[str, np.ndarray]] | None:
+    """Reads the tensors of a masked autoencoder.
 
     Args:
-      path: as for `load`.
+      path: As for `load`.
+
     Returns:
-      The `MaskedAutoencoder`, or None where the file does not say more than its tensors; and
-      {name: array}, as facebookresearch/mae has them. None if the weights are no autoencoder's.
+      `Checkpoint.model` and `Checkpoint.tensors`; None if the weights are a SAM's.
+
     Raises:
-      ValueError, FileNotFoundError: if the file is damaged or missing.
+      FileNotFoundError: If there is no such file.
+      ValueError: If the file is damaged.
+    """
+    checkpoint = read(path)
+    return None if isinstance(checkpoint.model, Sam) else (checkpoint.model, checkpoint.tensors)
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads weights of any kind and format.
+
+    >>> checkpoint = read("weights")
+    >>> checkpoint.kind
+    'sam'
+
+    Args:
+      path: As for `load`; also the weights directory of a masked autoencoder.
+
+    Returns:
+      The weights.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      ValueError: If the file is damaged, or does not hold exactly the tensors of a model.
+      DownloadError: If an official file cannot be downloaded.
     """
     path = _find(path)
-    if (path / store.MAE).is_file():
-        return store.read_mae(path)
-    if (path / store.MODEL).is_file():
-        return None
-    tensors = take_tensors(_read_state(path), [])
-    return (None, tensors) if mae.is_mae(tensors) else None
-
-
-def _find(path: str | os.PathLike[str]) -> Path:
-    """The path of weights that may be known by a name."""
-    if str(path) in download.OFFICIAL and not Path(path).exists():
-        return Path(download.fetch(str(path)))
-    if str(path) == "sam_tiny" and not Path(path).exists():
-        return TINY
-    return Path(path)
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """What a file or folder in other formats than ours holds, by name."""
-    if path.is_dir():
-        state = store.read_huggingface(path)
-    elif path.is_file():
-        state = safetensors_file.read(path) if _is_safetensors(path) else torch_file.read(path)
-    else:
-        raise FileNotFoundError(
-            f"no weights at {path}: pass a weights directory, a .pth or safetensors file, a "
-            f"Hugging Face folder, or one of {', '.join(download.OFFICIAL)}, sam_tiny"
-        )
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path} must hold a dict of tensors; got {type(state).__name__}")
-    return state
+    for kind in KINDS.values():
+        if (path / kind.marker).is_file():
+            return kind.read_directory(path)
+    notes: list[str] = []
+    tensors = take_tensors(_read_state(path), notes)
+    if mae.is_mae(tensors):
+        return Checkpoint("mae", None, tensors=tensors, notes=notes)
+    model, variables = convert.from_tensors(tensors, notes)
+    return Checkpoint("sam", model, variables, notes=notes)
 
 
 def save(
@@ -115,39 +211,97 @@ def save(
     variables: dict[str, Any],
     format: str | None = None,
 ) -> None:
-    """Saves a model and its variables; nothing half-written is left behind.
+    """Saves a model and its variables atomically; `load` and `load_autoencoder` read them.
+
+    >>> sam_jax.save("weights", model, variables)
 
     Args:
-      path: of a file for the official format, of a directory for the others.
-      model: `Sam`, or `MaskedAutoencoder`, whose official names are facebookresearch/mae's;
-        variables: its {"params", "constants"}.
-      format: "sam_jax" (a weights directory), "official" (official names, a `.safetensors` file or
-        else a PyTorch one) or "huggingface" (a folder for transformers). By default official for
-        paths that end in .pth, .pt or .safetensors, otherwise sam_jax.
+      path: A file for the official format, a directory for the others.
+      model: The model. A masked autoencoder's official names are those of facebookresearch/mae.
+      variables: Its {"params", "constants"}.
+      format: "sam_jax" (a weights directory), "official" (official names, a safetensors file if
+        the path ends in .safetensors and a PyTorch file otherwise) or "huggingface" (a folder for
+        transformers). By default "official" if the path ends in .pth, .pt or .safetensors, and
+        "sam_jax" otherwise.
+
     Raises:
-      ValueError: if the format is unknown or the variables are not those of the model.
+      ValueError: If the format is unknown or the variables are not those of the model.
+      FileExistsError: If something else than an older directory of the same format is at `path`.
     """
     path = Path(path)
+    kind = next(kind for kind in KINDS.values() if isinstance(model, kind.model_class))
     if format is None:
-        is_file = path.suffix in (".pth", ".pt", ".safetensors")
-        format = "official" if is_file else "sam_jax"
-    is_sam = isinstance(model, Sam)
+        format = "official" if path.suffix in OFFICIAL_SUFFIXES else "sam_jax"
     if format == "sam_jax":
-        (store.write if is_sam else store.write_mae)(path, model, variables)
+        kind.write_directory(path, model, variables)
     elif format == "huggingface":
-        if not is_sam:
-            raise ValueError("a masked autoencoder is saved as sam_jax or official")
-        store.write_huggingface(path, model, variables)
+        if kind.write_huggingface is None:
+            raise ValueError(
+                "a masked autoencoder's format must be sam_jax or official; got 'huggingface'"
+            )
+        kind.write_huggingface(path, model, variables)
     elif format == "official":
-        state = (to_torch if is_sam else mae.to_torch)(model, variables)
+        state = kind.to_torch(model, variables)
         path.parent.mkdir(parents=True, exist_ok=True)
         (safetensors_file if path.suffix == ".safetensors" else torch_file).write(path, state)
     else:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
 
 
+def convert_file(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], format: str | None = None
+) -> list[str]:
+    """Converts weights to another format.
+
+    Args:
+      source: The weights to read, as for `read`. An MAE file's encoder becomes that of an untrained
+        `Sam`.
+      target: The path to write, as for `save`.
+      format: The format to write, as for `save`.
+
+    Returns:
+      Notes on the source that a user should read.
+    """
+    checkpoint = read(source)
+    model, variables = checkpoint.model, checkpoint.variables
+    if model is None:
+        model, variables = mae.to_sam(checkpoint.tensors, checkpoint.notes)
+    save(target, model, variables, format)
+    return checkpoint.notes
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of weights that may be given by a name."""
+    if str(path) in download.OFFICIAL and not Path(path).exists():
+        return Path(download.fetch(str(path)))
+    if str(path) == "sam_tiny" and not Path(path).exists():
+        return TINY
+    return Path(path)
+
+
+def _read_state(path: Path) -> dict[Any, Any]:
+    """Reads a state dict or a checkpoint, from a file or a Hugging Face folder."""
+    if path.is_dir():
+        return huggingface.read(path)
+    if path.is_file():
+        return safetensors_file.read(path) if _is_safetensors(path) else torch_file.read(path)
+    raise FileNotFoundError(
+        f"no weights at {path}: pass a weights directory, a .pth or safetensors file, a "
+        f"Hugging Face folder, or one of {', '.join(download.OFFICIAL)}, sam_tiny"
+    )
+
+
 def _is_safetensors(path: Path) -> bool:
-    """By content: eight bytes of length, then a JSON object. (A .pth starts as a zip, PK.)"""
+    """Recognizes safetensors: eight bytes of length, then a JSON object. A .pth starts with PK."""
     with open(path, "rb") as file:
         start = file.read(9)
     return path.suffix == ".safetensors" or start[8:] == b"{"
+
+
+def _to_device(tree: dict[str, Any]) -> dict[str, Any]:
+    """Moves a tree of arrays to the default device, and removes each from `tree` first."""
+    moved = {}
+    for key in list(tree):
+        value = tree.pop(key)
+        moved[key] = _to_device(value) if isinstance(value, dict) else jax.device_put(value)
+    return moved

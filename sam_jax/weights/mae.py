@@ -1,100 +1,164 @@
-"""Masked autoencoders: to and from PyTorch tensors as facebookresearch/mae has them, and into SAM.
+"""Converts masked autoencoders to and from PyTorch tensors, and their encoders into SAM's.
 
 Sources: the state dict of facebookresearch/mae (`models_mae.py`); positions are resized as ViTDet
 does (`get_abs_pos`).
 
-Differences: patches of another size are resized too, times the ratio of their areas, so that a
-constant patch gives what it gave.
+Differences: patches of another size are resized too, and scaled by the ratio of their areas, so
+that the response to a constant patch stays the same.
 """
 
 import math
+from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
 
-from sam_jax.model.init import init_variables
+from sam_jax.model.init import init_variables, variable_shapes
 from sam_jax.model.mae import MaskedAutoencoder, encode_positions
+from sam_jax.model.sam import Sam, build_sam
 from sam_jax.weights import names
-from sam_jax.weights.tensors import WeightsError, check_names, count_blocks, listed, shape_of
+from sam_jax.weights.tensors import (
+    WeightsError,
+    check_names,
+    check_shapes,
+    check_variables,
+    count_blocks,
+    shape_of,
+)
 
-POSITIONS = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_dim"}  # and their channels
+POSITIONS = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_dim"}  # the field of the width
+HEADS = {768: 12, 1024: 16, 1280: 16}  # by width, since the tensors' shapes do not tell them
+PATCH_KERNEL = "patch_embed.proj.weight"
 
 
-def to_torch(model, variables):
-    """Returns the state dict {name: float32 array} of a masked autoencoder, as MAE has it.
+def to_torch(model: MaskedAutoencoder, variables: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the state dict of a masked autoencoder, as facebookresearch/mae has it.
+
+    Args:
+      model: The model.
+      variables: Its {"params", "constants"}.
+
+    Returns:
+      Float32 arrays by name.
 
     Raises:
-      WeightsError: if the variables are not those of the model.
+      WeightsError: If the variables are not those of the model.
     """
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    check_variables("variables", model, flat)
     table = names.mae_names(model.depth, model.decoder_depth)
-    check_names("variables", flat, table)
-    state = {
-        theirs: np.ascontiguousarray(layout.to_torch(np.asarray(flat[ours], np.float32)))
-        for ours, (theirs, layout) in table.items()
-    }
-    for name, channels in POSITIONS.items():
-        state[name] = _positions_of(model, getattr(model, channels))
-    return state
+    positions = {name: _positions(model, field) for name, field in POSITIONS.items()}
+    return names.to_torch_tensors(table, flat) | positions
 
 
-def from_torch(model, tensors):
+def from_torch(model: MaskedAutoencoder, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Returns the variables of a masked autoencoder; undoes `to_torch`.
 
+    Args:
+      model: The model.
+      tensors: Arrays by name.
+
+    Returns:
+      {"params", "constants"}, of which "constants" is empty.
+
     Raises:
-      WeightsError: if the tensors are not those of the model, or its positions others than ours.
+      WeightsError: If the tensors are not those of the model, or if its positions are not the
+        sines and cosines of `encode_positions`.
     """
     table = names.mae_names(model.depth, model.decoder_depth)
-    check_names("the file", tensors, {*(theirs for theirs, _ in table.values()), *POSITIONS})
-    for name, channels in POSITIONS.items():
-        expected = _positions_of(model, getattr(model, channels))
+    check_names("the file", tensors, {*(name for name, _ in table.values()), *POSITIONS})
+    for name, field in POSITIONS.items():
+        expected = _positions(model, field)
         if tensors[name].shape != expected.shape or abs(tensors[name] - expected).max() > 1e-4:
             raise WeightsError(f"{name} must be the sines and cosines of the model's grid")
-    shapes = jax.eval_shape(lambda: init_variables(model, 0))
-    flat = {}
-    for ours, shape in flax.traverse_util.flatten_dict(shapes, sep="/").items():
-        theirs, layout = table[ours]
-        expected = np.shape(layout.to_torch(np.broadcast_to(np.float32(0), shape.shape)))
-        if tensors[theirs].shape != expected:
-            raise WeightsError(f"{theirs} must have shape {expected}; got {tensors[theirs].shape}")
-        flat[ours] = np.asarray(layout.from_torch(tensors[theirs]), np.float32, order="C")
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    shapes = variable_shapes(model)
+    check_shapes(
+        "tensors of wrong shapes",
+        {
+            name: (tensors[name].shape, layout.torch_shape(shapes[path].shape))
+            for path, (name, layout) in table.items()
+        },
+    )
+    flat = {
+        path: names.from_torch_tensor(layout, tensors[name])
+        for path, (name, layout) in table.items()
+    }
+    return flax.traverse_util.unflatten_dict(flat, sep="/") | {"constants": {}}
 
 
-def is_mae(tensors):
-    """Whether tensors by name are those of an MAE checkpoint."""
+def is_mae(tensors: dict[str, np.ndarray]) -> bool:
+    """Returns whether tensors by name are those of an MAE checkpoint."""
     return "cls_token" in tensors and "blocks.0.attn.qkv.weight" in tensors
 
 
-def width_of(tensors):
-    """Channels of an MAE encoder."""
-    return shape_of(tensors, "pos_embed", 3)[2]
-
-
-def depth_of(tensors):
-    """Blocks of an MAE encoder."""
-    return count_blocks(tensors, r"blocks\.([0-9]{1,99})\.")
-
-
-def encoder_for(model, tensors, notes, grid=None):
-    """What of an MAE checkpoint a SAM's image encoder begins as.
-
-    Class token, last norm and decoder are dropped; positions, and patches of another size, resized.
+def to_sam(tensors: dict[str, np.ndarray], notes: list[str]) -> tuple[Sam, dict[str, Any]]:
+    """Builds a `Sam` with an MAE checkpoint's encoder, and initializes its other parts.
 
     Args:
-      model: `Sam`, of the encoder's width and depth.
-      tensors: {name: array}, as MAE has them.
-      notes: a list; what was dropped or resized is appended to it.
-      grid: (gh, gw) of the positions, where they are not of a square.
+      tensors: Arrays by name, as facebookresearch/mae has them.
+      notes: Notes on what was dropped, resized or initialized are appended to it.
+
     Returns:
-      {path: float32 array} of the model's parameters.
+      The model and its {"params", "constants"}, float32 numpy arrays.
+
     Raises:
-      WeightsError: if the checkpoint is of another encoder, or damaged.
+      WeightsError: If the encoder has none of the published widths, or is damaged.
     """
-    dropped = sorted(k for k in tensors if names.MAE_DROPPED.fullmatch(k))
-    tensors = {k: v for k, v in tensors.items() if k not in dropped}
-    width, depth = width_of(tensors), depth_of(tensors)
+    width, depth = _encoder_size(tensors)
+    if width not in HEADS or depth % 4:
+        raise WeightsError(
+            f"an MAE encoder must be {sorted(HEADS)} wide and its depth a multiple of 4; "
+            f"got {width} wide and {depth} deep"
+        )
+    model = build_sam(
+        embed_dim=width,
+        depth=depth,
+        num_heads=HEADS[width],
+        global_blocks=tuple(range(depth // 4 - 1, depth, depth // 4)),
+    )
+    encoder = encoder_for(model, tensors, notes)
+
+    @jax.jit
+    def init_other_parts() -> dict[str, jax.Array]:
+        flat = flax.traverse_util.flatten_dict(init_variables(model, 0), sep="/")
+        return {path: value for path, value in flat.items() if path not in encoder}
+
+    notes.append(
+        "the neck, prompt encoder and mask decoder are untrained (seed 0) and relative positions "
+        "zero: train before use"
+    )
+    flat = encoder | {path: np.asarray(value) for path, value in init_other_parts().items()}
+    check_variables("the MAE checkpoint", model, flat)
+    return model, flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def encoder_for(
+    model: Sam,
+    tensors: dict[str, np.ndarray],
+    notes: list[str],
+    grid: tuple[int, int] | None = None,
+) -> dict[str, np.ndarray]:
+    """Converts an MAE encoder into parameters of a SAM's image encoder.
+
+    Class token, last norm and decoder are dropped. Positions are resized to the model's grid, and
+    patches to its patch size.
+
+    Args:
+      model: A model of the encoder's width and depth.
+      tensors: Arrays by name, as facebookresearch/mae has them.
+      notes: Notes on what was dropped or resized are appended to it.
+      grid: (rows, columns) of the encoder's positions; a square by default.
+
+    Returns:
+      Float32 arrays by parameter path.
+
+    Raises:
+      WeightsError: If the checkpoint has another encoder, or is damaged.
+    """
+    dropped = sorted(name for name in tensors if names.MAE_DROPPED.fullmatch(name))
+    tensors = {name: x for name, x in tensors.items() if name not in dropped}
+    width, depth = _encoder_size(tensors)
     table = names.mae_encoder_names(depth)
     check_names("the MAE checkpoint", tensors, {"pos_embed", *(name for name, _ in table.values())})
     encoder = model.image_encoder
@@ -103,64 +167,61 @@ def encoder_for(model, tensors, notes, grid=None):
             f"the MAE encoder is {width} wide and {depth} deep; the model's is "
             f"{encoder.embed_dim} wide and {encoder.depth} deep"
         )
-    positions = _resize_positions(tensors["pos_embed"], model, grid)
-    kernel = _resize_patches(tensors["patch_embed.proj.weight"], model.patch_size)
-    tensors = tensors | {"patch_embed.proj.weight": kernel}
-    _check_layers(tensors, width, model)
-    notes.append(f"dropped, as SAM has no place for them: {', '.join(dropped)}")
-    notes.append(f"positions resized to the {model.image_size} frame")
+    positions = _resize_positions(tensors["pos_embed"], model.grid, grid)
+    tensors = tensors | {PATCH_KERNEL: _resize_patches(tensors[PATCH_KERNEL], model.patch_size)}
+    shapes = variable_shapes(model)
+    paths = {path: f"params/image_encoder/{path}" for path in (*table, "pos_embed")}
+    check_shapes(
+        "tensors of wrong shapes",
+        {
+            name: (tensors[name].shape, layout.torch_shape(shapes[paths[path]].shape))
+            for path, (name, layout) in table.items()
+        },
+    )
+    notes.append(f"dropped, since SAM has no such tensors: {', '.join(dropped)}")
+    notes.append(f"positions were resized for images of {model.image_size}")
     params = {
-        ours: np.asarray(layout.from_torch(tensors[theirs]), np.float32, order="C")
-        for ours, (theirs, layout) in table.items()
+        paths[path]: names.from_torch_tensor(layout, tensors[name])
+        for path, (name, layout) in table.items()
     }
-    return {f"params/image_encoder/{k}": v for k, v in (params | {"pos_embed": positions}).items()}
+    return params | {paths["pos_embed"]: positions}
 
 
-def _check_layers(tensors, width, model):
-    hidden, p = model.image_encoder.mlp_ratio * width, model.patch_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "patch_embed.proj": (width, 3, p, p),
-        "attn.qkv": (3 * width, width),
-        "attn.proj": (width, width),
-        "mlp.fc1": (hidden, width),
-        "mlp.fc2": (width, hidden),
-        "norm1": (width,),
-        "norm2": (width,),
-    }
-    misshapen = []
-    for name, x in tensors.items():
-        for layer, shape in shapes.items():
-            expected = shape if name.endswith("weight") else shape[:1]
-            if layer in name and x.shape != expected:
-                misshapen.append(f"{name} {x.shape} instead of {expected}")
-    if misshapen:
-        raise WeightsError(f"tensors of wrong shapes: {listed(misshapen)}")
+def _encoder_size(tensors: dict[str, np.ndarray]) -> tuple[int, int]:
+    """Returns an MAE encoder's width and depth."""
+    width = shape_of(tensors, "pos_embed", 3)[2]
+    return width, count_blocks(tensors, r"blocks\.([0-9]{1,99})\.")
 
 
-def _positions_of(model: MaskedAutoencoder, channels):
-    """'1 (1 + gh gw) c', zeros for the class token."""
-    table = encode_positions(*model.grid, channels)
-    return np.concatenate([np.zeros((1, channels), np.float32), table])[None]
+def _positions(model: MaskedAutoencoder, width_field: str) -> np.ndarray:
+    """Returns positions '1 (1 + gh gw) c', which are zero for the class token."""
+    width = getattr(model, width_field)
+    table = encode_positions(*model.grid, width)
+    return np.concatenate([np.zeros((1, width), np.float32), table])[None]
 
 
-def _resize_positions(table, model, grid):
-    """'1 (1 + gh gw) c' with a class token -> '1 gh gw c' of a SAM, bicubic."""
+def _resize_positions(
+    table: np.ndarray, new_grid: tuple[int, int], grid: tuple[int, int] | None
+) -> np.ndarray:
+    """Drops the class token of '1 (1 + gh gw) c' and resizes to '1 gh gw c', bicubically."""
     one, rows, c = table.shape
     side = math.isqrt(max(0, rows - 1))
     gh, gw = grid or (side, side)
     if one != 1 or gh * gw != rows - 1 or not gh:
-        what = f"1 + {gh} * {gw}" if grid else "1 + g * g"
-        raise WeightsError(f"pos_embed must have shape (1, {what}, {c}); got {table.shape}")
+        expected_rows = f"1 + {gh} * {gw}" if grid else "1 + g * g"
+        raise WeightsError(
+            f"pos_embed must have shape (1, {expected_rows}, {c}); got {table.shape}"
+        )
     table = table[:, 1:].reshape(1, gh, gw, c).astype(np.float32)
     method = jax.image.ResizeMethod.CUBIC_PYTORCH
-    return np.asarray(jax.image.resize(table, (1, *model.grid, c), method, antialias=False))
+    return np.asarray(jax.image.resize(table, (1, *new_grid, c), method, antialias=False))
 
 
-def _resize_patches(kernel, size):
-    """'o i h w' -> 'o i h w' of another size, e.g. the 14 x 14 patches of ViT-H."""
+def _resize_patches(kernel: np.ndarray, size: int) -> np.ndarray:
+    """Resizes a patch kernel 'o i h w', e.g. the 14 x 14 patches of ViT-H, to squares of `size`."""
     if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3] or 0 in kernel.shape:
         raise WeightsError(
-            f"patch_embed.proj.weight must be of square patches, (out, 3, p, p); got {kernel.shape}"
+            f"{PATCH_KERNEL} must have square patches, (out, 3, p, p); got {kernel.shape}"
         )
     if kernel.shape[-1] == size:
         return kernel

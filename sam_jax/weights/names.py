@@ -5,7 +5,7 @@ Sources: the state dicts of facebookresearch/segment-anything, of transformers' 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,27 +13,66 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layout:
-    """How PyTorch stores an array, and how we do; the two functions undo each other."""
+    """The axes of an array in PyTorch and in sam_jax.
 
-    from_torch: Callable
-    to_torch: Callable
+    Attributes:
+      from_torch: Converts PyTorch's array to ours.
+      to_torch: Converts it back.
+    """
+
+    from_torch: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape in PyTorch of an array that has this shape here."""
+        return self.to_torch(np.broadcast_to(np.float32(0), shape)).shape
 
 
-def _axes(*order):
-    back = np.argsort(order)
-    return Layout(lambda x: x.transpose(order), lambda x: x.transpose(back))
+NameTable = dict[str, tuple[str, Layout]]  # by parameter path: the name in PyTorch and the layout
+
+
+def _transposed(*order: int) -> Layout:
+    inverse = np.argsort(order)
+    return Layout(lambda x: x.transpose(order), lambda x: x.transpose(inverse))
+
+
+def _reshaped(*shape: int) -> Layout:
+    return Layout(lambda x: x.reshape(x.shape[-1]), lambda x: x.reshape(shape))
 
 
 SAME = Layout(lambda x: x, lambda x: x)
-LINEAR = _axes(1, 0)  # (out, in) -> (in, out)
-CONV = _axes(2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
-DECONV = _axes(0, 2, 3, 1)  # (in, out, h, w) -> (in, h, w, out)
-TOKEN = Layout(lambda x: x.reshape(x.shape[-1]), lambda x: x.reshape(1, 1, -1))
-ROW = Layout(lambda x: x.reshape(x.shape[-1]), lambda x: x.reshape(1, -1))  # an embedding (1, c)
+LINEAR = _transposed(1, 0)  # (out, in) -> (in, out)
+CONV = _transposed(2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
+DECONV = _transposed(0, 2, 3, 1)  # (in, out, h, w) -> (in, h, w, out)
+TOKEN = _reshaped(1, 1, -1)  # (1, 1, c) -> (c)
+ROW = _reshaped(1, -1)  # (1, c) -> (c), an embedding
 
 
-def official_names(depth, decoder_depth):
-    """Every array of a SAM with so many blocks: {our path: (official name, Layout)}."""
+def to_torch_tensors(
+    table: NameTable, variables: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns variables by path as PyTorch's tensors: {name: contiguous float32 array}."""
+    return {
+        name: np.ascontiguousarray(layout.to_torch(np.asarray(variables[path], np.float32)))
+        for path, (name, layout) in table.items()
+    }
+
+
+def from_torch_tensor(layout: Layout, tensor: np.ndarray) -> np.ndarray:
+    """Returns PyTorch's tensor in our layout, as a contiguous float32 array."""
+    return np.asarray(layout.from_torch(tensor), np.float32, order="C")
+
+
+def official_names(depth: int, decoder_depth: int) -> NameTable:
+    """Returns the official name and the layout of each variable of a `Sam`.
+
+    Args:
+      depth: Blocks of the image encoder.
+      decoder_depth: Two-way blocks of the mask decoder.
+
+    Returns:
+      (official name, Layout) by path.
+    """
     names = {
         "params/image_encoder/pos_embed": ("image_encoder.pos_embed", SAME),
         **_layer("params/image_encoder/patch_embed", "image_encoder.patch_embed.proj", CONV),
@@ -43,23 +82,25 @@ def official_names(depth, decoder_depth):
         **_norm("params/image_encoder/neck/norm2", "image_encoder.neck.3"),
     }
     for i in range(depth):
-        ours, theirs = f"params/image_encoder/block_{i:02d}", f"image_encoder.blocks.{i}"
+        path, name = f"params/image_encoder/block_{i:02d}", f"image_encoder.blocks.{i}"
         names |= {
-            **_norm(f"{ours}/norm1", f"{theirs}.norm1"),
-            **_norm(f"{ours}/norm2", f"{theirs}.norm2"),
-            **_layer(f"{ours}/attention/qkv", f"{theirs}.attn.qkv"),
-            **_layer(f"{ours}/attention/proj", f"{theirs}.attn.proj"),
-            f"{ours}/attention/rel_pos_h": (f"{theirs}.attn.rel_pos_h", SAME),
-            f"{ours}/attention/rel_pos_w": (f"{theirs}.attn.rel_pos_w", SAME),
-            **_layer(f"{ours}/lin1", f"{theirs}.mlp.lin1"),
-            **_layer(f"{ours}/lin2", f"{theirs}.mlp.lin2"),
+            **_norm(f"{path}/norm1", f"{name}.norm1"),
+            **_norm(f"{path}/norm2", f"{name}.norm2"),
+            **_layer(f"{path}/attention/qkv", f"{name}.attn.qkv"),
+            **_layer(f"{path}/attention/proj", f"{name}.attn.proj"),
+            f"{path}/attention/rel_pos_h": (f"{name}.attn.rel_pos_h", SAME),
+            f"{path}/attention/rel_pos_w": (f"{name}.attn.rel_pos_w", SAME),
+            **_layer(f"{path}/lin1", f"{name}.mlp.lin1"),
+            **_layer(f"{path}/lin2", f"{name}.mlp.lin2"),
         }
     return names | _prompt_encoder_names() | _mask_decoder_names(decoder_depth)
 
 
-def _prompt_encoder_names():
-    ours, theirs = "params/prompt_encoder", "prompt_encoder"
-    down, mask = f"{ours}/mask_downscaling", f"{theirs}.mask_downscaling"
+def _prompt_encoder_names() -> NameTable:
+    mask_path, mask_name = (
+        "params/prompt_encoder/mask_downscaling",
+        "prompt_encoder.mask_downscaling",
+    )
     embeddings = {
         "background": "point_embeddings.0",
         "foreground": "point_embeddings.1",
@@ -69,70 +110,74 @@ def _prompt_encoder_names():
         "no_mask": "no_mask_embed",
     }
     return {
-        "constants/prompt_encoder/gaussian": (
-            f"{theirs}.pe_layer.positional_encoding_gaussian_matrix",
-            SAME,
-        ),
-        **{f"{ours}/{a}": (f"{theirs}.{b}.weight", ROW) for a, b in embeddings.items()},
-        **_layer(f"{down}/conv1", f"{mask}.0", CONV),
-        **_norm(f"{down}/norm1", f"{mask}.1"),
-        **_layer(f"{down}/conv2", f"{mask}.3", CONV),
-        **_norm(f"{down}/norm2", f"{mask}.4"),
-        **_layer(f"{down}/conv3", f"{mask}.6", CONV),
+        "constants/prompt_encoder/gaussian": (GAUSSIAN, SAME),
+        **{
+            f"params/prompt_encoder/{ours}": (f"prompt_encoder.{official}.weight", ROW)
+            for ours, official in embeddings.items()
+        },
+        **_layer(f"{mask_path}/conv1", f"{mask_name}.0", CONV),
+        **_norm(f"{mask_path}/norm1", f"{mask_name}.1"),
+        **_layer(f"{mask_path}/conv2", f"{mask_name}.3", CONV),
+        **_norm(f"{mask_path}/norm2", f"{mask_name}.4"),
+        **_layer(f"{mask_path}/conv3", f"{mask_name}.6", CONV),
     }
 
 
-def _mask_decoder_names(depth):
-    ours, theirs = "params/mask_decoder", "mask_decoder"
+def _mask_decoder_names(depth: int) -> NameTable:
     names = {
-        f"{ours}/iou_token": (f"{theirs}.iou_token.weight", SAME),
-        f"{ours}/mask_tokens": (f"{theirs}.mask_tokens.weight", SAME),
-        **_layer(f"{ours}/upscaling/conv1", f"{theirs}.output_upscaling.0", DECONV),
-        **_norm(f"{ours}/upscaling/norm", f"{theirs}.output_upscaling.1"),
-        **_layer(f"{ours}/upscaling/conv2", f"{theirs}.output_upscaling.3", DECONV),
+        "params/mask_decoder/iou_token": ("mask_decoder.iou_token.weight", SAME),
+        "params/mask_decoder/mask_tokens": ("mask_decoder.mask_tokens.weight", SAME),
     }
+    upscaling_path, upscaling = "params/mask_decoder/upscaling", "mask_decoder.output_upscaling"
+    names |= _layer(f"{upscaling_path}/conv1", f"{upscaling}.0", DECONV)
+    names |= _norm(f"{upscaling_path}/norm", f"{upscaling}.1")
+    names |= _layer(f"{upscaling_path}/conv2", f"{upscaling}.3", DECONV)
     heads = {"iou_head": "iou_prediction_head"}
     heads |= {f"hypernetwork_{m}": f"output_hypernetworks_mlps.{m}" for m in range(4)}
-    for a, b in heads.items():
+    for head, official_head in heads.items():
         for j in range(3):
-            names |= _layer(f"{ours}/{a}/lin{j + 1}", f"{theirs}.{b}.layers.{j}")
+            path = f"params/mask_decoder/{head}/lin{j + 1}"
+            names |= _layer(path, f"mask_decoder.{official_head}.layers.{j}")
+    return names | _transformer_names(depth)
 
-    ours, theirs = f"{ours}/transformer", f"{theirs}.transformer"
+
+def _transformer_names(depth: int) -> NameTable:
+    transformer_path, transformer = "params/mask_decoder/transformer", "mask_decoder.transformer"
+    names = _norm(f"{transformer_path}/final_norm", f"{transformer}.norm_final_attn")
     attentions = {"final_attention": "final_attn_token_to_image"}
-    names |= _norm(f"{ours}/final_norm", f"{theirs}.norm_final_attn")
     for i in range(depth):
-        a, b = f"layer_{i}", f"layers.{i}"
+        layer_path, layer = f"layer_{i}", f"layers.{i}"
         attentions |= {
-            f"{a}/self_attention": f"{b}.self_attn",
-            f"{a}/token_to_image": f"{b}.cross_attn_token_to_image",
-            f"{a}/image_to_token": f"{b}.cross_attn_image_to_token",
+            f"{layer_path}/self_attention": f"{layer}.self_attn",
+            f"{layer_path}/token_to_image": f"{layer}.cross_attn_token_to_image",
+            f"{layer_path}/image_to_token": f"{layer}.cross_attn_image_to_token",
         }
-        for j in (1, 2, 3, 4):
-            names |= _norm(f"{ours}/{a}/norm{j}", f"{theirs}.{b}.norm{j}")
-        for j in (1, 2):
-            names |= _layer(f"{ours}/{a}/mlp/lin{j}", f"{theirs}.{b}.mlp.lin{j}")
-    for a, b in attentions.items():
+        for part in ("norm1", "norm2", "norm3", "norm4"):
+            path, name = f"{transformer_path}/{layer_path}/{part}", f"{transformer}.{layer}.{part}"
+            names |= _norm(path, name)
+        for part in ("mlp/lin1", "mlp/lin2"):
+            path = f"{transformer_path}/{layer_path}/{part}"
+            names |= _layer(path, f"{transformer}.{layer}.{part.replace('/', '.')}")
+    for attention_path, attention in attentions.items():
         for part in ("q", "k", "v", "out"):
-            names |= _layer(f"{ours}/{a}/{part}", f"{theirs}.{b}.{part}_proj")
+            path = f"{transformer_path}/{attention_path}/{part}"
+            names |= _layer(path, f"{transformer}.{attention}.{part}_proj")
     return names
 
 
-def _layer(ours, theirs, layout=LINEAR):
-    return {
-        f"{ours}/kernel": (f"{theirs}.weight", layout),
-        f"{ours}/bias": (f"{theirs}.bias", SAME),
-    }
+def _layer(path: str, name: str, layout: Layout = LINEAR) -> NameTable:
+    return {f"{path}/kernel": (f"{name}.weight", layout), f"{path}/bias": (f"{name}.bias", SAME)}
 
 
-def _norm(ours, theirs):
-    return {f"{ours}/scale": (f"{theirs}.weight", SAME), f"{ours}/bias": (f"{theirs}.bias", SAME)}
+def _norm(path: str, name: str) -> NameTable:
+    return {f"{path}/scale": (f"{name}.weight", SAME), f"{path}/bias": (f"{name}.bias", SAME)}
 
 
 GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 HF_GAUSSIAN = "prompt_encoder.shared_embedding.positional_embedding"
-HF_GAUSSIAN_TWIN = "shared_image_embedding.positional_embedding"  # tied to the other
+HF_GAUSSIAN_TWIN = "shared_image_embedding.positional_embedding"  # the same tensor again
 
-_TO_HF = (  # applied in turn
+_TO_HUGGINGFACE = (  # patterns and replacements, applied one after the other
     (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
     (r"^image_encoder\.", "vision_encoder."),
     (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
@@ -157,23 +202,23 @@ _TO_HF = (  # applied in turn
 )
 
 
-def huggingface_name(official):
-    """The name in transformers' `SamModel` of a tensor with this official name."""
-    for pattern, replacement in _TO_HF:
+def huggingface_name(official: str) -> str:
+    """Returns the name in transformers' `SamModel` of a tensor with this official name."""
+    for pattern, replacement in _TO_HUGGINGFACE:
         official = re.sub(pattern, replacement, official)
     return official
 
 
-def mae_encoder_names(depth):
-    """An MAE encoder's layers: {our path in it, as in SAM's image encoder: (MAE name, Layout)}."""
+def mae_encoder_names(depth: int) -> NameTable:
+    """Returns the MAE names of an encoder's layers, by paths that `ImageEncoder` has too."""
     names = _layer("patch_embed", "patch_embed.proj", CONV)
     for i in range(depth):
         names |= _mae_block(f"block_{i:02d}", f"blocks.{i}")
     return names
 
 
-def mae_names(depth, decoder_depth):
-    """Every array of a masked autoencoder: {our path: (MAE name, Layout)}."""
+def mae_names(depth: int, decoder_depth: int) -> NameTable:
+    """Returns the MAE name and the layout of each variable of a `MaskedAutoencoder`, by path."""
     names = mae_encoder_names(depth) | {
         "class_token": ("cls_token", TOKEN),
         "mask_token": ("mask_token", TOKEN),
@@ -184,19 +229,19 @@ def mae_names(depth, decoder_depth):
     }
     for i in range(decoder_depth):
         names |= _mae_block(f"decoder_block_{i:02d}", f"decoder_blocks.{i}")
-    return {f"params/{ours}": theirs for ours, theirs in names.items()}
+    return {f"params/{path}": entry for path, entry in names.items()}
 
 
-def _mae_block(ours, theirs):
+def _mae_block(path: str, name: str) -> NameTable:
     return {
-        **_norm(f"{ours}/norm1", f"{theirs}.norm1"),
-        **_norm(f"{ours}/norm2", f"{theirs}.norm2"),
-        **_layer(f"{ours}/attention/qkv", f"{theirs}.attn.qkv"),
-        **_layer(f"{ours}/attention/proj", f"{theirs}.attn.proj"),
-        **_layer(f"{ours}/lin1", f"{theirs}.mlp.fc1"),
-        **_layer(f"{ours}/lin2", f"{theirs}.mlp.fc2"),
+        **_norm(f"{path}/norm1", f"{name}.norm1"),
+        **_norm(f"{path}/norm2", f"{name}.norm2"),
+        **_layer(f"{path}/attention/qkv", f"{name}.attn.qkv"),
+        **_layer(f"{path}/attention/proj", f"{name}.attn.proj"),
+        **_layer(f"{path}/lin1", f"{name}.mlp.fc1"),
+        **_layer(f"{path}/lin2", f"{name}.mlp.fc2"),
     }
 
 
-# What of an MAE checkpoint a SAM encoder has no place for.
+# Tensors of an MAE checkpoint that a SAM's image encoder lacks.
 MAE_DROPPED = re.compile(r"(cls_token|mask_token|(fc_)?norm\.|decoder_|head\.).*")

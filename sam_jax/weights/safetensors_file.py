@@ -1,41 +1,46 @@
 """Reads and writes safetensors files, with errors that name the file.
 
-The format and its checks (header size, offsets inside the file, no overlaps) are the library's.
+The library checks the format: the header's size, offsets inside the file, and no overlaps.
 """
 
 import os
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from sam_jax.io.atomic import atomic_path
 
 
 class SafetensorsFileError(ValueError):
     """A file that is not safetensors, or is damaged."""
 
 
-def read(path):
-    """Reads all arrays -> {name: array}."""
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads all arrays by name.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The arrays.
+
+    Raises:
+      SafetensorsFileError: If the file is damaged or has a type of number that numpy lacks.
+      FileNotFoundError: If there is no such file.
+    """
     try:
         return safetensors.numpy.load_file(path)
-    # An AttributeError is the library's, about a type of number that numpy has not.
+    # The library raises AttributeError for a type of number that numpy lacks.
     except (safetensors.SafetensorError, AttributeError, KeyError, ValueError) as error:
         raise SafetensorsFileError(
             f"{path} is damaged, or not a safetensors file of float arrays: {error}"
         ) from error
 
 
-def write(path, tensors):
-    """Writes {name: array}; the file appears whole or not at all."""
-    path = Path(path)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by name, atomically."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})

@@ -1,18 +1,21 @@
-"""Reads and writes PyTorch's zip `.pth` files without torch, refusing all but tensors and values.
+"""Reads and writes PyTorch's zip `.pth` files without torch; only tensors and plain values.
 
 Source: PyTorch 2.13, `torch/serialization.py`, `torch/_utils.py` (`_rebuild_tensor_v2`).
 
-A pickle is a program that may call any function. Here it is never run: `pickletools` parses its
-opcodes, a small interpreter applies them to inert values, and a global is a name to compare with a
-list, never an import. No size in a file is believed before it is compared with the bytes there are.
+A pickle is a program that may call any function. It is never run here: `pickletools` parses its
+opcodes, and a small interpreter applies them to inert values. A global is a name that is compared
+with a list, and is never imported. Sizes in a file are used only after they have been compared with
+the number of bytes in the file.
 
 Differences from `torch.load`:
-  - zip files of uncompressed entries only, as torch has written since 1.6: nothing can unpack;
-  - the globals below only: no NumPy scalars, no complex, quantized or float8 tensors;
-  - `OrderedDict` and `argparse.Namespace` become dicts, parameters and storages plain arrays;
+  - only zip files of uncompressed entries are read, which torch has written since version 1.6, so
+    that no entry can expand;
+  - only the globals below are allowed: no NumPy scalars, no complex, quantized or float8 tensors;
+  - `OrderedDict` and `argparse.Namespace` become dicts, parameters and storages become arrays;
     gradient flags, hooks, devices and an OrderedDict's attributes (`_metadata`) are dropped;
-  - a tensor with more elements than its storage (`expand`) is refused: a copy would be larger;
-  - little-endian files only; the checksum of every entry that is used is verified.
+  - a tensor with more elements than its storage (`expand`) is an error, since a copy of it would be
+    larger than the file;
+  - only little-endian files are read; the checksum of every entry that is used is verified.
 """
 
 import functools
@@ -21,7 +24,6 @@ import math
 import os
 import pickletools
 import struct
-import uuid
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +34,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from sam_jax.io.atomic import atomic_path
+
 _TYPES = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16}
 _TYPES |= {"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
 _DTYPES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _TYPES.items()}
@@ -40,15 +44,15 @@ _WRITABLE = ", ".join(str(dtype) for dtype in _STORAGES)
 _REBUILD = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 _GLOBALS = {"argparse Namespace", "collections OrderedDict", *_REBUILD, *_DTYPES}
 
-# How many values an opcode takes from the stack; None: all down to the last mark.
-_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
-_TAKEN |= {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}
-_TAKEN |= {"BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2, "BUILD": 1}
+# The number of values that an opcode pops from the stack; None pops all values above the last mark.
+_NUM_POPPED = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
+_NUM_POPPED |= {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}
+_NUM_POPPED |= {"BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2, "BUILD": 1}
 
-# Together these bound memory and time, whatever the file. SAM ViT-H needs a twentieth of each.
-_MAX_DIRECTORY = 4 << 20  # bytes; zipfile makes objects ten times as large
+# Together these bound the memory and time for any file. SAM ViT-H needs a twentieth of each.
+_MAX_DIRECTORY = 4 << 20  # bytes; the objects of zipfile are ten times as large
 _MAX_PICKLE = 16 << 20  # bytes
-_MAX_VALUES = 500_000  # opcodes run, and values in the result if what is shared counts each time
+_MAX_VALUES = 500_000  # of opcodes, and of values in the result, where shared ones count repeatedly
 _MAX_DEPTH = 32
 
 _WEIGHTS = "torch.save(model.state_dict(), new_path)"
@@ -58,18 +62,23 @@ _DAMAGED = "the file is damaged: download or save it again"
 
 
 class TorchFileError(ValueError):
-    """The file is damaged or holds what is not read; the message says what, and what to do."""
+    """A file that is damaged or has content that is not allowed; the message suggests a remedy."""
 
 
 def read(path: str | os.PathLike[str]) -> dict[str | int, Any]:
     """Reads a checkpoint.
 
+    Args:
+      path: The file.
+
     Returns:
-      The dict that was saved. Tensors are read-only arrays, views of one memory where they shared
-      a storage; together they take the size of the file.
+      The dict that was saved. Tensors are read-only arrays. They are views of the same memory if
+      they shared a storage, so that all of them need the size of the file.
+
     Raises:
-      TorchFileError: if anything is not as `torch.save` writes it, or is not allowed.
-      OSError: if the file cannot be opened.
+      TorchFileError: If `torch.save` would not have written the file so, or if it has content that
+        is not allowed.
+      OSError: If the file cannot be opened.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -79,7 +88,7 @@ def read(path: str | os.PathLike[str]) -> dict[str | int, Any]:
             return _read(file)
         except TorchFileError as error:
             raise TorchFileError(f"{path}: {error}") from error
-        # A Warning is pickletools' about an odd string, under `python -W error`.
+        # pickletools warns about invalid escapes, which `python -W error` turns into an exception.
         except (zipfile.BadZipFile, NotImplementedError, LookupError, ValueError, Warning) as error:
             raise TorchFileError(f"{path}: {_DAMAGED} ({error!r})") from error
 
@@ -87,13 +96,15 @@ def read(path: str | os.PathLike[str]) -> dict[str | int, Any]:
 def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a state dict that `torch.load(path, weights_only=True)` opens.
 
-    Equal tensors in equal order give equal bytes. The file appears whole or not at all.
+    Equal tensors in equal order give equal bytes. The file is written atomically.
 
     Args:
-      path: replaced if it exists.
-      tensors: any shapes and strides; bool, uint8, int8 to int64, float16 to float64, bfloat16.
+      path: The file, which is replaced if it exists.
+      tensors: Arrays by name, of any shapes and strides: bool, uint8, int8 to int64, float16 to
+        float64, or bfloat16.
+
     Raises:
-      ValueError: if a name is not a string or a value cannot be stored; nothing is written then.
+      ValueError: If a name is not a string or a value cannot be stored. Nothing is written then.
     """
     tensors = dict(tensors)
     for name, array in tensors.items():
@@ -102,16 +113,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
         if not isinstance(array, np.ndarray) or array.dtype not in _STORAGES:
             got = f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}"
             raise ValueError(f"{name!r}: got {got}, must be ndarray of {_WRITABLE}")
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            _write(file, tensors)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "xb") as file:
+        _write(file, tensors)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -134,23 +137,23 @@ def _read(file: BinaryIO) -> dict[str | int, Any]:
     def storage(dtype: np.dtype, key: str, numel: int) -> np.ndarray:
         name, size = f"{folder}/data/{key}", numel * dtype.itemsize
         _check(name in entries, f"{name[:80]!r} is missing; {_DAMAGED}")
-        there = entries[name].file_size
-        _check(there == size, f"{name!r} has {there} bytes, must have {size}; {_DAMAGED}")
+        stored = entries[name].file_size
+        _check(stored == size, f"{name!r} has {stored} bytes, must have {size}; {_DAMAGED}")
         return np.frombuffer(content(name), dtype)
 
     checkpoint = _unpickle(archive.read(pickle), storage)
     _check(isinstance(checkpoint, dict), f"holds a {type(checkpoint).__name__}, must hold a dict")
-    return dict(_tree(checkpoint, itertools.count()))
+    return dict(_copy_tree(checkpoint, itertools.count()))
 
 
 def _entries(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> dict[str, zipfile.ZipInfo]:
-    """Lists the entries by name: plain bytes, one after the other, inside the file's `size`."""
+    """Returns the entries by name, uncompressed, disjoint and inside the file's `size` bytes."""
     entries: dict[str, zipfile.ZipInfo] = {}
     end = 0
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         name, start = entry.filename, entry.header_offset
-        plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~0x808
-        if not plain or entry.compress_size != entry.file_size:
+        is_plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~0x808
+        if not is_plain or entry.compress_size != entry.file_size:
             raise TorchFileError(f"{name!r} is packed or encrypted; if you trust it: {_RESAVE}")
         _check(name not in entries, f"two entries are named {name!r}; {_DAMAGED}")
         _check(end <= start <= size - 30, f"{name!r} overlaps another entry; {_DAMAGED}")
@@ -162,7 +165,7 @@ def _entries(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> dict[str, z
 
 
 def _check_ends(file: BinaryIO) -> int:
-    """Checks that the zip is whole and its directory not too long for zipfile; returns the size."""
+    """Checks that a zip file is complete and its directory small; returns the file's size."""
     head = file.read(4)
     older = f"If PyTorch before 1.6 wrote it and you trust it, save it with a newer one: {_RESAVE}"
     _check(head == b"PK\x03\x04", f"starts with {head!r}, not as a zip file. {older}")
@@ -171,7 +174,7 @@ def _check_ends(file: BinaryIO) -> int:
     tail = file.read()
     _check(tail[-22:-18] == b"PK\x05\x06" and tail[-2:] == b"\0\0", f"cut off: {_DAMAGED}")
     (length,) = struct.unpack("<I", tail[-10:-6])
-    if tail[-42:-38] == b"PK\x06\x07":  # zip64: a longer record in front may have another length
+    if tail[-42:-38] == b"PK\x06\x07":  # zip64: a longer record before may have another length
         (start,) = struct.unpack("<Q", tail[-34:-26])
         _check(start == size - 98, f"the zip64 directory is misplaced; {_DAMAGED}")
         length = max(length, *struct.unpack("<Q", tail[40:48]))
@@ -181,28 +184,28 @@ def _check_ends(file: BinaryIO) -> int:
 
 @dataclass(frozen=True)
 class _Global:
-    name: str  # its module and its name there, with a space between
+    name: str  # the module and the name in it, with a space between
 
 
 @dataclass
 class _Namespace:
-    items: dict[str | int, Any]  # set by BUILD; not copied, so that nothing grows by being shared
+    items: dict[str | int, Any]  # set by BUILD, without a copy, so that shared items need no memory
 
 
 def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
     """Returns built-in values, arrays and instances of the above, possibly shared or cyclic."""
     stack: list[Any] = []
-    below: list[list[Any]] = []  # what lies below each open mark
+    outer_stacks: list[list[Any]] = []  # the values below each mark
     memo: dict[int, Any] = {}
     argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if count == _MAX_VALUES:
             raise TorchFileError(f"data.pkl has over {count} opcodes; {_WEIGHTS}")
-        name, taken = opcode.name, _TAKEN.get(opcode.name, 0)
-        if taken is None:
-            items, stack = stack, below.pop()
+        name, num_popped = opcode.name, _NUM_POPPED.get(opcode.name, 0)
+        if num_popped is None:
+            items, stack = stack, outer_stacks.pop()
         else:
-            items = [stack.pop() for _ in range(taken)][::-1]
+            items = [stack.pop() for _ in range(num_popped)][::-1]
         match name:
             case "PROTO":
                 _check(argument == 2, f"pickle protocol {argument}, must be torch.save's 2")
@@ -212,13 +215,13 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
                 stack.append(memo[argument])
             case "BININT1" | "BININT2" | "BININT" | "BINFLOAT" | "BINUNICODE" | "NONE":
                 stack.append(argument)
-            case "LONG1":  # longer ones could be chosen so that as dict keys they all collide
+            case "LONG1":  # longer integers could be chosen such that all of their hashes collide
                 _check(abs(argument) < 1 << 64, f"has an integer over 64 bits; {_WEIGHTS}")
                 stack.append(argument)
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(name == "NEWTRUE")
             case "MARK":
-                below.append(stack)
+                outer_stacks.append(stack)
                 stack = []
             case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
                 stack.append(tuple(items))
@@ -236,22 +239,26 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
                 _check(argument in _GLOBALS, f"refers to {argument[:80]!r}; {_ALLOWED}")
                 stack.append(_Global(argument))
             case "BINPERSID" | "REDUCE" | "NEWOBJ":
-                stack.append(_made(items, storage))
+                stack.append(_construct(items, storage))
             case "BUILD":
                 target, state = stack[-1], items[0]
-                known = isinstance(target, OrderedDict | _Namespace) and isinstance(state, dict)
-                _check(known, f"data.pkl sets attributes of a {type(target).__name__}; {_DAMAGED}")
+                is_known = isinstance(target, OrderedDict | _Namespace) and isinstance(state, dict)
+                _check(
+                    is_known, f"data.pkl sets attributes of a {type(target).__name__}; {_DAMAGED}"
+                )
                 if isinstance(target, _Namespace):
                     target.items = state
             case "STOP":
-                _check(len(stack) == 1 and not below, f"data.pkl leaves values over; {_DAMAGED}")
+                _check(
+                    len(stack) == 1 and not outer_stacks, f"data.pkl leaves values over; {_DAMAGED}"
+                )
             case _:
                 raise TorchFileError(f"data.pkl has the opcode {name}, unknown to torch.save")
     return stack[0]
 
 
-def _made(items: list[Any], storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
-    """Returns what a persistent id, or a global with arguments, stands for."""
+def _construct(items: list[Any], storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
+    """Returns the storage of a persistent id, or the result of a global called with arguments."""
     match items:
         case [(str(kind), _Global(name), str(key), str(), int(numel))] if kind == "storage":
             return storage(_DTYPES[name], key, numel)
@@ -266,34 +273,35 @@ def _made(items: list[Any], storage: Callable[[np.dtype, str, int], np.ndarray])
             (np.ndarray() as flat, offset, tuple(sizes), tuple(strides), _, _),
         ]:
             return _view(flat, offset, sizes, strides)
-    raise TorchFileError(f"data.pkl calls what torch.save never calls; {_DAMAGED}")
+    raise TorchFileError(f"data.pkl calls a function that torch.save never calls; {_DAMAGED}")
 
 
 def _view(flat: np.ndarray, offset: Any, sizes: tuple[Any, ...], strides: tuple[Any, ...]) -> Any:
     """Returns the tensor with these sizes; offset and strides count elements of the storage."""
     numbers = (offset, *sizes, *strides)
-    real = all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)
-    _check(real and len(sizes) == len(strides) <= 64, f"a tensor has no real shape; {_DAMAGED}")
+    is_valid = all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)
+    is_valid = is_valid and len(sizes) == len(strides) <= 64
+    _check(is_valid, f"a tensor has an impossible shape; {_DAMAGED}")
     numel = math.prod(sizes)
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if numel > flat.size or (numel and last >= flat.size):
         expanded = "if it was expanded, save its clone() instead"
         raise TorchFileError(f"{sizes} exceeds a storage of {flat.size} elements; {expanded}")
-    start, steps = offset * flat.itemsize, [stride * flat.itemsize for stride in strides]
-    return np.ndarray(sizes, flat.dtype, flat, start if numel else 0, steps)
+    start, byte_strides = offset * flat.itemsize, [stride * flat.itemsize for stride in strides]
+    return np.ndarray(sizes, flat.dtype, flat, start if numel else 0, byte_strides)
 
 
-def _tree(value: Any, visited: Iterator[int], depth: int = 0) -> Any:
-    """Copies a value into plain dicts, lists and tuples of which none is shared."""
+def _copy_tree(value: Any, visited: Iterator[int], depth: int = 0) -> Any:
+    """Copies a value into dicts, lists and tuples that are not shared."""
     if next(visited) > _MAX_VALUES or depth > _MAX_DEPTH:
         raise TorchFileError(f"has over {_MAX_VALUES} values or {_MAX_DEPTH} levels; {_WEIGHTS}")
     value = value.items if isinstance(value, _Namespace) else value
     if isinstance(value, dict):
-        return {key: _tree(item, visited, depth + 1) for key, item in value.items()}
+        return {key: _copy_tree(item, visited, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_tree(item, visited, depth + 1) for item in value)
+        return type(value)(_copy_tree(item, visited, depth + 1) for item in value)
     if isinstance(value, _Global):
-        raise TorchFileError(f"holds {value.name!r} itself, which is no tensor or value")
+        raise TorchFileError(f"holds {value.name!r} itself, which is not a tensor or a plain value")
     return value
 
 
@@ -303,8 +311,8 @@ def _write(file: BinaryIO, tensors: dict[str, np.ndarray]) -> None:
         def add(name: str, data: Any) -> None:
             entry = zipfile.ZipInfo(f"archive/{name}")  # dated 1980
             entry.create_system = 0
-            # Before the data come the header, the name, 20 bytes of zip64 sizes, and the padding
-            # with its own 4 bytes of header.
+            # The data follow the header, the name, 20 bytes of zip64 sizes, and the padding, which
+            # has 4 bytes of header. They are aligned to 64 bytes, as torch aligns them.
             padding = -(file.tell() + 30 + len(entry.filename) + 20 + 4) % 64
             entry.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
             with archive.open(entry, "w", force_zip64=True) as out:
@@ -318,7 +326,7 @@ def _write(file: BinaryIO, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _pickle(tensors: dict[str, np.ndarray]) -> bytes:
-    """Returns opcodes that make an OrderedDict of `_rebuild_tensor_v2(storage, 0, sizes, ...)`."""
+    """Returns opcodes that build an OrderedDict of `_rebuild_tensor_v2(storage, 0, sizes, ...)`."""
     empty = b"ccollections\nOrderedDict\n)R"
     items = []
     for key, (name, array) in enumerate(tensors.items()):
@@ -332,7 +340,7 @@ def _pickle(tensors: dict[str, np.ndarray]) -> bytes:
 
 
 def _push(value: Any) -> bytes:
-    """Returns opcodes that push a value; bytes are opcodes already."""
+    """Returns opcodes that push a value; bytes are already opcodes."""
     match value:
         case str():
             text = value.encode("utf-8", "surrogatepass")

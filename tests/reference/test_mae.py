@@ -51,7 +51,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def params(theirs):
-    """Theirs by our names."""
+    """Their parameters under our names."""
     state = {name: x.numpy() for name, x in theirs.state_dict().items()}
     dense = lambda name: {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
     norm = lambda name: {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
@@ -96,7 +96,7 @@ def keys():
 
 
 def noise_of(keys):
-    """The noise whose order is that in which we take patches."""
+    """Returns noise whose order is that of the patches here."""
     order = np.asarray(jax.vmap(MODEL.sample_order)(keys))
     return torch.tensor(np.argsort(order, axis=1).astype(np.float32))
 
@@ -120,22 +120,22 @@ def test_positions_are_theirs(theirs):
         assert not table[0, 0].any()
 
 
-def test_encodings_and_paintings_are_theirs(theirs, params, image, keys):
+def test_encodings_and_reconstructions_are_theirs(theirs, params, image, keys):
     with torch.no_grad():
         outputs = theirs(tensor_of(image), noise=noise_of(keys))
         encoded = theirs.vit(tensor_of(image), noise=noise_of(keys)).last_hidden_state
     visible = jax.vmap(MODEL.sample_order)(keys)[:, : MODEL.num_visible]
     ours = MODEL.apply({"params": params}, image, visible, method="encode")
     assert_close(ours, encoded.numpy())
-    painted = jax.jit(MODEL.apply)({"params": params}, image, keys)
-    assert_close(painted.patches, outputs.logits.numpy())
-    np.testing.assert_array_equal(painted.mask, outputs.mask.numpy() > 0)
+    reconstructed = jax.jit(MODEL.apply)({"params": params}, image, keys)
+    assert_close(reconstructed.patches, outputs.logits.numpy())
+    np.testing.assert_array_equal(reconstructed.mask, outputs.mask.numpy() > 0)
 
 
 def test_the_loss_and_its_gradients_are_theirs(theirs, params, image, keys):
     def ours(params):
-        painted = MODEL.apply({"params": params}, image, keys)
-        return jnp.mean(reconstruction_loss(painted, image, 8, normalized=True))
+        reconstructed = MODEL.apply({"params": params}, image, keys)
+        return jnp.mean(reconstruction_loss(reconstructed, image, 8, normalized=True))
 
     loss, gradients = jax.jit(jax.value_and_grad(ours))(jax.tree.map(jnp.asarray, params))
     theirs.zero_grad()

@@ -1,13 +1,14 @@
-"""Atomic files: the old content or the new one, and nothing else in the folder."""
+"""Atomic files and directories: the old content or the new one, and nothing else in the folder."""
 
 import json
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 
-from sam_jax.io.atomic import atomic_path, write_bytes, write_json
+from sam_jax.io.atomic import atomic_directory, atomic_path, write_bytes, write_json
 
 
 def test_a_file_is_written_and_replaced(tmp_path):
@@ -55,3 +56,70 @@ def test_the_temporary_name_contains_the_writer(tmp_path):
     with atomic_path(tmp_path / "a", writer="process3") as temporary:
         temporary.write_bytes(b"")
         assert re.fullmatch(r"\.a\.process3\.[0-9a-f]+\.tmp", temporary.name)
+
+
+def write_directory(path, name, content):
+    with atomic_directory(path, marker="marker") as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "marker").touch()
+        (folder / name).write_text(content)
+
+
+def test_a_directory_is_written_and_replaced(tmp_path):
+    path = tmp_path / "parent" / "a"
+    write_directory(path, "old", "old")
+    assert sorted(os.listdir(path)) == ["marker", "old"]
+    write_directory(path, "new", "new")
+    assert sorted(os.listdir(path)) == ["marker", "new"], "nothing of the old one is left"
+    assert os.listdir(tmp_path / "parent") == ["a"]
+
+
+def test_an_empty_directory_is_replaced(tmp_path):
+    (tmp_path / "a").mkdir()
+    write_directory(tmp_path / "a", "new", "new")
+    assert sorted(os.listdir(tmp_path / "a")) == ["marker", "new"]
+
+
+def test_other_directories_and_files_are_kept(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("photos", "file"):
+        with pytest.raises(FileExistsError, match=f"{name} exists and has no marker"):
+            write_directory(tmp_path / name, "new", "new")
+    assert sorted(os.listdir(tmp_path)) == ["file", "photos"]
+    assert os.listdir(tmp_path / "photos") == ["a.jpg"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_keeps_the_former_directory(tmp_path, error):
+    write_directory(tmp_path / "a", "old", "old")
+
+    def fail():
+        with atomic_directory(tmp_path / "a", marker="marker") as folder:
+            (folder / "half").touch()
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert sorted(os.listdir(tmp_path / "a")) == ["marker", "old"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_a_failed_rename_keeps_the_former_directory(tmp_path, monkeypatch, failing_call):
+    write_directory(tmp_path / "a", "old", "old")
+    rename, calls = Path.rename, []
+
+    def fail_once(self, target):
+        calls.append(target)
+        if len(calls) == failing_call:
+            raise OSError("disk full")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_once)
+        with pytest.raises(OSError, match="disk full"):
+            write_directory(tmp_path / "a", "new", "new")
+    assert sorted(os.listdir(tmp_path / "a")) == ["marker", "old"]
+    assert os.listdir(tmp_path) == ["a"]

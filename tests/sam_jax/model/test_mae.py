@@ -26,23 +26,23 @@ def variables(jit):
 
 
 @pytest.fixture(scope="module")
-def paint(jit, variables):
+def reconstruct(jit, variables):
     return jit(lambda image, keys: MODEL.apply(variables, image, keys))
 
 
-def draw(b=3):
+def sample_images(b=3):
     image = np.random.default_rng(0).standard_normal((b, 32, 48, 3)).astype(np.float32)
     return image, jax.random.split(jax.random.key(2), b)
 
 
-def test_a_share_of_each_image_is_masked_by_its_own_key(paint):
-    image, keys = draw()
-    hidden = np.asarray(paint(image, keys).mask)
-    np.testing.assert_array_equal(hidden.sum(axis=1), 24 - 6)
-    assert len({row.tobytes() for row in hidden}) == 3
-    turned = paint(image[::-1], keys[::-1])
-    np.testing.assert_array_equal(turned.mask, hidden[::-1])
-    np.testing.assert_allclose(turned.patches, paint(image, keys).patches[::-1], atol=1e-5)
+def test_a_share_of_each_image_is_masked_by_its_own_key(reconstruct):
+    image, keys = sample_images()
+    mask = np.asarray(reconstruct(image, keys).mask)
+    np.testing.assert_array_equal(mask.sum(axis=1), 24 - 6)
+    assert len({row.tobytes() for row in mask}) == 3
+    reversed_ = reconstruct(image[::-1], keys[::-1])
+    np.testing.assert_array_equal(reversed_.mask, mask[::-1])
+    np.testing.assert_allclose(reversed_.patches, reconstruct(image, keys).patches[::-1], atol=1e-5)
 
 
 def test_every_patch_is_masked_as_often_as_any_other(variables):
@@ -52,21 +52,21 @@ def test_every_patch_is_masked_as_often_as_any_other(variables):
     np.testing.assert_allclose(visible, 0.25, atol=0.03)
 
 
-def test_hidden_patches_are_not_seen_and_visible_ones_are(paint):
-    image, keys = draw(1)
-    before = paint(image, keys)
+def test_removed_patches_are_not_seen_and_visible_ones_are(reconstruct):
+    image, keys = sample_images(1)
+    before = reconstruct(image, keys)
     patches = image.reshape(1, 4, 8, 6, 8, 3)
-    for place in range(24):
+    for index in range(24):
         changed = patches.copy()
-        changed[:, place // 6, :, place % 6] += 1
-        after = paint(changed.reshape(image.shape), keys)
+        changed[:, index // 6, :, index % 6] += 1
+        after = reconstruct(changed.reshape(image.shape), keys)
         same = np.array_equal(after.patches, before.patches)
-        assert same == bool(before.mask[0, place])
+        assert same == bool(before.mask[0, index])
 
 
-def test_patches_are_painted_in_their_places(variables):
-    """The order in which visible patches come changes nothing, nor that of hidden ones."""
-    image, keys = draw(1)
+def test_patches_are_reconstructed_in_their_places(variables):
+    """The order in which visible patches come changes nothing, nor that of removed ones."""
+    image, keys = sample_images(1)
     order = np.asarray(MODEL.sample_order(keys[0]))[None]
     other = np.concatenate([order[:, 5::-1], order[:, :5:-1]], axis=1)
     apply = lambda order: MODEL.apply(
@@ -101,7 +101,7 @@ def test_images_of_another_size_are_refused(variables):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.99, 1.0, 1.5])
-def test_ratios_that_hide_all_or_nothing_are_refused(variables, ratio):
+def test_ratios_that_remove_all_or_nothing_are_refused(variables, ratio):
     keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(ValueError, match="mask_ratio must be such that some"):
         MODEL.clone(mask_ratio=ratio).apply(variables, jnp.zeros((1, 32, 48, 3)), keys)

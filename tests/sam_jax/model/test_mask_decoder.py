@@ -1,4 +1,4 @@
-"""What the mask decoder makes of tokens and pixels, against its definition in float64."""
+"""The mask decoder's masks and IoUs, against its definition in float64."""
 
 import flax.linen as nn
 import flax.traverse_util
@@ -141,7 +141,7 @@ def inputs():
     """Embeddings and features of two images and three objects with two prompt tokens."""
     features = PromptFeatures(
         sparse=normal(3, 2, 3, 2, 16),
-        present=np.ones((2, 3, 2), bool),
+        token_mask=np.ones((2, 3, 2), bool),
         dense=normal(4, 2, 3, 20, 16),
     )
     return normal(5, 2, 4, 5, 16), features, normal(6, 20, 16)
@@ -158,9 +158,9 @@ def run(params, inputs, look=None):
     def skip(call, args, kwargs, context):
         if not isinstance(context.module, TwoWayTransformer):
             return call(*args, **kwargs)
-        tokens, present, image, pe = args
+        tokens, token_mask, image, pe = args
         if look:
-            look(tokens, present, image, pe, **kwargs)
+            look(tokens, token_mask, image, pe, **kwargs)
         return tokens[:, :, : kwargs["num_outputs"]], image
 
     with nn.intercept_methods(skip):
@@ -171,7 +171,7 @@ def test_tokens_are_the_iou_token_the_mask_tokens_and_then_the_prompts(params, i
     embedding, features, pe = inputs
     seen = []
 
-    def look(tokens, present, image, image_pe, *, num_outputs, train):
+    def look(tokens, token_mask, image, image_pe, *, num_outputs, train):
         assert num_outputs == 5
         assert not train
         assert tokens.shape == (2, 3, 7, 16)
@@ -182,12 +182,12 @@ def test_tokens_are_the_iou_token_the_mask_tokens_and_then_the_prompts(params, i
         np.testing.assert_array_equal(tokens[:, :, 5:], features.sparse)
         np.testing.assert_array_equal(image, embedding.reshape(2, 1, 20, 16) + features.dense)
         np.testing.assert_array_equal(image_pe, pe)
-        np.testing.assert_array_equal(present[:, :, :5], True)
-        np.testing.assert_array_equal(present[:, :, 5:], features.token_mask)
+        np.testing.assert_array_equal(token_mask[:, :, :5], True)
+        np.testing.assert_array_equal(token_mask[:, :, 5:], features.token_mask)
         seen.append(True)
 
-    present = np.array([[[True, False], [False, False], [True, True]]] * 2)
-    features = features.replace(present=present)
+    token_mask = np.array([[[True, False], [False, False], [True, True]]] * 2)
+    features = features.replace(token_mask=token_mask)
     run(params, (embedding, features, pe), look)
     assert seen == [True]
 

@@ -1,22 +1,19 @@
-"""The whole model: sizes, batches, padding, frames, precision, and errors for wrong shapes."""
+"""The whole model: sizes, fields, batches, padding, image sizes, and errors for wrong shapes."""
 
-import functools
-import math
 import re
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
-from scipy.special import ndtr
 
-from sam_jax.model.image_encoder import Block, resize_positions
-from sam_jax.model.layers import gelu, layer_norm
-from sam_jax.model.prompt_encoder import ABSENT, Prompts
+from sam_jax.model.image_encoder import ImageEncoder
+from sam_jax.model.init import variable_shapes
+from sam_jax.model.mask_decoder import MaskDecoder
+from sam_jax.model.prompt_encoder import ABSENT, PromptEncoder, Prompts
 from sam_jax.model.sam import (
+    FLAT_FIELDS,
     PIXEL_MEAN,
     PIXEL_STD,
     Sam,
@@ -28,32 +25,16 @@ from sam_jax.model.sam import (
     sam_vit_h,
     sam_vit_l,
 )
-
-TOLERANCE = 1e-5  # of the largest magnitude
-
-
-def assert_close(actual, expected, tolerance=TOLERANCE):
-    assert np.shape(actual) == np.shape(expected)
-    scale = float(np.abs(expected).max())
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
-
-
-def flat_shapes(model):
-    """The shapes of a model's variables, by path; nothing is computed."""
-    gh, gw = (side // model.patch_size for side in model.image_size)
-    prompts = Prompts(
-        points=jnp.zeros((1, 1, 2, 2)),
-        labels=jnp.ones((1, 1, 2), jnp.int32),
-        mask=jnp.zeros((1, 1, 4 * gh, 4 * gw)),
-        has_mask=jnp.ones((1, 1), bool),
-    )
-    image = jnp.zeros((1, *model.image_size, 3))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, prompts))
-    return flax.traverse_util.flatten_dict(variables, sep="/")
-
-
-def count(flat, part=""):
-    return sum(math.prod(x.shape) for path, x in flat.items() if part in path)
+from tests.sam_jax.model.sam_cases import (
+    OBJECTS,
+    assert_close,
+    count_values,
+    pack,
+    prompts_of,
+    transpose_variables,
+    two_images,
+    with_masks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +61,21 @@ def embedding(tiny, encode, images):
     ids=["vit_b", "vit_l", "vit_h"],
 )
 def test_parameter_counts_of_the_official_sizes(model, total, encoder, tensors):
-    flat = flat_shapes(model)
-    assert count(flat) == total
-    assert count(flat, "params/") == total - 256  # the Fourier matrix does not learn
-    assert count(flat, "/image_encoder/") == encoder
-    assert count(flat, "/prompt_encoder/") == 6_476
-    assert count(flat, "/mask_decoder/") == 4_058_340
+    flat = variable_shapes(model)
+    assert count_values(flat) == total
+    assert count_values(flat, "params/") == total - 256  # the Fourier matrix does not learn
+    assert count_values(flat, "/image_encoder/") == encoder
+    assert count_values(flat, "/prompt_encoder/") == 6_476
+    assert count_values(flat, "/mask_decoder/") == 4_058_340
     assert len(flat) == tensors == 3 + 14 * model.image_encoder.depth + 6 + 17 + 120
 
 
 def test_parameter_count_with_three_decoder_layers():
-    assert count(flat_shapes(sam_vit_b(decoder_depth=3)), "/mask_decoder/") == 5_637_860
+    assert count_values(variable_shapes(sam_vit_b(decoder_depth=3)), "/mask_decoder/") == 5_637_860
 
 
 def test_the_tiny_size_is_well_under_a_million():
-    assert count(flat_shapes(sam_tiny()), "params/") < 800_000
+    assert count_values(variable_shapes(sam_tiny()), "params/") < 800_000
 
 
 @pytest.mark.parametrize("model", [sam_vit_b(), sam_vit_l(), sam_vit_h()])
@@ -103,77 +84,9 @@ def test_official_sizes_are_four_equal_super_blocks(model):
     assert model.image_encoder.global_blocks == (size - 1, 2 * size - 1, 3 * size - 1, 4 * size - 1)
 
 
-def test_paths_are_snake_case_and_blocks_zero_padded():
-    paths = flat_shapes(sam_tiny(depth=11, decoder_depth=2))
-    assert "params/image_encoder/block_07/attention/qkv/kernel" in paths
-    assert "params/image_encoder/block_10/lin2/bias" in paths
-    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", part) for p in paths for part in p.split("/"))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_variables_are_float32_whatever_the_compute_type(dtype):
-    assert {x.dtype for x in flat_shapes(sam_tiny(dtype=dtype)).values()} == {np.dtype("float32")}
-
-
-def test_the_fourier_matrix_is_the_one_constant():
-    constants = {p: x.shape for p, x in flat_shapes(sam_vit_b()).items() if "params/" not in p}
-    assert constants == {"constants/prompt_encoder/gaussian": (2, 128)}
-
-
-ENCODER = "params/image_encoder"
-DECODER = "params/mask_decoder"
-PROMPTS = "params/prompt_encoder"
-INITIAL = {  # a value, or ("within", bound) for uniform ones, or ("std", s) for normal ones
-    f"{ENCODER}/pos_embed": ("std", 0.02),
-    f"{ENCODER}/patch_embed/kernel": ("within", (6 / (8 * 8 * 3 + 64)) ** 0.5),
-    f"{ENCODER}/patch_embed/bias": 0,
-    f"{ENCODER}/block_00/norm1/scale": 1,
-    f"{ENCODER}/block_00/norm1/bias": 0,
-    f"{ENCODER}/block_00/attention/qkv/kernel": ("within", (6 / (64 + 192)) ** 0.5),
-    f"{ENCODER}/block_00/attention/qkv/bias": 0,
-    f"{ENCODER}/block_00/attention/rel_pos_h": 0,
-    f"{ENCODER}/block_00/attention/rel_pos_w": 0,
-    f"{ENCODER}/neck/conv1/kernel": ("within", 64**-0.5),
-    f"{ENCODER}/neck/conv2/kernel": ("within", (9 * 64) ** -0.5),
-    f"{PROMPTS}/foreground": ("std", 1),
-    f"{PROMPTS}/mask_downscaling/conv2/kernel": ("within", (4 * 4) ** -0.5),
-    f"{PROMPTS}/mask_downscaling/conv3/bias": ("within", 16**-0.5),
-    "constants/prompt_encoder/gaussian": ("std", 0.35),
-    f"{DECODER}/mask_tokens": ("std", 1),
-    f"{DECODER}/transformer/layer_0/self_attention/q/kernel": ("within", 64**-0.5),
-    f"{DECODER}/transformer/layer_0/token_to_image/out/kernel": ("within", 32**-0.5),
-    f"{DECODER}/transformer/layer_0/image_to_token/q/bias": ("within", 64**-0.5),
-    f"{DECODER}/transformer/layer_0/mlp/lin2/kernel": ("within", 256**-0.5),
-    # PyTorch takes the outputs of a transposed convolution for its inputs.
-    f"{DECODER}/upscaling/conv1/kernel": ("within", (4 * 16) ** -0.5),
-    f"{DECODER}/upscaling/conv1/bias": ("within", (4 * 16) ** -0.5),
-}
-
-
-def test_initial_values(jit):
-    """PyTorch's where the released code relies on them, MAE's (Xavier's) in the image encoder."""
-    model = sam_tiny(depth=1, decoder_depth=1)
-    image = jnp.zeros((1, *model.image_size, 3))
-    prompts = prompts_of((1, 1, 1, 2), (1, 1, 1), (1, 1, 32, 32), (1, 1))
-
-    @jit
-    def some(key):
-        flat = flax.traverse_util.flatten_dict(model.init(key, image, prompts), sep="/")
-        return {path: flat[path] for path in INITIAL}
-
-    for path, x in some(jax.random.key(0)).items():
-        match INITIAL[path]:
-            case "within", bound:
-                assert 0.8 * bound < np.abs(x).max() <= bound, path
-                assert abs(x.mean()) < 4 * bound / (3 * x.size) ** 0.5, path
-            case "std", std:
-                assert 0.75 * std < x.std() < 1.25 * std, path
-                assert abs(x.mean()) < 4 * std / x.size**0.5, path
-            case value:
-                np.testing.assert_array_equal(x, value, path)
-
-
 # A module is its own configuration.
+
+PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
 def test_models_are_equal_hashable_and_cloned_by_their_fields():
@@ -184,44 +97,136 @@ def test_models_are_equal_hashable_and_cloned_by_their_fields():
     assert replace_fields(sam_vit_h(dtype="bfloat16"), dtype="float32") == sam_vit_h()
 
 
+def test_models_are_composed_of_their_parts():
+    model = sam_tiny()
+    composed = Sam(
+        image_encoder=model.image_encoder,
+        prompt_encoder=model.prompt_encoder,
+        mask_decoder=model.mask_decoder,
+    )
+    assert composed == model
+    assert hash(composed) == hash(model)
+    assert {model: 1}[composed] == 1
+    deeper = model.clone(mask_decoder=model.mask_decoder.clone(depth=3))
+    assert deeper == replace_fields(model, decoder_depth=3) == sam_tiny(decoder_depth=3)
+    assert deeper != model
+    assert hash(deeper) != hash(model)
+    assert Sam(ImageEncoder(), PromptEncoder(), MaskDecoder()) == sam_vit_b()
+
+
+def test_a_composed_model_has_the_parameters_of_a_flat_one():
+    composed = Sam(*(getattr(sam_tiny(), part) for part in PARTS))
+    assert list(variable_shapes(composed)) == list(variable_shapes(sam_tiny()))
+
+
+def field(model, location):
+    """Returns a field of a part, e.g. "image_encoder.depth"."""
+    part, name = location.split(".")
+    return getattr(getattr(model, part), name)
+
+
+def test_flat_fields_are_all_fields_of_the_parts():
+    locations = [location for found in FLAT_FIELDS.values() for location in found]
+    fields = [
+        f"{part}.{name}"
+        for part in PARTS
+        for name in getattr(Sam(), part).__dataclass_fields__
+        if name not in ("parent", "name")
+    ]
+    assert sorted(locations) == sorted(fields)
+    for found in FLAT_FIELDS.values():
+        assert len({field(Sam(), location) for location in found}) == 1, found
+
+
+@pytest.mark.parametrize("name", FLAT_FIELDS)
+def test_a_flat_field_is_set_in_all_parts_that_have_it(name):
+    value = other_value(field(sam_tiny(), FLAT_FIELDS[name][0]))
+    model = replace_fields(sam_tiny(), **{name: value})
+    for other, locations in FLAT_FIELDS.items():
+        for location in locations:
+            expected = value if other == name else field(sam_tiny(), location)
+            assert field(model, location) == expected, location
+    assert field(build_sam(**{name: value}), FLAT_FIELDS[name][0]) == value
+
+
+def other_value(value):
+    """Returns another value of the same type."""
+    if isinstance(value, str):
+        return {"float32": "bfloat16", "none": "blocks"}[value]
+    if isinstance(value, tuple):
+        return tuple(item + 1 for item in value)
+    return not value if isinstance(value, bool) else value + type(value)(0.5 + 0.5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [build_sam, sam_tiny, sam_vit_h, lambda **fields: replace_fields(Sam(), **fields)],
+    ids=["build_sam", "sam_tiny", "sam_vit_h", "replace_fields"],
+)
+def test_an_unknown_field_is_an_error_that_lists_the_fields(call):
+    message = f"Sam has no field 'depths'; its fields are {', '.join(FLAT_FIELDS)}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call(depths=3)
+
+
+def test_sizes_of_embeddings_and_masks():
+    assert sam_vit_b().grid == (64, 64)
+    assert sam_vit_b().low_res == (256, 256)
+    model = sam_tiny(image_size=(48, 72))
+    assert (model.grid, model.low_res) == ((6, 9), (24, 36))
+    assert (model.image_size, model.patch_size, model.embedding_dim) == ((48, 72), 8, 64)
+    assert (model.dtype, replace_fields(model, dtype="bfloat16").dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("make", [sam_vit_b, sam_vit_l, sam_vit_h, sam_tiny])
+def test_the_sizes_are_valid(make):
+    make().validate()
+    make(dtype="bfloat16", drop_path=0.4, dropout=0.1).validate()
+
+
+INVALID = [
+    (dict(patch_size=0), "image_encoder.patch_size must be at least 1; got 0"),
+    (dict(image_size=(64, 60)), "image_encoder.image_size must be two multiples of patch_size = 8"),
+    (dict(image_size=(64,)), "image_encoder.image_size must be two multiples"),
+    (dict(image_size=(64, 0)), "image_encoder.image_size must be two multiples"),
+    (dict(num_heads=3), "image_encoder.embed_dim must be a positive multiple of num_heads = 3"),
+    (dict(num_heads=0), "image_encoder.num_heads must be at least 1; got 0"),
+    (dict(embed_dim=0), "image_encoder.embed_dim must be a positive multiple"),
+    (dict(drop_path=1.0), "image_encoder.drop_path must be at least 0 and below 1; got 1.0"),
+    (dict(drop_path=-0.1), "image_encoder.drop_path must be at least 0 and below 1; got -0.1"),
+    (dict(prompt_dim=63), "prompt_encoder.dim must be a positive multiple of 2; got 63"),
+    (dict(mask_channels=6), "prompt_encoder.mask_channels must be a positive multiple of 4; got 6"),
+    (dict(mask_channels=0), "prompt_encoder.mask_channels must be a positive multiple of 4; got 0"),
+    (dict(decoder_heads=0), "mask_decoder.num_heads must be at least 1; got 0"),
+    (dict(prompt_dim=60), "mask_decoder.dim must be a positive multiple of 8"),
+    (dict(decoder_heads=3), "mask_decoder.dim must be a positive multiple of 24"),
+    (dict(dropout=0.001), "mask_decoder.dropout must be 0, or 1/256 to 255/256; got 0.001"),
+    (dict(dropout=1.0), "mask_decoder.dropout must be 0, or 1/256 to 255/256; got 1.0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), INVALID, ids=[str(fields) for fields, _ in INVALID])
+def test_invalid_fields_are_named(fields, message):
+    model = sam_tiny(**fields)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        model.validate()
+    part = getattr(model, message.split(".")[0])
+    with pytest.raises(ValueError, match=re.escape(message.split(".", 1)[1])):
+        part.validate()
+
+
+@pytest.mark.parametrize("part", ["prompt_encoder", "mask_decoder"])
+@pytest.mark.parametrize(("name", "value"), [("dim", 32), ("dtype", "bfloat16")])
+def test_parts_that_do_not_fit_together_are_named(part, name, value):
+    model = sam_tiny()
+    model = model.clone(**{part: getattr(model, part).clone(**{name: value})})
+    other = "image_encoder.out_dim = 64" if name == "dim" else "image_encoder.dtype = 'float32'"
+    message = f"prompt_encoder.{name} and mask_decoder.{name} must be equal to {other}; got"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.validate()
+
+
 # Batches and padding.
-
-# Labels 1 and 0 are points, 2 and 3 a box's corners, -1 the padding point.
-OBJECTS = {
-    "one point": [(30, 20, 1), (0, 0, -1)],
-    "box": [(5, 6, 2), (50, 33, 3)],
-    "points": [(30, 20, 1), (60, 40, 0), (3, 44, 0), (0, 0, -1)],
-    "box and points": [(30, 20, 1), (60, 40, 0), (5, 6, 2), (50, 33, 3)],
-    "nothing": [],
-}
-
-
-def pack(objects, slots, rng, garbage=1e6):
-    """Puts each object's tokens, in order, into any of the slots, and garbage into the others."""
-    n = len(objects)
-    points = rng.uniform(-garbage, garbage, (1, n, slots, 2)).astype(np.float32)
-    labels = np.full((1, n, slots), ABSENT, np.int32)
-    for i, tokens in enumerate(objects):
-        for slot, (x, y, label) in zip(
-            np.sort(rng.permutation(slots)[: len(tokens)]), tokens, strict=True
-        ):
-            points[0, i, slot] = x, y
-            labels[0, i, slot] = label
-    return Prompts(points=points, labels=labels)
-
-
-def with_masks(prompts, mask, has_mask, rng):
-    """Adds a mask prompt to some objects, and garbage to the others."""
-    n = prompts.points.shape[1]
-    masks = rng.uniform(-1e3, 1e3, (1, n, *mask.shape)).astype(np.float32)
-    has = np.zeros((1, n), bool)
-    for i in has_mask:
-        masks[0, i], has[0, i] = mask, True
-    return prompts.replace(mask=masks, has_mask=has)
-
-
-def two_images(prompts, other):
-    return jax.tree.map(lambda a, b: np.concatenate([a, b]), prompts, other)
 
 
 @pytest.fixture(scope="module")
@@ -296,31 +301,14 @@ def test_images_of_a_batch_do_not_meet(tiny, encode, embedding, images):
 # Frames.
 
 
-def transposed(variables):
-    """The variables that do to a transposed image what `variables` do to the image."""
-    flat = flax.traverse_util.flatten_dict(variables, sep="/")
-    swapped = {}
-    for path, x in flat.items():
-        swap = {"rel_pos_h": "rel_pos_w", "rel_pos_w": "rel_pos_h"}
-        *parents, name = path.split("/")
-        if name in swap:
-            swapped["/".join([*parents, swap[name]])] = x
-        elif "upscaling" in parents or name == "pos_embed":
-            swapped[path] = x.swapaxes(1, 2) if x.ndim == 4 else x
-        elif name == "kernel" and x.ndim == 4:
-            swapped[path] = x.swapaxes(0, 1)
-        elif name == "gaussian":
-            swapped[path] = x[::-1]
-        else:
-            swapped[path] = x
-    return flax.traverse_util.unflatten_dict(swapped, sep="/")
-
-
 @pytest.mark.parametrize("frame", [(48, 72), (80, 56)], ids=["stored", "interpolated"])
 def test_height_and_width_are_treated_alike(tiny, encode, decode, frame):
     """A swap of the two anywhere (windows, tables, positions, pixels) breaks this."""
     model, variables = tiny
-    model_t, variables_t = replace_fields(model, image_size=(72, 48)), transposed(variables)
+    model_t, variables_t = (
+        replace_fields(model, image_size=(72, 48)),
+        transpose_variables(variables),
+    )
     rng = np.random.default_rng(6)
     gh, gw = frame[0] // 8, frame[1] // 8
     image = rng.standard_normal((1, *frame, 3)).astype(np.float32)
@@ -354,33 +342,6 @@ def test_any_frame_that_the_patch_divides(tiny, frame):
     assert {masks.logits.dtype, masks.iou.dtype} == {np.dtype("float32")}
 
 
-def test_positions_of_the_stored_size_are_untouched():
-    table = jnp.arange(5 * 7 * 2, dtype=jnp.float32).reshape(1, 5, 7, 2)
-    assert resize_positions(table, (5, 7)) is table
-
-
-def bicubic(size, new_size):
-    """PyTorch's matrix 'new_size size': A = -0.75, half-pixel centres, indices clamped."""
-    matrix = np.zeros((new_size, size))
-    for i in range(new_size):
-        position = (i + 0.5) * size / new_size - 0.5
-        below = math.floor(position)
-        for j in range(below - 1, below + 3):
-            d, a = abs(position - j), -0.75
-            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-            matrix[i, min(max(j, 0), size - 1)] += near if d <= 1 else far
-    return matrix
-
-
-@pytest.mark.parametrize("grid", [(9, 4), (3, 11), (5, 8), (6, 7)])
-def test_positions_of_other_sizes_are_interpolated_as_pytorch_does(grid):
-    table = np.random.default_rng(0).standard_normal((1, 5, 7, 3))
-    expected = np.einsum("ah,bw,nhwc->nabc", bicubic(5, grid[0]), bicubic(7, grid[1]), table)
-    actual = resize_positions(jnp.asarray(table, jnp.float32), grid)
-    np.testing.assert_allclose(actual, expected, atol=5e-6)
-
-
 # Training.
 
 
@@ -407,241 +368,6 @@ def test_gradients_are_finite_and_reach_every_parameter(tiny, jit, images):
     keys = "(self_attention|token_to_image|image_to_token|final_attention)/k/bias"
     assert all(re.search(keys, path) for path in silent), sorted(silent)
     assert all(np.abs(of_image).max() > 1e-4 for of_image in gradients[1])
-
-
-@pytest.mark.parametrize(
-    ("remat", "scan_blocks"), [("none", True), ("products", False), ("blocks", True)]
-)
-def test_remat_and_loops_change_neither_values_nor_gradients(tiny, jit, images, remat, scan_blocks):
-    model, variables = tiny
-    params, constants = variables["params"], variables["constants"]
-
-    def loss(model, params, image):
-        embedding = model.apply({"params": params, "constants": constants}, image, method="encode")
-        return jnp.sum(embedding**3), embedding
-
-    gradient = functools.partial(jit, static_argnums=0)(
-        jax.value_and_grad(loss, argnums=(1, 2), has_aux=True)
-    )
-    other = replace_fields(model, remat=remat, scan_blocks=scan_blocks)
-    (_, expected), gradients = gradient(model, params, images)
-    (_, embedding), again = gradient(other, params, images)
-    assert_close(embedding, expected)
-    encoder = lambda x: jax.tree.leaves((x[0]["image_encoder"], x[1]))
-    for a, b in zip(encoder(again), encoder(gradients), strict=True):
-        assert_close(a, b)
-
-    remats = lambda model: sum(
-        name in ("checkpoint", "remat2")  # by JAX version
-        for name in primitives(jax.make_jaxpr(lambda p: loss(model, p, images))(params))
-    )
-    if not scan_blocks:
-        assert remats(other) == remats(model) + model.image_encoder.depth
-
-
-@pytest.mark.parametrize("ends", [(), (0,), (0, 3), (1, 2), (0, 1, 3)])
-def test_loops_need_equal_super_blocks(ends, images):
-    model = sam_tiny(depth=4, global_blocks=ends, scan_blocks=True)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, method="encode"))
-    with pytest.raises(
-        ValueError, match=rf"equal distances.*got {re.escape(str(list(ends)))} of 4"
-    ):
-        jax.eval_shape(lambda v: model.apply(v, images, method="encode"), shapes)
-
-
-def test_dropping_is_off_unless_training(tiny, encode, decode, embedding, images):
-    model, variables = tiny
-    dropping = replace_fields(model, drop_path=0.5, dropout=0.5)
-    prompts = pack([OBJECTS["points"]], 32, np.random.default_rng(0))
-    assert_close(encode(dropping, variables, images), embedding)
-    expected = decode(model, variables, embedding[:1], prompts).logits
-    assert_close(decode(dropping, variables, embedding[:1], prompts).logits, expected)
-    # Without rates, training is not random and asks for no keys.
-    assert_close(encode(model, variables, images, train=True), embedding)
-    assert_close(decode(model, variables, embedding[:1], prompts, train=True).logits, expected)
-
-
-def test_drop_path_follows_its_key(tiny, encode, embedding, images):
-    model, variables = tiny
-    dropping = replace_fields(model, drop_path=0.5)
-    run = lambda seed: encode(
-        dropping, variables, images, train=True, rngs={"drop_path": jax.random.key(seed)}
-    )
-    first = run(0)
-    np.testing.assert_array_equal(run(0), first)
-    assert np.abs(run(1) - first).max() > 0.1
-    assert np.abs(first - embedding).max() > 0.1
-
-
-def test_dropout_follows_its_key_and_differs_by_object(tiny, decode, embedding):
-    model, variables = tiny
-    dropping = replace_fields(model, dropout=0.5)
-    prompts = pack([OBJECTS["points"]] * 2, 32, np.random.default_rng(0))
-    run = lambda seed: (
-        decode(
-            dropping,
-            variables,
-            embedding[:1],
-            prompts,
-            train=True,
-            rngs={"dropout": jax.random.key(seed)},
-        ).logits
-    )
-    first = run(0)
-    np.testing.assert_array_equal(run(0), first)
-    assert np.abs(run(1) - first).max() > 0.1
-    assert np.abs(first[:, 0] - first[:, 1]).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("silent", "other", "branch"), [("lin2", "attention/proj", 0), ("attention/proj", "lin2", 1)]
-)
-def test_a_block_multiplies_each_branch_of_an_image_with_its_factor(jit, silent, other, branch):
-    block = Block(num_heads=2, table_size=(3, 3), window=3, mlp_dim=16, dtype="float32")
-    rng = np.random.default_rng(0)
-    x = np.repeat(rng.standard_normal((1, 4, 5, 8)).astype(np.float32), 3, axis=0)
-    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x[:1]))
-    flat = flax.traverse_util.flatten_dict(shapes, sep="/")
-    flat = {path: rng.standard_normal(v.shape).astype(np.float32) for path, v in flat.items()}
-    flat = {path: 0 * v if silent in path else v for path, v in flat.items()}
-    assert any(other in path for path in flat)
-    variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-    run = jit(block.apply)
-    added = run(variables, x) - x
-    factors = np.full((2, 3), 7.0, np.float32)  # of the silent branch: without effect
-    factors[branch] = 0, 1, 2.5
-    np.testing.assert_allclose(
-        run(variables, x, factors) - x,
-        added * factors[branch][:, None, None, None],
-        rtol=1e-4,
-        atol=1e-4,
-    )
-
-
-def test_branches_are_dropped_more_often_with_depth_and_keep_the_mean(tiny, jit):
-    model, b = replace_fields(tiny[0], depth=4, drop_path=0.6), 2000
-    draw = lambda model: model.image_encoder.sample_drop_path(b)
-    keep = model.apply({}, rngs={"drop_path": jax.random.key(1)}, method=draw)
-    assert keep.shape == (4, 2, b)
-    for factors, rate in zip(keep, (0, 0.2, 0.4, 0.6), strict=True):
-        dropped = factors == 0
-        np.testing.assert_allclose(factors[~dropped], 1 / (1 - rate), rtol=1e-6)
-        # Four standard deviations of a binomial, for each of the two branches.
-        spread = 4 * (rate * (1 - rate) / b) ** 0.5
-        assert np.abs(dropped.mean(axis=1) - rate).max() <= spread
-        both = np.all(dropped, axis=0).mean()
-        assert abs(both - rate**2) <= 4 * (rate**2 * (1 - rate**2) / b) ** 0.5
-
-
-# Precision.
-
-
-def equations(jaxpr):
-    """Every equation of a jaxpr, also inside loops, calls and custom derivatives."""
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from equations(inner)
-
-
-def primitives(jaxpr):
-    return [equation.primitive.name for equation in equations(jaxpr)]
-
-
-def products(function, *args):
-    """(precision, dtype of the operands) of every matrix product and convolution."""
-    for equation in equations(jax.make_jaxpr(function)(*args)):
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield equation.params["precision"], equation.invars[0].aval.dtype.name
-
-
-HIGHEST = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
-
-
-@pytest.mark.parametrize("frame", [(48, 72), (64, 40)], ids=["stored", "interpolated"])
-def test_float32_multiplies_in_float32(tiny, frame):
-    """TPUs would round the factors to bfloat16, and GPUs to TF32, by default."""
-    model, variables = tiny
-    image = np.zeros((1, *frame, 3), np.float32)
-    prompts = pack([OBJECTS["points"]], 5, np.random.default_rng(0))
-    mask = np.zeros((1, 1, frame[0] // 2, frame[1] // 2), np.float32)
-    prompts = prompts.replace(mask=mask, has_mask=np.ones((1, 1), bool))
-    both = lambda v, x: model.apply(v, x, prompts).logits.sum()
-    forward = list(products(both, variables, image))
-    assert len(forward) > 60
-    assert set(forward) == {(HIGHEST, "float32")}
-    backward = list(products(jax.grad(both, argnums=(0, 1)), variables, image))
-    assert len(backward) > 2 * len(forward)
-    assert set(backward) == {(HIGHEST, "float32")}
-
-
-def test_bfloat16_multiplies_in_bfloat16_except_for_positions(tiny):
-    model, variables = tiny
-    model = replace_fields(model, dtype="bfloat16")
-    image = np.zeros((1, 48, 72, 3), np.float32)
-    prompts = pack([OBJECTS["points"]], 5, np.random.default_rng(0))
-    encoded = list(products(lambda v: model.apply(v, image, method="encode"), variables))
-    assert {dtype for _, dtype in encoded} == {"bfloat16"}
-    assert not {precision for precision, _ in encoded} & {HIGHEST}
-    embedding = np.zeros((1, 6, 9, 32), jnp.bfloat16)
-    decoded = list(
-        products(lambda v: model.apply(v, embedding, prompts, method="decode"), variables)
-    )
-    exact = [dtype for precision, dtype in decoded if precision == HIGHEST]
-    assert 1 <= len(exact) <= 2  # of the points, and of the grid
-    assert set(exact) == {"float32"}
-    assert {dtype for precision, dtype in decoded if precision != HIGHEST} == {"bfloat16"}
-
-
-def test_bfloat16_stays_close_to_float32(tiny, jit, images):
-    """Within 2 %, where kernels are so small that layers do not magnify what rounding does."""
-    model, variables = tiny
-    rng = np.random.default_rng(0)
-    prompts = Prompts(
-        points=rng.uniform(0, 48, (2, 8, 2, 2)).astype(np.float32),
-        labels=np.tile(np.array([1, 0], np.int32), (2, 8, 1)),
-        mask=rng.standard_normal((2, 8, 24, 36)).astype(np.float32),
-        has_mask=rng.random((2, 8)) < 0.5,
-    )
-    flat = flax.traverse_util.flatten_dict(variables, sep="/")
-    flat = {path: 0.3 * x if path.endswith("kernel") else x for path, x in flat.items()}
-    variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-    run = lambda model: jit(model.apply)(variables, images, prompts)
-    half_masks, masks = run(replace_fields(model, dtype="bfloat16")), run(model)
-    for half_x, x in zip(jax.tree.leaves(half_masks), jax.tree.leaves(masks), strict=True):
-        assert half_x.dtype == jnp.float32
-        assert 0 < np.linalg.norm(half_x - x) / np.linalg.norm(x) < 0.02
-
-
-# Layers.
-
-
-def test_gelu_is_exact():
-    """As PyTorch has it: 0.84134 at 1, where the approximation by tanh gives 0.84119."""
-    x = np.linspace(-6, 6, 101)
-    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), x * ndtr(x), atol=3e-7)
-    assert gelu(1.0) == pytest.approx(0.8413447, abs=1e-6)
-
-
-@pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
-def test_norms_are_precise_far_from_zero_and_near_it(epsilon):
-    """Far from zero the variance as a difference of means would be lost; near it epsilon counts."""
-
-    class Norm(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return layer_norm(epsilon, "float32", "norm")(x)
-
-    norm = Norm()
-    variables = {"params": {"norm": {"scale": np.array([2.0, 2, 2, 2]), "bias": np.ones(4)}}}
-    far = np.array([4096.0, 4097, 4098, 4099], np.float32)
-    by_hand = 1 + 2 * np.array([-1.5, -0.5, 0.5, 1.5]) / (1.25 + epsilon) ** 0.5
-    np.testing.assert_allclose(norm.apply(variables, far), by_hand, rtol=1e-6)
-    near = 1e-3 * np.array([-1.5, -0.5, 0.5, 1.5], np.float32)
-    by_hand = 1 + 2 * near / (1.25e-6 + epsilon) ** 0.5
-    np.testing.assert_allclose(norm.apply(variables, near), by_hand, rtol=1e-5)
 
 
 # Normalisation.
@@ -680,16 +406,6 @@ def test_images_of_wrong_shapes_are_refused(tiny, shape):
     message = rf"image must have shape \(b, h, w, 3\).*\b8\b.*got {re.escape(str(shape))}"
     with pytest.raises(ValueError, match=message):
         model.apply(variables, np.zeros(shape, np.float32), method="encode")
-
-
-def prompts_of(points, labels, mask=None, has_mask=None):
-    made = lambda shape, dtype: None if shape is None else np.zeros(shape, dtype)
-    return Prompts(
-        made(points, np.float32),
-        made(labels, np.int32),
-        made(mask, np.float32),
-        made(has_mask, bool),
-    )
 
 
 @pytest.mark.parametrize(

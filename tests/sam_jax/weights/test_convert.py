@@ -1,219 +1,46 @@
-"""Every tensor of a file is used once, lies as it must, and comes back bit for bit."""
+"""Every tensor of a file is used once, in the right layout, and comes back bit for bit."""
 
-import functools
 import math
 import random
 import re
 
-import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from sam_jax.model.sam import replace_fields, sam_tiny, sam_vit_b, sam_vit_l
-from sam_jax.weights import convert, names
-from sam_jax.weights.convert import WeightsError, from_torch, to_huggingface, to_torch
+from sam_jax.model.sam import replace_fields, sam_tiny
+from sam_jax.weights import names
+from sam_jax.weights.convert import from_torch, to_huggingface, to_torch
+from sam_jax.weights.tensors import WeightsError, check_variables
+from tests.sam_jax.weights.official_state import (
+    ZEROS,
+    assert_same_arrays,
+    flatten,
+    renamed,
+    without,
+)
 
 FUZZ_INPUTS = 3_000
 
 
-def flatten(variables):
-    return flax.traverse_util.flatten_dict(variables, sep="/")
-
-
 def load(state):
-    """(model, variables, notes); `state` itself is left as it is."""
+    """Returns (model, variables, notes), and leaves `state` unchanged."""
     notes = []
     return *from_torch(dict(state), notes), notes
 
 
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, array in actual.items():
-        assert array.dtype == expected[name].dtype, name
-        np.testing.assert_array_equal(array, expected[name], name)
-
-
 @pytest.fixture
 def state(tiny):
-    """The official state dict of a tiny model; each test may change its own."""
+    """The official state dict of a tiny model, which a test may change."""
     return to_torch(*tiny)
-
-
-# Names and layouts.
-
-
-@pytest.mark.parametrize(
-    ("layout", "theirs", "ours"),
-    [
-        (names.SAME, (2, 3, 4), (2, 3, 4)),
-        (names.LINEAR, (5, 3), (3, 5)),
-        (names.CONV, (5, 3, 2, 4), (2, 4, 3, 5)),
-        (names.DECONV, (5, 3, 2, 4), (5, 2, 4, 3)),
-        (names.ROW, (1, 6), (6,)),
-    ],
-)
-def test_layouts_undo_each_other(layout, theirs, ours):
-    x = np.arange(np.prod(theirs), dtype=np.float32).reshape(theirs)
-    there = layout.from_torch(x)
-    assert there.shape == ours
-    np.testing.assert_array_equal(layout.to_torch(there), x)
-    np.testing.assert_array_equal(layout.from_torch(layout.to_torch(there)), there)
-
-
-def test_layouts_element_by_element():
-    x = np.random.default_rng(0).random((5, 3, 2, 4))
-    assert names.CONV.from_torch(x)[1, 3, 2, 4] == x[4, 2, 1, 3]  # 'o i h w' -> 'h w i o'
-    assert names.DECONV.from_torch(x)[4, 1, 3, 2] == x[4, 2, 1, 3]  # 'i o h w' -> 'i h w o'
-
-
-def official_shapes(c, head, depth, global_blocks):
-    """The table of the specification, for a frame of 1024."""
-    block = {
-        "norm1": (c,),
-        "norm2": (c,),
-        "attn.qkv": (3 * c, c),
-        "attn.proj": (c, c),
-        "mlp.lin1": (4 * c, c),
-        "mlp.lin2": (c, 4 * c),
-    }
-    layers = {"image_encoder.patch_embed.proj": (c, 3, 16, 16)}
-    layers |= {f"image_encoder.blocks.{i}.{k}": v for i in range(depth) for k, v in block.items()}
-    layers |= {"image_encoder.neck.1": (256,), "image_encoder.neck.3": (256,)}
-    mask = "prompt_encoder.mask_downscaling"
-    layers |= {f"{mask}.0": (4, 1, 2, 2), f"{mask}.1": (4,), f"{mask}.3": (16, 4, 2, 2)}
-    layers |= {f"{mask}.4": (16,), f"{mask}.6": (256, 16, 1, 1)}
-    transformer = "mask_decoder.transformer"
-    for i in range(2):
-        layer = f"{transformer}.layers.{i}"
-        layers |= {f"{layer}.self_attn.{p}_proj": (256, 256) for p in ("q", "k", "v", "out")}
-        layers |= {f"{layer}.norm{j}": (256,) for j in (1, 2, 3, 4)}
-        layers |= {f"{layer}.mlp.lin1": (2048, 256), f"{layer}.mlp.lin2": (256, 2048)}
-    crosses = [
-        *(f"layers.{i}.cross_attn_token_to_image" for i in range(2)),
-        *(f"layers.{i}.cross_attn_image_to_token" for i in range(2)),
-        "final_attn_token_to_image",
-    ]
-    for cross in crosses:
-        layers |= {f"{transformer}.{cross}.{p}_proj": (128, 256) for p in ("q", "k", "v")}
-        layers |= {f"{transformer}.{cross}.out_proj": (256, 128)}
-    layers |= {f"{transformer}.norm_final_attn": (256,)}
-    heads = {f"mask_decoder.output_hypernetworks_mlps.{m}": 32 for m in range(4)}
-    for name, out in (heads | {"mask_decoder.iou_prediction_head": 4}).items():
-        layers |= {f"{name}.layers.{j}": (256, 256) for j in (0, 1)}
-        layers |= {f"{name}.layers.2": (out, 256)}
-    shapes = {}
-    for name, shape in layers.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-    up = "mask_decoder.output_upscaling"
-    shapes |= {f"{up}.0.weight": (256, 64, 2, 2), f"{up}.0.bias": (64,)}
-    shapes |= {f"{up}.1.weight": (64,), f"{up}.1.bias": (64,)}
-    shapes |= {f"{up}.3.weight": (64, 32, 2, 2), f"{up}.3.bias": (32,)}
-    shapes |= {"image_encoder.pos_embed": (1, 64, 64, c)}
-    shapes |= {"image_encoder.neck.0.weight": (256, c, 1, 1)}
-    shapes |= {"image_encoder.neck.2.weight": (256, 256, 3, 3)}
-    for i in range(depth):
-        rows = 127 if i in global_blocks else 27
-        for axis in "hw":
-            shapes[f"image_encoder.blocks.{i}.attn.rel_pos_{axis}"] = (rows, head)
-    shapes |= {"prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": (2, 128)}
-    embeddings = [f"point_embeddings.{k}" for k in range(4)] + [
-        "not_a_point_embed",
-        "no_mask_embed",
-    ]
-    shapes |= {f"prompt_encoder.{name}.weight": (1, 256) for name in embeddings}
-    shapes |= {"mask_decoder.iou_token.weight": (1, 256)}
-    return shapes | {"mask_decoder.mask_tokens.weight": (4, 256)}
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (sam_vit_b(), official_shapes(768, 64, 12, (2, 5, 8, 11))),
-        (sam_vit_l(), official_shapes(1024, 64, 24, (5, 11, 17, 23))),
-    ],
-    ids=["vit_b", "vit_l"],
-)
-def test_official_names_and_shapes_are_those_of_the_specification(model, expected):
-    ours = convert._shapes(model)
-    table = names.official_names(model.image_encoder.depth, model.mask_decoder.depth)
-    assert table.keys() == ours.keys()
-    theirs = {
-        official: layout.to_torch(np.broadcast_to(np.float32(0), ours[path])).shape
-        for path, (official, layout) in table.items()
-    }
-    assert theirs == expected
-
-
-@pytest.mark.parametrize(
-    ("official", "huggingface"),
-    [
-        ("image_encoder.pos_embed", "vision_encoder.pos_embed"),
-        ("image_encoder.patch_embed.proj.bias", "vision_encoder.patch_embed.projection.bias"),
-        ("image_encoder.blocks.11.norm1.weight", "vision_encoder.layers.11.layer_norm1.weight"),
-        ("image_encoder.blocks.3.attn.rel_pos_h", "vision_encoder.layers.3.attn.rel_pos_h"),
-        ("image_encoder.blocks.3.attn.proj.bias", "vision_encoder.layers.3.attn.proj.bias"),
-        ("image_encoder.blocks.3.mlp.lin2.weight", "vision_encoder.layers.3.mlp.lin2.weight"),
-        ("image_encoder.neck.0.weight", "vision_encoder.neck.conv1.weight"),
-        ("image_encoder.neck.1.bias", "vision_encoder.neck.layer_norm1.bias"),
-        ("image_encoder.neck.2.weight", "vision_encoder.neck.conv2.weight"),
-        ("image_encoder.neck.3.weight", "vision_encoder.neck.layer_norm2.weight"),
-        (
-            "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
-            "prompt_encoder.shared_embedding.positional_embedding",
-        ),
-        ("prompt_encoder.point_embeddings.2.weight", "prompt_encoder.point_embed.2.weight"),
-        ("prompt_encoder.not_a_point_embed.weight", "prompt_encoder.not_a_point_embed.weight"),
-        ("prompt_encoder.mask_downscaling.0.weight", "prompt_encoder.mask_embed.conv1.weight"),
-        ("prompt_encoder.mask_downscaling.1.bias", "prompt_encoder.mask_embed.layer_norm1.bias"),
-        ("prompt_encoder.mask_downscaling.6.bias", "prompt_encoder.mask_embed.conv3.bias"),
-        (
-            "mask_decoder.transformer.layers.0.norm4.bias",
-            "mask_decoder.transformer.layers.0.layer_norm4.bias",
-        ),
-        (
-            "mask_decoder.transformer.norm_final_attn.weight",
-            "mask_decoder.transformer.layer_norm_final_attn.weight",
-        ),
-        (
-            "mask_decoder.transformer.layers.1.cross_attn_image_to_token.out_proj.weight",
-            "mask_decoder.transformer.layers.1.cross_attn_image_to_token.out_proj.weight",
-        ),
-        ("mask_decoder.output_upscaling.0.weight", "mask_decoder.upscale_conv1.weight"),
-        ("mask_decoder.output_upscaling.1.weight", "mask_decoder.upscale_layer_norm.weight"),
-        ("mask_decoder.output_upscaling.3.bias", "mask_decoder.upscale_conv2.bias"),
-        (
-            "mask_decoder.output_hypernetworks_mlps.3.layers.0.weight",
-            "mask_decoder.output_hypernetworks_mlps.3.proj_in.weight",
-        ),
-        (
-            "mask_decoder.output_hypernetworks_mlps.3.layers.1.weight",
-            "mask_decoder.output_hypernetworks_mlps.3.layers.0.weight",
-        ),
-        (
-            "mask_decoder.iou_prediction_head.layers.2.bias",
-            "mask_decoder.iou_prediction_head.proj_out.bias",
-        ),
-        ("mask_decoder.mask_tokens.weight", "mask_decoder.mask_tokens.weight"),
-    ],
-)
-def test_huggingface_names(official, huggingface):
-    assert names.huggingface_name(official) == huggingface
-
-
-def test_huggingface_names_are_all_different():
-    table = names.official_names(32, 3).values()
-    assert len({names.huggingface_name(official) for official, _ in table}) == len(table)
 
 
 # Round trips.
 
 MODELS = {
-    "a non-square frame": {},
-    "a square frame": dict(image_size=(64, 64), window_size=3),
+    "images that are not square": {},
+    "square images": dict(image_size=(64, 64), window_size=3),
     "another patch": dict(image_size=(24, 20), patch_size=4),
     "windows larger than the grid": dict(window_size=10),
     "windows of one token": dict(window_size=1),
@@ -233,10 +60,10 @@ def test_the_model_is_found_from_the_shapes(tiny, variables_of, fields):
     found, again, notes = load(to_torch(model, variables))
     assert found == model
     assert notes == []
-    assert_same(flatten(again), flatten(variables))
+    assert_same_arrays(flatten(again), flatten(variables))
 
 
-def test_how_a_model_computes_is_not_in_the_file(tiny):
+def test_compute_options_are_not_in_the_file(tiny):
     model, variables = tiny
     training = replace_fields(model, dtype="bfloat16", dropout=0.1, drop_path=0.4, remat="blocks")
     assert load(to_torch(training, variables))[0] == model
@@ -269,11 +96,11 @@ def test_huggingface_to_ours_to_huggingface_is_bitwise(square):
     model, variables, notes = load(source)
     assert model == square[0]
     assert notes == []
-    assert_same(flatten(variables), flatten(square[1]))
-    assert_same(to_huggingface(model, variables), source)
+    assert_same_arrays(flatten(variables), flatten(square[1]))
+    assert_same_arrays(to_huggingface(model, variables), source)
 
 
-def test_tensors_lie_where_the_model_has_them(state):
+def test_tensors_have_the_model_s_paths_and_layouts(state):
     _, variables, _ = load(state)
     params, constants = variables["params"], variables["constants"]
     name = "image_encoder.blocks.1.mlp.lin1.weight"
@@ -309,7 +136,7 @@ def test_arrays_are_float32_and_no_views_that_keep_the_file_in_memory(state):
 def test_training_checkpoints(tiny, state, wrapper):
     model, variables, notes = load({wrapper: state, "epoch": 3, "optimizer": {"lr": [0.1]}})
     assert model == tiny[0]
-    assert_same(flatten(variables), flatten(tiny[1]))
+    assert_same_arrays(flatten(variables), flatten(tiny[1]))
     (note,) = notes
     assert "epoch" in note
     assert "optimizer" in note
@@ -326,14 +153,16 @@ def test_prefixes(tiny, square, state, prefix, naming):
         tiny, state = square, to_huggingface(*square)
     model, variables, _ = load({f"{prefix}{name}": x for name, x in state.items()})
     assert model == tiny[0]
-    assert_same(flatten(variables), flatten(tiny[1]))
+    assert_same_arrays(flatten(variables), flatten(tiny[1]))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, ">f4"])
 def test_other_floats_become_float32(state, dtype):
     state = {name: x.astype(dtype) for name, x in state.items()}
     _, variables, _ = load(state)
-    assert_same(to_torch(load(state)[0], variables), {k: x.astype("f4") for k, x in state.items()})
+    assert_same_arrays(
+        to_torch(load(state)[0], variables), {k: x.astype("f4") for k, x in state.items()}
+    )
 
 
 def test_pixel_statistics_are_checked_and_left_out(tiny, state):
@@ -359,7 +188,7 @@ def test_other_pixel_statistics_are_refused(state, key, value):
 def test_one_of_the_tied_matrices_is_enough(square, given):
     source = to_huggingface(*square)
     del source[names.HF_GAUSSIAN if given == "one" else names.HF_GAUSSIAN_TWIN]
-    assert_same(flatten(load(source)[1]), flatten(square[1]))
+    assert_same_arrays(flatten(load(source)[1]), flatten(square[1]))
 
 
 def test_tied_matrices_must_be_equal(square):
@@ -370,10 +199,10 @@ def test_tied_matrices_must_be_equal(square):
         load(source)
 
 
-# Another frame.
+# Another image size.
 
 
-def test_positions_for_another_frame_than_the_tables(tiny, state):
+def test_positions_for_another_image_size_than_the_tables(tiny, state):
     """Absolute positions say the frame; the global tables are interpolated, and a note says so."""
     state["image_encoder.pos_embed"] = np.ones((1, 4, 11, 24), np.float32)
     old = {axis: state[f"image_encoder.blocks.1.attn.rel_pos_{axis}"] for axis in "hw"}
@@ -414,18 +243,14 @@ def test_tables_that_fit_no_windows_are_refused(tiny, variables_of, tables, rows
         load(state)
 
 
+def test_tiny_size_round_trips(variables_of):
+    model = sam_tiny(decoder_heads=8, position_scale=1.0)  # which no weight tells
+    assert load(to_torch(model, variables_of(model)))[0] == model
+
+
 # What is refused.
 
 
-def without(state, part):
-    return {name: x for name, x in state.items() if part not in name}
-
-
-def renamed(state, old, new):
-    return {name.replace(old, new): x for name, x in state.items()}
-
-
-ZEROS = np.zeros((1, 32), np.float32)
 REFUSED = {
     "SAM-HQ": (
         lambda s: s | {"mask_decoder.hf_token.weight": ZEROS, "mask_decoder.hf_mlp.x": ZEROS},
@@ -602,8 +427,8 @@ def edit(state, rng):
     elif kind == 5:
         return {rng.choice(["model", "state_dict", "weights", 3]): state}
     elif kind == 6:
-        odd = [None, 3, "text", [1.0], {}, {"a": 1}, np.float32(3), np.array("a"), object()]
-        state[name] = rng.choice(odd)
+        others = [None, 3, "text", [1.0], {}, {"a": 1}, np.float32(3), np.array("a"), object()]
+        state[name] = rng.choice(others)
     elif kind == 7:
         state[rng.choice(["cls_token", "pixel_mean", "vision_encoder.pos_embed", "model", "x"])] = x
     elif not isinstance(x, np.ndarray):
@@ -633,7 +458,6 @@ def edit(state, rng):
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")  # by JAX, of huge axes
 def test_random_edits_only_ever_raise_weights_errors(tiny, square, state, monkeypatch):
-    monkeypatch.setattr(convert, "_shapes", functools.lru_cache(convert._shapes))
     resize = jax.image.resize
 
     def bounded_resize(image, shape, *args, **kwargs):
@@ -659,165 +483,8 @@ def test_random_edits_only_ever_raise_weights_errors(tiny, square, state, monkey
         else:
             loaded += 1
             assert {x.dtype.name for x in jax.tree.leaves(variables)} == {"float32"}
-            convert.check_shapes(model, flatten(variables), "variables")
+            check_variables("variables", model, flatten(variables))
     assert not faults
     assert len(refusals) > FUZZ_INPUTS / 2
     assert max(map(len, refusals)) < 20_000
     assert loaded > FUZZ_INPUTS / 50
-
-
-# MAE.
-
-
-def mae_state(patch=16, side=3, width=768, depth=4):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
-    layers = {"patch_embed.proj": (width, 3, patch, patch), "norm": (width,)}
-    for i in range(depth):
-        layers |= {f"blocks.{i}.norm1": (width,), f"blocks.{i}.norm2": (width,)}
-        layers |= {
-            f"blocks.{i}.attn.qkv": (3 * width, width),
-            f"blocks.{i}.attn.proj": (width, width),
-        }
-        layers |= {
-            f"blocks.{i}.mlp.fc1": (4 * width, width),
-            f"blocks.{i}.mlp.fc2": (width, 4 * width),
-        }
-    state = {f"{name}.weight": normal(*shape) for name, shape in layers.items()}
-    state |= {f"{name}.bias": normal(shape[0]) for name, shape in layers.items()}
-    positions = normal(1, 1 + side * side, width)
-    positions[0, 1:, 0], positions[0, 1:, 1] = np.divmod(np.arange(side * side), side)
-    return state | {"cls_token": normal(1, 1, width), "pos_embed": positions}
-
-
-@pytest.fixture(scope="module")
-def mae():
-    return mae_state()
-
-
-@pytest.fixture
-def fresh_zeros(monkeypatch):
-    """Parts that an MAE checkpoint lacks are zero, where drawing them is not what is tested."""
-
-    def zeros(model, seed):
-        shapes = convert._shapes(model)
-        return flax.traverse_util.unflatten_dict(
-            {k: jnp.zeros(s) for k, s in shapes.items()}, sep="/"
-        )
-
-    shapes = functools.lru_cache(convert._shapes)
-    monkeypatch.setattr(convert, "_shapes", shapes)
-    shapes(sam_vit_b(depth=4, global_blocks=(0, 1, 2, 3)))
-    monkeypatch.setattr(convert, "init_variables", zeros)
-
-
-def test_mae_encoder(mae, fresh_zeros):
-    extra = {
-        "mask_token": ZEROS,
-        "decoder_embed.weight": ZEROS,
-        "decoder_blocks.0.norm1.bias": ZEROS,
-    }
-    extra |= {"head.weight": ZEROS, "fc_norm.bias": ZEROS, "decoder_pos_embed": ZEROS}
-    model, variables, notes = load({"model": mae | extra, "epoch": 1600})
-    assert model == sam_vit_b(depth=4, global_blocks=(0, 1, 2, 3))
-    encoder = variables["params"]["image_encoder"]
-    block = encoder["block_02"]
-    np.testing.assert_array_equal(
-        block["attention"]["qkv"]["kernel"], mae["blocks.2.attn.qkv.weight"].T
-    )
-    np.testing.assert_array_equal(block["lin1"]["kernel"], mae["blocks.2.mlp.fc1.weight"].T)
-    np.testing.assert_array_equal(block["lin2"]["bias"], mae["blocks.2.mlp.fc2.bias"])
-    np.testing.assert_array_equal(block["norm2"]["scale"], mae["blocks.2.norm2.weight"])
-    kernel = mae["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
-    np.testing.assert_array_equal(encoder["patch_embed"]["kernel"], kernel)
-    np.testing.assert_array_equal(block["attention"]["rel_pos_h"], np.zeros((127, 64)))
-    # Positions: those of a 3x3 grid, without the class token's, in rows, stretched over 64x64.
-    row, column = encoder["pos_embed"][0, :, :, 0], encoder["pos_embed"][0, :, :, 1]
-    assert encoder["pos_embed"].shape == (1, 64, 64, 768)
-    np.testing.assert_allclose(row, np.broadcast_to(row[:, :1], (64, 64)), atol=1e-5)
-    np.testing.assert_allclose(column, row.T, atol=1e-5)
-    assert np.all(np.diff(row[8:-8, 0]) > 0)
-    assert row[31:33, 0].mean() == pytest.approx(1, abs=1e-4)  # around the centre of the middle
-    assert row[10:12, 0].mean() == pytest.approx(0, abs=0.03)  # around that of the first
-    text = " ".join(notes)
-    for name in ("epoch", "cls_token", "norm.weight", *extra):
-        assert name in text
-
-
-def test_mae_patches_of_14_are_resized_to_16_and_keep_their_response_to_a_constant(
-    mae, fresh_zeros
-):
-    kernel = np.random.default_rng(1).standard_normal((768, 3, 14, 14)).astype(np.float32)
-    _, variables, _ = load(mae | {"patch_embed.proj.weight": 0 * kernel + kernel[:, :, :1, :1]})
-    resized = variables["params"]["image_encoder"]["patch_embed"]["kernel"]
-    assert resized.shape == (16, 16, 3, 768)
-    expected = np.broadcast_to(kernel[:, :, 0, 0].T, (16, 16, 3, 768)) * (14 / 16) ** 2
-    np.testing.assert_allclose(resized, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mae_parts_that_are_missing_are_drawn_from_seed_0(mae, jit, monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
-    model, variables, notes = load(mae)
-    assert any("untrained" in note for note in notes)
-    params = variables["params"]
-    assert not np.any(params["image_encoder"]["block_00"]["attention"]["rel_pos_w"])
-    assert params["prompt_encoder"]["foreground"].std() > 0.5
-    bound = params["mask_decoder"]["iou_head"]["lin1"]["kernel"]
-    assert 0.9 / 16 < np.abs(bound).max() <= 1 / 16
-    assert (
-        0.9 / 16
-        < np.abs(params["image_encoder"]["neck"]["conv2"]["kernel"]).max() * 3
-        <= 1 / 16 * 1.01
-    )
-    assert to_torch(model, variables).keys() == official_shapes(768, 64, 4, ()).keys()
-
-
-MAE_REFUSED = {
-    "an unknown tensor": ({"gate.weight": ZEROS}, r"unknown \[gate.weight\]"),
-    "positions that are no square": (
-        {"pos_embed": np.zeros((1, 7, 768), "f4")},
-        r"pos_embed.*got.*7",
-    ),
-    "positions of the class alone": ({"pos_embed": np.zeros((1, 1, 768), "f4")}, r"pos_embed"),
-    "positions of two": ({"pos_embed": np.zeros((2, 10, 768), "f4")}, r"pos_embed"),
-    "positions as a matrix": (
-        {"pos_embed": np.zeros((10, 768), "f4")},
-        r"pos_embed must have 3 axes",
-    ),
-    "another width": ({"pos_embed": np.zeros((1, 10, 770), "f4")}, r"768.*got 770 wide"),
-    "a kernel as a matrix": (
-        {"patch_embed.proj.weight": np.zeros((768, 768), "f4")},
-        r"patch_embed",
-    ),
-    "an empty kernel": (
-        {"patch_embed.proj.weight": np.zeros((768, 3, 0, 0), "f4")},
-        r"patch_embed",
-    ),
-    "a kernel that is not square": (
-        {"patch_embed.proj.weight": np.zeros((768, 3, 14, 7), "f4")},
-        r"patch_embed",
-    ),
-    "a misshapen layer": (
-        {"blocks.0.attn.qkv.weight": np.zeros((768, 2304), "f4")},
-        r"blocks.0.attn.qkv.weight \(768, 2304\) instead of \(2304, 768\)",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", MAE_REFUSED)
-def test_mae_refused(mae, fresh_zeros, kind):
-    changes, message = MAE_REFUSED[kind]
-    with pytest.raises(WeightsError, match=message):
-        load(mae | changes)
-
-
-def test_mae_depth_must_make_four_super_blocks(mae):
-    with pytest.raises(WeightsError, match=r"depth a multiple of 4; got 768 wide and 3 deep"):
-        load(without(mae, "blocks.3."))
-    with pytest.raises(WeightsError, match=r"count from 0 without a gap; got \[0, 1, 3\]"):
-        load(without(mae, "blocks.2."))
-
-
-def test_tiny_size_round_trips(variables_of):
-    model = sam_tiny(decoder_heads=8, position_scale=1.0)  # which no weight tells
-    assert load(to_torch(model, variables_of(model)))[0] == model

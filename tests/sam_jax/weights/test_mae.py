@@ -1,4 +1,4 @@
-"""Masked autoencoders on disk, as facebookresearch/mae has them, and their encoders in a SAM."""
+"""Files of masked autoencoders, and their encoders in a SAM."""
 
 import json
 
@@ -9,22 +9,31 @@ import numpy as np
 import pytest
 
 import sam_jax
-from sam_jax.model.init import init_variables
+from sam_jax.model.init import variable_shapes
 from sam_jax.model.mae import encode_positions, mae_tiny
-from sam_jax.model.sam import replace_fields, sam_tiny
-from sam_jax.weights import mae, safetensors_file, store
-from sam_jax.weights.formats import read_autoencoder
+from sam_jax.model.sam import replace_fields, sam_tiny, sam_vit_b
+from sam_jax.weights import directory, mae, safetensors_file
+from sam_jax.weights.convert import from_torch, to_torch
+from sam_jax.weights.formats import load_autoencoder, read, read_autoencoder
 from sam_jax.weights.tensors import WeightsError
+from tests.sam_jax.weights.official_state import (
+    ZEROS,
+    assert_same_arrays,
+    flatten,
+    mae_state,
+    official_shapes,
+    without,
+)
 
 MODEL = mae_tiny(image_size=(32, 48), decoder_dim=32, decoder_depth=3)
 
 
 def random_variables(model, seed=0):
-    """In which no two arrays are alike, nor any like its transpose."""
+    """Returns random variables, of which no two arrays are equal and none equals its transpose."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_variables(model, 0))
-    draw = lambda x: rng.standard_normal(x.shape).astype(np.float32)
-    return jax.tree.map(draw, shapes)
+    shapes = {path: x.shape for path, x in variable_shapes(model).items()}
+    flat = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
+    return flax.traverse_util.unflatten_dict(flat, sep="/") | {"constants": {}}
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +47,19 @@ def saved(tmp_path, variables):
     return tmp_path / "mae"
 
 
-def assert_same(actual, expected):
-    actual, expected = (flax.traverse_util.flatten_dict(x, sep="/") for x in (actual, expected))
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        np.testing.assert_array_equal(actual[name], x)
-
-
 def test_a_directory_and_back(saved, variables):
-    model, tensors = read_autoencoder(saved)
+    model, loaded = load_autoencoder(saved)
     assert model == MODEL
-    assert_same(mae.from_torch(model, tensors), variables)
+    assert loaded["constants"] == {}
+    assert_same_arrays(flatten(loaded), flatten(variables))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(loaded))
+
+
+def test_a_checkpoint_has_the_variables_and_the_tensors(saved, variables):
+    checkpoint = read(saved)
+    assert (checkpoint.kind, checkpoint.model, checkpoint.notes) == ("mae", MODEL, [])
+    assert_same_arrays(flatten(checkpoint.variables), flatten(variables))
+    assert_same_arrays(checkpoint.tensors, mae.to_torch(MODEL, variables))
 
 
 def test_names_and_layouts_are_those_of_pytorch(variables):
@@ -74,18 +85,28 @@ def test_single_files(tmp_path, variables, name):
     sam_jax.save(tmp_path / name, MODEL, variables)
     model, tensors = read_autoencoder(tmp_path / name)
     assert model is None
-    assert_same(mae.from_torch(MODEL, tensors), variables)
+    assert_same_arrays(flatten(mae.from_torch(MODEL, tensors)), flatten(variables))
+    with pytest.raises(WeightsError, match=rf"{name} must be the weights directory of a masked"):
+        load_autoencoder(tmp_path / name)
 
 
-def test_transformers_has_no_format_for_it(tmp_path, variables):
-    with pytest.raises(ValueError, match="a masked autoencoder is saved as sam_jax or official"):
+def test_there_is_no_huggingface_format(tmp_path, variables):
+    message = "a masked autoencoder's format must be sam_jax or official; got 'huggingface'"
+    with pytest.raises(ValueError, match=message):
         sam_jax.save(tmp_path / "x", MODEL, variables, format="huggingface")
     assert not (tmp_path / "x").exists()
 
 
-def test_a_sam_is_no_autoencoder(tmp_path, tiny):
+def test_a_sam_is_not_an_autoencoder(tmp_path, tiny):
     sam_jax.save(tmp_path / "sam", *tiny)
     assert read_autoencoder(tmp_path / "sam") is None
+    with pytest.raises(WeightsError, match="sam must be the weights directory of a masked"):
+        load_autoencoder(tmp_path / "sam")
+
+
+def test_an_autoencoder_is_not_a_sam(saved):
+    with pytest.raises(WeightsError, match=r"mae holds a masked autoencoder.*load_autoencoder"):
+        sam_jax.load(saved)
 
 
 DAMAGED = {
@@ -93,7 +114,7 @@ DAMAGED = {
     "an unknown one": (lambda s: s.update(gate=s["norm.weight"]), r"unknown \[gate\]"),
     "a misshapen one": (
         lambda s: s.update({"norm.weight": s["norm.weight"][1:]}),
-        r"norm.weight must have shape \(64,\); got \(63,\)",
+        r"norm.weight \(63,\) instead of \(64,\)",
     ),
     "learnt positions": (
         lambda s: s.update(pos_embed=s["pos_embed"] + 1),
@@ -103,37 +124,45 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_tensors_that_are_not_the_models(variables, kind):
-    damage, said = DAMAGED[kind]
+def test_tensors_of_another_model_are_refused(variables, kind):
+    damage, message = DAMAGED[kind]
     state = mae.to_torch(MODEL, variables)
     damage(state)
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         mae.from_torch(MODEL, state)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
-        ("decoder_heads", 5, "decoder_dim must be a multiple of decoder_heads"),
-        ("image_size", [32, 47], "image_size must be two multiples of patch_size 8"),
+        (
+            "decoder_heads",
+            5,
+            "decoder_dim must be a positive multiple of decoder_heads = 5; got 32",
+        ),
+        (
+            "image_size",
+            [32, 47],
+            r"image_size must be two multiples of patch_size = 8; got \(32, 47\)",
+        ),
         ("window_size", 3, r"unknown fields \['window_size'\]"),
-        ("mask_ratio", "most", "mask_ratio must be like 0.75"),
+        ("mask_ratio", "most", "mask_ratio must be a positive number; got 'most'"),
     ],
 )
-def test_fields_that_cannot_be(saved, field, value, said):
-    fields = json.loads((saved / store.MAE).read_text()) | {field: value}
-    (saved / store.MAE).write_text(json.dumps(fields))
-    with pytest.raises(WeightsError, match=said):
+def test_invalid_fields_are_named(saved, field, value, message):
+    fields = json.loads((saved / directory.MAE_JSON).read_text()) | {field: value}
+    (saved / directory.MAE_JSON).write_text(json.dumps(fields))
+    with pytest.raises(WeightsError, match=message):
         read_autoencoder(saved)
 
 
 def test_a_directory_without_its_tensors(saved):
-    (saved / store.MAE_WEIGHTS).unlink()
+    (saved / directory.MAE_WEIGHTS).unlink()
     with pytest.raises(WeightsError, match=r"mae\.safetensors is missing"):
         read_autoencoder(saved)
 
 
-# Its encoder in a SAM.
+# Its encoder as a SAM's image encoder.
 
 SAM = sam_tiny(image_size=(64, 80), window_size=4, global_blocks=(1,))
 
@@ -145,8 +174,8 @@ def test_every_layer_of_the_encoder_is_there():
     variables = random_variables(model)
     state = mae.to_torch(model, variables)
     found = mae.encoder_for(sam, state, [])
-    flat = flax.traverse_util.flatten_dict(sam_variables(sam), sep="/") | found
-    given = flax.traverse_util.unflatten_dict(flat, sep="/")
+    assert found.keys() < variable_shapes(sam).keys()
+    given = flax.traverse_util.unflatten_dict(found, sep="/")
     patches = given["params"]["image_encoder"]["patch_embed"]["kernel"]
     np.testing.assert_array_equal(patches, variables["params"]["patch_embed"]["kernel"])
     np.testing.assert_allclose(
@@ -157,17 +186,10 @@ def test_every_layer_of_the_encoder_is_there():
     for i in range(2):
         block = given["params"]["image_encoder"][f"block_{i:02d}"]
         theirs = variables["params"][f"block_{i:02d}"]
-        assert not block["attention"].pop("rel_pos_h").any()
-        assert not block["attention"].pop("rel_pos_w").any()
-        assert_same(block, theirs)
+        assert_same_arrays(flatten(block), flatten(theirs))
 
 
-def sam_variables(sam):
-    shapes = jax.eval_shape(lambda: init_variables(sam, 0))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
-
-
-def test_positions_and_patches_are_resized_to_the_sams():
+def test_positions_and_patches_are_resized():
     sam = replace_fields(SAM, patch_size=16, image_size=(64, 80))
     state = mae.to_torch(MODEL, random_variables(MODEL))
     notes = []
@@ -204,12 +226,147 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_encoders_that_are_not_the_sams(variables, kind):
-    sam, grid, said = REFUSED[kind]
-    with pytest.raises(WeightsError, match=said):
+def test_encoders_of_another_size_are_refused(variables, kind):
+    sam, grid, message = REFUSED[kind]
+    with pytest.raises(WeightsError, match=message):
         mae.encoder_for(sam, mae.to_torch(MODEL, variables), [], grid)
 
 
 def test_tensors_are_read_back_by_their_names(saved):
-    state = safetensors_file.read(saved / store.MAE_WEIGHTS)
+    state = safetensors_file.read(saved / directory.MAE_WEIGHTS)
     assert {"cls_token", "pos_embed", "blocks.1.attn.qkv.bias", "decoder_embed.weight"} <= {*state}
+
+
+# An MAE checkpoint as an untrained SAM.
+
+
+def load_sam(state):
+    """Returns (model, variables, notes), and leaves `state` unchanged."""
+    notes = []
+    return *from_torch(dict(state), notes), notes
+
+
+@pytest.fixture(scope="module")
+def state():
+    return mae_state()
+
+
+@pytest.fixture
+def zero_init(monkeypatch):
+    """Initializes with zeros the parts that an MAE checkpoint lacks, which is faster."""
+
+    def zeros(model, seed):
+        flat = {path: jnp.zeros(x.shape) for path, x in variable_shapes(model).items()}
+        return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+    variable_shapes(sam_vit_b(depth=4, global_blocks=(0, 1, 2, 3)))  # cached before the patch
+    monkeypatch.setattr(mae, "init_variables", zeros)
+
+
+def test_mae_encoder(state, zero_init):
+    extra = {
+        "mask_token": ZEROS,
+        "decoder_embed.weight": ZEROS,
+        "decoder_blocks.0.norm1.bias": ZEROS,
+    }
+    extra |= {"head.weight": ZEROS, "fc_norm.bias": ZEROS, "decoder_pos_embed": ZEROS}
+    model, variables, notes = load_sam({"model": state | extra, "epoch": 1600})
+    assert model == sam_vit_b(depth=4, global_blocks=(0, 1, 2, 3))
+    encoder = variables["params"]["image_encoder"]
+    block = encoder["block_02"]
+    np.testing.assert_array_equal(
+        block["attention"]["qkv"]["kernel"], state["blocks.2.attn.qkv.weight"].T
+    )
+    np.testing.assert_array_equal(block["lin1"]["kernel"], state["blocks.2.mlp.fc1.weight"].T)
+    np.testing.assert_array_equal(block["lin2"]["bias"], state["blocks.2.mlp.fc2.bias"])
+    np.testing.assert_array_equal(block["norm2"]["scale"], state["blocks.2.norm2.weight"])
+    kernel = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(encoder["patch_embed"]["kernel"], kernel)
+    np.testing.assert_array_equal(block["attention"]["rel_pos_h"], np.zeros((127, 64)))
+    # Positions: those of a 3x3 grid, without the class token's, in rows, stretched over 64x64.
+    row, column = encoder["pos_embed"][0, :, :, 0], encoder["pos_embed"][0, :, :, 1]
+    assert encoder["pos_embed"].shape == (1, 64, 64, 768)
+    np.testing.assert_allclose(row, np.broadcast_to(row[:, :1], (64, 64)), atol=1e-5)
+    np.testing.assert_allclose(column, row.T, atol=1e-5)
+    assert np.all(np.diff(row[8:-8, 0]) > 0)
+    assert row[31:33, 0].mean() == pytest.approx(1, abs=1e-4)  # around the centre of the middle
+    assert row[10:12, 0].mean() == pytest.approx(0, abs=0.03)  # around that of the first
+    text = " ".join(notes)
+    for name in ("epoch", "cls_token", "norm.weight", *extra):
+        assert name in text
+
+
+def test_mae_patches_of_14_are_resized_to_16_and_keep_their_response_to_a_constant(
+    state, zero_init
+):
+    kernel = np.random.default_rng(1).standard_normal((768, 3, 14, 14)).astype(np.float32)
+    _, variables, _ = load_sam(
+        state | {"patch_embed.proj.weight": 0 * kernel + kernel[:, :, :1, :1]}
+    )
+    resized = variables["params"]["image_encoder"]["patch_embed"]["kernel"]
+    assert resized.shape == (16, 16, 3, 768)
+    expected = np.broadcast_to(kernel[:, :, 0, 0].T, (16, 16, 3, 768)) * (14 / 16) ** 2
+    np.testing.assert_allclose(resized, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mae_parts_that_are_missing_are_drawn_from_seed_0(state, jit, monkeypatch):
+    monkeypatch.setattr(jax, "jit", jit)
+    model, variables, notes = load_sam(state)
+    assert any("untrained" in note for note in notes)
+    params = variables["params"]
+    assert not np.any(params["image_encoder"]["block_00"]["attention"]["rel_pos_w"])
+    assert params["prompt_encoder"]["foreground"].std() > 0.5
+    bound = params["mask_decoder"]["iou_head"]["lin1"]["kernel"]
+    assert 0.9 / 16 < np.abs(bound).max() <= 1 / 16
+    assert (
+        0.9 / 16
+        < np.abs(params["image_encoder"]["neck"]["conv2"]["kernel"]).max() * 3
+        <= 1 / 16 * 1.01
+    )
+    assert to_torch(model, variables).keys() == official_shapes(768, 64, 4, ()).keys()
+
+
+MAE_REFUSED = {
+    "an unknown tensor": ({"gate.weight": ZEROS}, r"unknown \[gate.weight\]"),
+    "positions that are no square": (
+        {"pos_embed": np.zeros((1, 7, 768), "f4")},
+        r"pos_embed.*got.*7",
+    ),
+    "positions of the class alone": ({"pos_embed": np.zeros((1, 1, 768), "f4")}, r"pos_embed"),
+    "positions of two": ({"pos_embed": np.zeros((2, 10, 768), "f4")}, r"pos_embed"),
+    "positions as a matrix": (
+        {"pos_embed": np.zeros((10, 768), "f4")},
+        r"pos_embed must have 3 axes",
+    ),
+    "another width": ({"pos_embed": np.zeros((1, 10, 770), "f4")}, r"768.*got 770 wide"),
+    "a kernel as a matrix": (
+        {"patch_embed.proj.weight": np.zeros((768, 768), "f4")},
+        r"patch_embed",
+    ),
+    "an empty kernel": (
+        {"patch_embed.proj.weight": np.zeros((768, 3, 0, 0), "f4")},
+        r"patch_embed",
+    ),
+    "a kernel that is not square": (
+        {"patch_embed.proj.weight": np.zeros((768, 3, 14, 7), "f4")},
+        r"patch_embed",
+    ),
+    "a misshapen layer": (
+        {"blocks.0.attn.qkv.weight": np.zeros((768, 2304), "f4")},
+        r"blocks.0.attn.qkv.weight \(768, 2304\) instead of \(2304, 768\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MAE_REFUSED)
+def test_mae_refused(state, zero_init, kind):
+    changes, message = MAE_REFUSED[kind]
+    with pytest.raises(WeightsError, match=message):
+        load_sam(state | changes)
+
+
+def test_mae_depth_must_make_four_super_blocks(state):
+    with pytest.raises(WeightsError, match=r"depth a multiple of 4; got 768 wide and 3 deep"):
+        load_sam(without(state, "blocks.3."))
+    with pytest.raises(WeightsError, match=r"count from 0 without a gap; got \[0, 1, 3\]"):
+        load_sam(without(state, "blocks.2."))

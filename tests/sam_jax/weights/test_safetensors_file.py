@@ -1,21 +1,34 @@
-"""The safetensors reader refuses what is damaged, in bounded memory."""
+"""Safetensors files come back as they were; damaged ones are refused in bounded memory."""
 
 import json
 import os
+import random
 import tracemalloc
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from sam_jax.weights import safetensors_file
+from sam_jax.weights.formats import load
+from sam_jax.weights.safetensors_file import SafetensorsFileError, read, write
+from tests.sam_jax.weights.safetensors_bytes import FLOATS, HEADERS, mutated, pack
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
+FUZZ_INPUTS = 5_000
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def test_round_trip(tmp_path):
     path = tmp_path / "x.safetensors"
-    safetensors_file.write(path, TENSORS | {"t": TENSORS["a"].T})
-    back = safetensors_file.read(path)
+    write(path, TENSORS | {"t": TENSORS["a"].T})
+    back = read(path)
     assert back.keys() == {"a", "b", "t"}
     assert np.array_equal(back["t"], TENSORS["a"].T)
     assert all(np.array_equal(back[k], TENSORS[k]) for k in TENSORS)
@@ -24,10 +37,10 @@ def test_round_trip(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.safetensors"
-    safetensors_file.write(path, TENSORS)
+    write(path, TENSORS)
     before = path.read_bytes()
     with pytest.raises(Exception, match="object"):
-        safetensors_file.write(path, {"a": np.array([None])})
+        write(path, {"a": np.array([None])})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
@@ -66,15 +79,13 @@ BROKEN = {
 def test_broken_files_are_refused_by_name(content, tmp_path):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
-    with pytest.raises(
-        safetensors_file.SafetensorsFileError, match=r"broken\.safetensors is damaged"
-    ):
-        safetensors_file.read(path)
+    with pytest.raises(SafetensorsFileError, match=r"broken\.safetensors is damaged"):
+        read(path)
 
 
 def test_thousands_of_mutations_are_refused_or_read(tmp_path):
     path = tmp_path / "x.safetensors"
-    safetensors_file.write(path, TENSORS)
+    write(path, TENSORS)
     original = path.read_bytes()
     rng = np.random.default_rng(0)
     refused = 0
@@ -85,10 +96,71 @@ def test_thousands_of_mutations_are_refused_or_read(tmp_path):
             data[position] = rng.integers(256)
         path.write_bytes(data[: rng.integers(len(data) // 2, len(data) + 1)])
         try:
-            safetensors_file.read(path)
-        except safetensors_file.SafetensorsFileError:
+            read(path)
+        except SafetensorsFileError:
             refused += 1
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert refused > 1000
     assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_bad_safetensors_are_refused(folder, kind):
+    Path("bad.safetensors").write_bytes(HEADERS[kind])
+    with pytest.raises(SafetensorsFileError, match=r"bad.safetensors"):
+        read("bad.safetensors")
+    with pytest.raises(ValueError, match=r"bad.safetensors"):
+        load("bad.safetensors")
+
+
+def test_safetensors_of_other_types_are_not_weights(folder):
+    for dtype, size in {"I64": 1, "BOOL": 8, "U8": 8, "C64": 1}.items():
+        Path("w.safetensors").write_bytes(pack({"a": FLOATS | {"dtype": dtype, "shape": [size]}}))
+        with pytest.raises(ValueError, match=r"\ba\b"):
+            load("w.safetensors")
+
+
+def test_safetensors_come_back_as_they_were(folder):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a": rng.standard_normal((2, 3)).astype(np.float32),
+        "transposed": rng.standard_normal((4, 5)).astype(np.float32).T,
+        "half": rng.standard_normal(7).astype(np.float16),
+        "brain": rng.standard_normal(7).astype(ml_dtypes.bfloat16),
+        "scalar": np.float32(3).reshape(()),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    write("w.safetensors", tensors)
+    again = read("w.safetensors")
+    assert again.keys() == tensors.keys()
+    for name, array in again.items():
+        assert array.dtype == tensors[name].dtype
+        np.testing.assert_array_equal(array, tensors[name])
+    assert os.listdir() == ["w.safetensors"]
+
+
+def test_mutated_safetensors_are_read_or_refused(folder):
+    layout = {
+        "a": FLOATS,
+        "bc": FLOATS | {"dtype": "BF16", "shape": [2, 3], "data_offsets": [8, 20]},
+    }
+    layout["__metadata__"] = {"format": "pt"}
+    file = pack(layout, bytes(range(20)))
+    path = Path("w.safetensors")
+    refused = 0
+    tracemalloc.start()
+    try:
+        for seed in range(FUZZ_INPUTS):
+            path.write_bytes(mutated(file, random.Random(seed)))
+            try:
+                tensors = read(path)
+            except ValueError:
+                refused += 1
+            else:
+                assert sum(x.nbytes for x in tensors.values()) <= path.stat().st_size
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert FUZZ_INPUTS / 2 < refused < FUZZ_INPUTS
+    assert peak < 20e6

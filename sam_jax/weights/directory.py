@@ -1,0 +1,105 @@
+"""Weights directories: a model's fields as JSON, and its arrays in a safetensors file.
+
+A directory is written under a temporary name next to its target and then renamed, so that a
+directory under the target's name is complete. That of a `Sam` (`model.json`,
+`weights.safetensors`) holds its arrays by parameter path. That of a `MaskedAutoencoder`
+(`mae.json`, `mae.safetensors`) holds its tensors under the names of facebookresearch/mae.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+
+from sam_jax.io import atomic
+from sam_jax.model.fields import module_to_dict
+from sam_jax.model.mae import MaskedAutoencoder
+from sam_jax.model.sam import Sam
+from sam_jax.weights import mae, safetensors_file
+from sam_jax.weights.model_json import mae_from_json, read_json, sam_from_json, sam_to_json
+from sam_jax.weights.tensors import WeightsError, check_variables, format_list
+
+SAM_JSON, SAM_WEIGHTS = "model.json", "weights.safetensors"
+MAE_JSON, MAE_WEIGHTS = "mae.json", "mae.safetensors"
+
+
+def write_sam(path: Path, model: Sam, variables: dict[str, Any]) -> None:
+    """Writes a model and its variables, and replaces an older weights directory.
+
+    Args:
+      path: The directory.
+      model: The model.
+      variables: Its {"params", "constants"}, which are stored as float32.
+
+    Raises:
+      WeightsError: If the variables are not those of the model.
+      FileExistsError: If something else is at `path`.
+    """
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    flat = {name: np.asarray(value, np.float32) for name, value in flat.items()}
+    check_variables("variables", model, flat)
+    with atomic.atomic_directory(path, marker=SAM_JSON) as folder:
+        safetensors_file.write(folder / SAM_WEIGHTS, flat)
+        atomic.write_json(folder / SAM_JSON, sam_to_json(model))
+
+
+def read_sam(path: Path) -> tuple[Sam, dict[str, Any]]:
+    """Reads the weights directory of a `Sam`.
+
+    Args:
+      path: The directory.
+
+    Returns:
+      The model and its {"params", "constants"}, numpy arrays.
+
+    Raises:
+      ValueError: If a file is missing or damaged, or if the two do not fit together.
+    """
+    model = sam_from_json(read_json(path / SAM_JSON), path / SAM_JSON)
+    flat = _read_arrays(path / SAM_WEIGHTS)
+    check_variables(str(path / SAM_WEIGHTS), model, flat)
+    return model, flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def write_mae(path: Path, model: MaskedAutoencoder, variables: dict[str, Any]) -> None:
+    """Writes a masked autoencoder and its variables, and replaces an older directory.
+
+    Args:
+      path: The directory.
+      model: The model.
+      variables: Its {"params", "constants"}.
+
+    Raises:
+      WeightsError: If the variables are not those of the model.
+      FileExistsError: If something else is at `path`.
+    """
+    state = mae.to_torch(model, variables)
+    with atomic.atomic_directory(path, marker=MAE_JSON) as folder:
+        safetensors_file.write(folder / MAE_WEIGHTS, state)
+        atomic.write_json(folder / MAE_JSON, module_to_dict(model))
+
+
+def read_mae(path: Path) -> tuple[MaskedAutoencoder, dict[str, np.ndarray]]:
+    """Reads the weights directory of a `MaskedAutoencoder`.
+
+    Args:
+      path: The directory.
+
+    Returns:
+      The model, and arrays by the names of facebookresearch/mae; see `mae.from_torch`.
+
+    Raises:
+      ValueError: If a file is missing or damaged.
+    """
+    model = mae_from_json(read_json(path / MAE_JSON), path / MAE_JSON)
+    return model, _read_arrays(path / MAE_WEIGHTS)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing")
+    arrays = safetensors_file.read(path)
+    if others := sorted(name for name, x in arrays.items() if x.dtype != np.float32):
+        raise WeightsError(f"{path} must hold float32 arrays only; not {format_list(others)}")
+    return arrays

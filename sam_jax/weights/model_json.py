@@ -1,0 +1,172 @@
+"""The fields of a model as JSON, and models from JSON that may hold anything."""
+
+import json
+import math
+import typing
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import flax.linen as nn
+
+from sam_jax.model.fields import module_fields, module_to_dict
+from sam_jax.model.mae import MaskedAutoencoder
+from sam_jax.model.sam import FLAT_FIELDS, Sam
+from sam_jax.weights.tensors import WeightsError
+
+VERSION = 2  # of a Sam's JSON: the fields of its parts. Version 1, without a number, was flat.
+MAX_JSON_SIZE = 1 << 22  # bytes
+MAX_SIDE, MAX_DEPTH = 1 << 14, 256  # of a model, so that a damaged file costs no time or memory
+
+Module = TypeVar("Module", bound=nn.Module)
+Validated = TypeVar("Validated", Sam, MaskedAutoencoder)
+
+
+def sam_to_json(model: Sam) -> dict[str, Any]:
+    """Returns a model's fields, part by part, as a JSON object."""
+    return {"version": VERSION, **module_to_dict(model)}
+
+
+def sam_from_json(content: dict[str, Any], source: Path) -> Sam:
+    """Builds a `Sam` from a JSON object; undoes `sam_to_json`.
+
+    Args:
+      content: The JSON object, of `VERSION` or of version 1, which has the fields of `build_sam`.
+        Absent fields have their default values.
+      source: The file, for error messages.
+
+    Returns:
+      The model.
+
+    Raises:
+      WeightsError: If a field is unknown or has a wrong type or value, or if the version is
+        unknown.
+    """
+    fields = dict(content)
+    version = fields.pop("version", 1)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise WeightsError(f"{source}: version must be 1 to {VERSION}; got {version!r}")
+    if version == 1:
+        fields = _nest(fields, source)
+    part_types: dict[str, Any] = {field.name: type(field.default) for field in module_fields(Sam)}
+    _check_known(fields, part_types, source)
+    parts: dict[str, Any] = {
+        name: _module_from_json(part_type, fields.get(name, {}), source, f"{name}.")
+        for name, part_type in part_types.items()
+    }
+    model = Sam(**parts)
+    depths = model.image_encoder.depth, model.mask_decoder.depth
+    _check_limits(model.image_size, depths, source)
+    return _validated(model, source)
+
+
+def mae_from_json(content: dict[str, Any], source: Path) -> MaskedAutoencoder:
+    """Builds a `MaskedAutoencoder` from its fields; see `sam_from_json`."""
+    model = _module_from_json(MaskedAutoencoder, content, source)
+    _check_limits(model.image_size, (model.depth, model.decoder_depth), source)
+    return _validated(model, source)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The object.
+
+    Raises:
+      WeightsError: If the file cannot be read, is large, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_SIZE:
+            raise WeightsError(f"{path} is larger than {MAX_JSON_SIZE} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} must hold a JSON object; got {type(value).__name__}")
+    return value
+
+
+def _nest(flat: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Converts the flat fields of version 1 to those of the model's parts."""
+    _check_known(flat, FLAT_FIELDS, source)
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        for path in FLAT_FIELDS[name]:
+            part, field = path.split(".")
+            nested.setdefault(part, {})[field] = value
+    return nested
+
+
+def _module_from_json(
+    module: type[Module], fields: object, source: Path, prefix: str = ""
+) -> Module:
+    """Builds a module from its fields, in which lists stand for tuples."""
+    if not isinstance(fields, dict):
+        name = prefix.removesuffix(".")
+        raise WeightsError(f"{source}: {name} must be an object; got {fields!r}")
+    defaults = {field.name: field.default for field in module_fields(module)}
+    _check_known(fields, defaults, source, prefix)
+    types = typing.get_type_hints(module)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    for name, value in values.items():
+        is_allowed, allowed = _check_value(value, defaults[name], types[name])
+        if not is_allowed:
+            raise WeightsError(f"{source}: {prefix}{name} must be {allowed}; got {value!r}")
+    return module(**values)
+
+
+def _check_value(value: Any, default: Any, annotation: Any) -> tuple[bool, str]:
+    """Checks the value of a field.
+
+    Args:
+      value: The value.
+      default: The field's default value, whose type the value must have.
+      annotation: The field's annotation, which tells the length of a list and the allowed strings.
+
+    Returns:
+      Whether the value is allowed, and the allowed values in words.
+    """
+    if isinstance(default, tuple):
+        is_allowed = isinstance(value, tuple) and all(type(x) is int and x >= 0 for x in value)
+        if Ellipsis in (items := typing.get_args(annotation)):
+            return is_allowed, "a list of integers, none negative"
+        is_allowed = is_allowed and len(value) == len(items)
+        return is_allowed, f"a list of {len(items)} integers, none negative"
+    if type(default) is bool:
+        return type(value) is bool, "true or false"
+    if type(default) is int:
+        return type(value) is int and value > 0, "a positive integer"
+    if type(default) is float:
+        is_number = type(value) in (int, float)
+        if default:
+            return is_number and 0 < value < math.inf, "a positive number"
+        return is_number and 0 <= value < 1, "a number of at least 0 and below 1"
+    strings = typing.get_args(annotation)
+    return value in strings, f"one of {', '.join(strings)}"
+
+
+def _check_known(
+    fields: Collection[str], known: Collection[str], source: Path, prefix: str = ""
+) -> None:
+    if unknown := sorted(set(fields) - set(known)):
+        names = [f"{prefix}{name}" for name in unknown]
+        raise WeightsError(f"{source}: unknown fields {names}; allowed are {sorted(known)}")
+
+
+def _check_limits(image_size: tuple[int, ...], depths: tuple[int, ...], source: Path) -> None:
+    if max(image_size, default=0) > MAX_SIDE:
+        raise WeightsError(f"{source}: image_size must be at most {MAX_SIDE}; got {image_size}")
+    if max(depths) > MAX_DEPTH:
+        raise WeightsError(f"{source}: depths must be at most {MAX_DEPTH}; got {depths}")
+
+
+def _validated(model: Validated, source: Path) -> Validated:
+    try:
+        model.validate()
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
+    return model

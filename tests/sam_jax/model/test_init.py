@@ -1,0 +1,99 @@
+"""Initial variables: their paths, types and values."""
+
+import re
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.model.init import init_variables, variable_shapes
+from sam_jax.model.mae import mae_tiny
+from sam_jax.model.sam import sam_tiny, sam_vit_b
+
+ENCODER = "params/image_encoder"
+DECODER = "params/mask_decoder"
+PROMPTS = "params/prompt_encoder"
+INITIAL = {  # a value, or ("within", bound) for uniform ones, or ("std", s) for normal ones
+    f"{ENCODER}/pos_embed": ("std", 0.02),
+    f"{ENCODER}/patch_embed/kernel": ("within", (6 / (8 * 8 * 3 + 64)) ** 0.5),
+    f"{ENCODER}/patch_embed/bias": 0,
+    f"{ENCODER}/block_00/norm1/scale": 1,
+    f"{ENCODER}/block_00/norm1/bias": 0,
+    f"{ENCODER}/block_00/attention/qkv/kernel": ("within", (6 / (64 + 192)) ** 0.5),
+    f"{ENCODER}/block_00/attention/qkv/bias": 0,
+    f"{ENCODER}/block_00/attention/rel_pos_h": 0,
+    f"{ENCODER}/block_00/attention/rel_pos_w": 0,
+    f"{ENCODER}/neck/conv1/kernel": ("within", 64**-0.5),
+    f"{ENCODER}/neck/conv2/kernel": ("within", (9 * 64) ** -0.5),
+    f"{PROMPTS}/foreground": ("std", 1),
+    f"{PROMPTS}/mask_downscaling/conv2/kernel": ("within", (4 * 4) ** -0.5),
+    f"{PROMPTS}/mask_downscaling/conv3/bias": ("within", 16**-0.5),
+    "constants/prompt_encoder/gaussian": ("std", 0.35),
+    f"{DECODER}/mask_tokens": ("std", 1),
+    f"{DECODER}/transformer/layer_0/self_attention/q/kernel": ("within", 64**-0.5),
+    f"{DECODER}/transformer/layer_0/token_to_image/out/kernel": ("within", 32**-0.5),
+    f"{DECODER}/transformer/layer_0/image_to_token/q/bias": ("within", 64**-0.5),
+    f"{DECODER}/transformer/layer_0/mlp/lin2/kernel": ("within", 256**-0.5),
+    # PyTorch takes the outputs of a transposed convolution for its inputs.
+    f"{DECODER}/upscaling/conv1/kernel": ("within", (4 * 16) ** -0.5),
+    f"{DECODER}/upscaling/conv1/bias": ("within", (4 * 16) ** -0.5),
+}
+
+
+def test_initial_values(jit):
+    """PyTorch's where the released code relies on them, MAE's (Xavier's) in the image encoder."""
+    model = sam_tiny(depth=1, decoder_depth=1)
+
+    @jit
+    def init():
+        flat = flax.traverse_util.flatten_dict(init_variables(model, 0), sep="/")
+        return {path: flat[path] for path in INITIAL}
+
+    for path, x in init().items():
+        match INITIAL[path]:
+            case "within", bound:
+                assert 0.8 * bound < np.abs(x).max() <= bound, path
+                assert abs(x.mean()) < 4 * bound / (3 * x.size) ** 0.5, path
+            case "std", std:
+                assert 0.75 * std < x.std() < 1.25 * std, path
+                assert abs(x.mean()) < 4 * std / x.size**0.5, path
+            case value:
+                np.testing.assert_array_equal(x, value, path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_variables_are_float32_whatever_the_compute_type(dtype):
+    assert {x.dtype for x in variable_shapes(sam_tiny(dtype=dtype)).values()} == {
+        np.dtype("float32")
+    }
+
+
+def test_the_fourier_matrix_is_the_one_constant():
+    constants = {p: x.shape for p, x in variable_shapes(sam_vit_b()).items() if "params/" not in p}
+    assert constants == {"constants/prompt_encoder/gaussian": (2, 128)}
+
+
+def test_paths_are_snake_case_and_blocks_zero_padded():
+    paths = variable_shapes(sam_tiny(depth=11, decoder_depth=2))
+    assert "params/image_encoder/block_07/attention/qkv/kernel" in paths
+    assert "params/image_encoder/block_10/lin2/bias" in paths
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", part) for p in paths for part in p.split("/"))
+
+
+@pytest.mark.parametrize("model", [sam_tiny(depth=1), mae_tiny()], ids=["sam", "mae"])
+def test_shapes_are_those_of_the_variables(model):
+    variables = jax.eval_shape(lambda: init_variables(model, 0))
+    assert variables.keys() == {"params", "constants"}
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    shapes = variable_shapes(model)
+    assert {path: x.shape for path, x in shapes.items()} == {k: x.shape for k, x in flat.items()}
+
+
+def test_another_seed_gives_other_values(jit):
+    model = mae_tiny(depth=1)
+    first, again, other = (jit(lambda s=s: init_variables(model, s))() for s in (0, 0, 1))
+    equal = lambda a, b: jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), a, b)
+    assert all(jax.tree.leaves(equal(first, again)))
+    assert not equal(first, other)["params"]["mask_token"]

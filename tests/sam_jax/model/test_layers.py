@@ -1,0 +1,35 @@
+"""GELU and layer norm."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import ndtr
+
+from sam_jax.model.layers import gelu, layer_norm
+
+
+def test_gelu_is_exact():
+    """As PyTorch has it: 0.84134 at 1, where the approximation by tanh gives 0.84119."""
+    x = np.linspace(-6, 6, 101)
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), x * ndtr(x), atol=3e-7)
+    assert gelu(1.0) == pytest.approx(0.8413447, abs=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
+def test_norms_are_precise_far_from_zero_and_near_it(epsilon):
+    """Far from zero the variance as a difference of means would be lost; near it epsilon counts."""
+
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layer_norm(epsilon, "float32", "norm")(x)
+
+    norm = Norm()
+    variables = {"params": {"norm": {"scale": np.array([2.0, 2, 2, 2]), "bias": np.ones(4)}}}
+    far = np.array([4096.0, 4097, 4098, 4099], np.float32)
+    by_hand = 1 + 2 * np.array([-1.5, -0.5, 0.5, 1.5]) / (1.25 + epsilon) ** 0.5
+    np.testing.assert_allclose(norm.apply(variables, far), by_hand, rtol=1e-6)
+    near = 1e-3 * np.array([-1.5, -0.5, 0.5, 1.5], np.float32)
+    by_hand = 1 + 2 * near / (1.25e-6 + epsilon) ** 0.5
+    np.testing.assert_allclose(norm.apply(variables, near), by_hand, rtol=1e-5)
