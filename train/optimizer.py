@@ -103,7 +103,7 @@ def learns(path: str, trainable: tuple[str, ...]) -> bool:
     return not trainable or any(f"{path}/".startswith(f"{part}/") for part in trainable)
 
 
-def check_train_only(params, trainable: tuple[str, ...]) -> None:
+def check_trainable(params, trainable: tuple[str, ...]) -> None:
     """Raises ConfigError for a part that no parameter lies in."""
     paths = flax.traverse_util.flatten_dict(params, sep="/")
     for part in trainable:

@@ -1,6 +1,6 @@
-"""Configs from files and from the command line, and back into text.
+"""Reads configurations from files, replaces fields by `--set`, and writes them as JSON.
 
-A config file assigns a `TrainConfig` to the name `config`; `--set a.b=c` replaces single fields.
+A config file assigns a `TrainConfig` to the name `config`. `--set a.b=c` replaces single fields.
 """
 
 import ast
@@ -13,16 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from flax.traverse_util import flatten_dict
-
+from sam_jax.model.fields import FLAX_FIELDS
 from train.config import ConfigError, TrainConfig
+from train.former_names import present_paths, present_value
 
 
 def load_config(path: str) -> TrainConfig:
-    """Runs a config file -> the value of its `config`.
+    """Runs a config file.
+
+    Args:
+      path: A Python file.
+
+    Returns:
+      The `TrainConfig` that the file assigns to `config`.
 
     Raises:
-      ConfigError: if there is no such file, it fails, or no TrainConfig is in it.
+      ConfigError: If there is no such file, it fails, or it assigns no `TrainConfig`.
     """
     if not Path(path).is_file():
         known = sorted(str(p) for p in Path("configs").glob("*.py") if p.name != "__init__.py")
@@ -42,30 +48,55 @@ def load_config(path: str) -> TrainConfig:
 
 
 def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
-    """Replaces fields by 'a.b=c', values written as in Python (text needs no quotes).
+    """Replaces fields of a configuration.
 
-    Of several settings of one field the last holds. Rules are checked once all are made.
+    >>> override(config, ["optimizer.peak_lr=1e-4", "num_steps=60"])
+
+    Args:
+      config: The configuration.
+      settings: 'a.b=c' each. Values are written as in Python; text needs no quotes. If a field is
+        set twice, the last setting is used. The rules of the fields are checked once all are set.
+
+    Returns:
+      The configuration with the new values.
 
     Raises:
-      ConfigError: naming the fields there are, for an unknown one or a value of a wrong type.
+      ConfigError: If a field is unknown or a value has the wrong type. The message lists the
+        fields.
     """
     changes: dict[str, Any] = {}
     for setting in settings:
-        path, equals, text = setting.partition("=")
+        given_path, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set takes FIELD=VALUE; got {setting!r}")
-        names = path.split(".")
-        value = _parse(text, _type_of(config, names, path), path)
-        at = changes
-        for name in names[:-1]:
-            at = at.setdefault(name, {})
-        at[names[-1]] = value
+        if text in ("True", "False"):
+            text = str(present_value(given_path, text == "True"))
+        for path in present_paths(given_path, _fields(config.model)):
+            names = path.split(".")
+            value = _parse(text, _type_of(config, names, path), path)
+            inner = changes
+            for name in names[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[names[-1]] = value
     return _replace(config, changes)
 
 
+def to_dict(value: Any) -> Any:
+    """Converts a configuration or a model to nested dicts of values that JSON can hold."""
+    fields = _fields(value)
+    if fields:
+        return {name: to_dict(getattr(value, name)) for name in fields}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def to_json(config: TrainConfig) -> str:
+    """Converts a configuration to JSON that is easy to read."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
 def _type_of(value: Any, names: list[str], path: str) -> Any:
-    """The type of a field of a field of ... a dataclass."""
-    kind = None
+    """Returns the type of a field of a field of ... a dataclass."""
+    field_type = None
     for i, name in enumerate(names):
         fields, owner = _fields(value), type(value).__name__
         if not fields:
@@ -74,14 +105,14 @@ def _type_of(value: Any, names: list[str], path: str) -> Any:
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise ConfigError(f"there is no field {path}{hint} {owner} has {', '.join(fields)}")
-        kind, value = fields[name], getattr(value, name)
+        field_type, value = fields[name], getattr(value, name)
     if _fields(value):
-        raise ConfigError(f"{path} has fields of its own: {', '.join(_fields(value))}")
-    return kind
+        raise ConfigError(f"{path} has fields itself: {', '.join(_fields(value))}")
+    return field_type
 
 
 def _replace(value: Any, changes: dict[str, Any]) -> Any:
-    """Replaces fields; a dict stands for fields of a field."""
+    """Replaces fields; a dict stands for changes of a field's fields."""
     new = {
         name: _replace(getattr(value, name), change) if isinstance(change, dict) else change
         for name, change in changes.items()
@@ -90,68 +121,43 @@ def _replace(value: Any, changes: dict[str, Any]) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass (of a module, without Flax's own) and their types."""
+    """Returns the fields of a dataclass or a Flax module and their types; empty for others."""
     if not dataclasses.is_dataclass(value):
         return {}
-    types_of = typing.get_type_hints(type(value))
-    return {f.name: types_of[f.name] for f in dataclasses.fields(value) if f.name not in FLAX}
+    types = typing.get_type_hints(type(value))
+    names = (field.name for field in dataclasses.fields(value))
+    return {name: types[name] for name in names if name not in FLAX_FIELDS}
 
 
-FLAX = ("name", "parent")
-
-
-def _parse(text: str, kind: Any, path: str) -> Any:
+def _parse(text: str, field_type: Any, path: str) -> Any:
+    """Parses a value of a field's type."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if kind is str:
+    if field_type is str:
         value = text
-    if kind is float and type(value) is int:
+    if field_type is float and type(value) is int:
         value = float(value)
-    if typing.get_origin(kind) is tuple and isinstance(value, str):
+    if typing.get_origin(field_type) is tuple and isinstance(value, str):
         value = tuple(part.strip() for part in value.split(",") if part.strip())
-    elif typing.get_origin(kind) is tuple and not isinstance(value, tuple):
+    elif typing.get_origin(field_type) is tuple and not isinstance(value, tuple):
         value = (value,)
-    if not _is_a(value, kind):
-        name = kind.__name__ if isinstance(kind, type) else str(kind)
-        name = getattr(kind, "__name__", name) if not typing.get_args(kind) else str(kind)
+    if not _is_instance(value, field_type):
+        is_plain = isinstance(field_type, type) and not typing.get_args(field_type)
+        name = field_type.__name__ if is_plain else str(field_type)
         raise ConfigError(f"{path} must be of type {name}; got {text!r}")
     return value
 
 
-def _is_a(value: Any, kind: Any) -> bool:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+def _is_instance(value: Any, field_type: Any) -> bool:
+    origin, args = typing.get_origin(field_type), typing.get_args(field_type)
     if origin is Literal:
         return value in args
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         if len(args) == 2 and args[1] is Ellipsis:
-            return all(_is_a(v, args[0]) for v in value)
-        return len(value) == len(args) and all(map(_is_a, value, args))
-    return type(value) is kind
-
-
-def to_dict(value: Any) -> Any:
-    """A configuration, or a model, as a dict of what JSON can hold."""
-    fields = _fields(value)
-    if fields:
-        return {name: to_dict(getattr(value, name)) for name in fields}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def to_json(config: TrainConfig) -> str:
-    """The whole configuration as JSON, to be read."""
-    return json.dumps(to_dict(config), indent=2) + "\n"
-
-
-def differences(before: dict, now: dict, ignore: Sequence[str] = ()) -> list[str]:
-    """Fields 'a.b' in which two results of `to_dict` differ, as 'a.b was 1, is 2'."""
-    before, now = (flatten_dict(x, sep=".") for x in (before, now))
-    names = [name for name in {**before, **now} if name not in ignore]
-    return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
+            return all(_is_instance(v, args[0]) for v in value)
+        return len(value) == len(args) and all(map(_is_instance, value, args))
+    return type(value) is field_type

@@ -52,7 +52,7 @@ class RemoteWorkdir:
             self.checkpoints = epath.Path(self.folder.absolute() / "checkpoints")
         self._sent: dict[str, tuple[int, int]] = {}
 
-    def fetch(self) -> None:
+    def pull(self) -> None:
         """Gets what a run goes on from.
 
         Raises:
@@ -74,7 +74,7 @@ class RemoteWorkdir:
         except (OSError, SourceError) as error:
             raise ConfigError(f"--workdir {self.address} cannot be read: {error}") from error
 
-    def send(self) -> None:
+    def push(self) -> None:
         """Copies files that are new or have changed to the store, and removes those that are gone.
 
         Raises:
@@ -104,7 +104,7 @@ class RemoteWorkdir:
         if not self.is_remote:
             return
         try:
-            self.send()
+            self.push()
         except OSError as failure:
             log.warning("%s could not be sent to %s: %s", self.folder, self.address, failure)
             if error is None:

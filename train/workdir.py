@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
+from sam_jax.io.settings_guard import differences
 from train.config import ConfigError, TrainConfig
-from train.overrides import differences, to_dict
+from train.former_names import rename_saved
+from train.overrides import to_dict
 
 # Fields that may differ when a run goes on: they change nothing that has been computed already.
 FREE = (
@@ -23,7 +25,7 @@ FREE = (
 )
 
 
-def claim(
+def check_or_create(
     workdir: Path, config: TrainConfig, needed: int, writes: bool = True, name: str | None = None
 ) -> None:
     """Makes the folder this run's own, and writes its config.json.
@@ -40,6 +42,7 @@ def claim(
     path = workdir / "config.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
+        before = rename_saved(before)
         if found := differences(before, to_dict(config), ignore=FREE):
             raise ConfigError(
                 f"{name} holds a run with another config: {'; '.join(found)}. Choose another "

@@ -6,13 +6,13 @@ import jax
 import pytest
 
 from sam_jax.data.open import SOURCES
-from train.config import Interactive, is_reconstruction
+from train.config import Interactive
 from train.optimizer import make_optimizer
 from train.overrides import load_config
 from train.sharding import make_mesh
 from train.state import init_state
 from train.step import make_step
-from train.tasks.base import task_of
+from train.tasks.base import make_task
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -26,16 +26,16 @@ def config_of(name, monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_step_traces(name, monkeypatch):
     config = config_of(name, monkeypatch)
-    task = task_of(config)
+    task = make_task(config)
     optimizer = make_optimizer(config.optimizer, task.encoder_depth, config.trainable)
-    state = jax.eval_shape(lambda: init_state(task.initialize(), optimizer))
+    state = jax.eval_shape(lambda: init_state(task.init_fn(), optimizer))
     mesh = make_mesh(config.batch_size, config.fsdp)
     step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
-    after, values = jax.eval_shape(step, state, task.batch_like())
+    after, values = jax.eval_shape(step, state, task.batch_spec())
     same = jax.tree.map(lambda x, y: x.shape == y.shape and x.dtype == y.dtype, state, after)
     assert all(jax.tree.leaves(same))
     assert values["total"].shape == ()
-    if not is_reconstruction(config):
+    if isinstance(config.objective, Interactive):
         assert values["miou"].shape == (11,)
 
 

@@ -1,10 +1,10 @@
-"""Configurations: rules that name the field, what it is and what it may be; defaults."""
+"""Configurations: rules that name the field, its value and the allowed values; defaults."""
 
 import dataclasses
 
 import pytest
 
-from configs.mae_tiny import config as painting
+from configs.mae_tiny import config as pretraining
 from sam_jax.model.sam import Sam, sam_tiny
 from train.config import (
     ConfigError,
@@ -13,16 +13,17 @@ from train.config import (
     Optimizer,
     Reconstruction,
     TrainConfig,
-    learns_encoder,
 )
 from train.overrides import override
+from train.tasks.base import TASKS, Task, make_task
+from train.tasks.segmentation import trains_encoder
 
 MODEL = sam_tiny(image_size=(128, 128), patch_size=8, depth=4)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
 
 
 def refused(function, *args):
-    """The message of the ConfigError."""
+    """Returns the message of the ConfigError that a call raises."""
     with pytest.raises(ConfigError) as error:
         function(*args)
     return str(error.value)
@@ -42,14 +43,20 @@ def refused(function, *args):
         ("objective.masks_per_image=0", "0", "at least 1"),
         ("objective.masks_per_chunk=0", "0", "at least 1"),
         ("objective.loss_scale=3", "3", "1, 2 or 4"),
-        ("data.source=", "''", "kind:place"),
+        ("data.source=", "''", "KIND:LOCATION"),
         ("data.max_bad=1.5", "1.5", "0 to 1"),
         ("data.max_bad=-0.5", "-0.5", "0 to 1"),
-        ("optimizer.lr_boundaries=3,2", "(3, 2)", "steps in order"),
+        ("optimizer.lr_boundaries=3,2", "(3, 2)", "steps in ascending order"),
         ("optimizer.warmup_steps=-1", "-1", "at least 0"),
-        ("model.patch_size=0", "0", "at least 1"),
-        ("model.image_size=(128, 100)", "(128, 100)", "two multiples of patch_size = 8"),
-        ("model.image_size=(0, 128)", "(0, 128)", "two multiples of patch_size = 8"),
+        ("model.image_encoder.patch_size=0", "0", "at least 1"),
+        ("model.image_encoder.num_heads=3", "64", "a positive multiple of num_heads = 3"),
+        ("model.mask_decoder.dropout=0.001", "0.001", "0, or 1/256 to 255/256"),
+        (
+            "model.image_encoder.image_size=(128, 100)",
+            "(128, 100)",
+            "two multiples of patch_size = 8",
+        ),
+        ("model.image_encoder.image_size=(0, 128)", "(0, 128)", "two multiples of patch_size = 8"),
     ],
 )
 def test_a_rule_names_the_field_what_it_is_and_what_it_may_be(setting, got, allowed):
@@ -61,9 +68,13 @@ def test_a_rule_names_the_field_what_it_is_and_what_it_may_be(setting, got, allo
 
 @pytest.mark.parametrize(("scale", "patch"), [(1, 2), (2, 4), (4, 8), (4, 12)])
 def test_the_loss_must_be_at_whole_pixels(scale, patch):
-    settings = ["model.image_size=(96, 96)", f"model.patch_size={patch}"]
-    message = refused(override, CONFIG, [*settings, f"objective.loss_scale={scale}"])
-    assert message.startswith("model.patch_size must be divisible by 4 x objective.loss_scale")
+    part = "model.image_encoder"
+    settings = [f"{part}.image_size=(96, 96)", f"{part}.patch_size={patch}"]
+    config = override(CONFIG, [*settings, f"objective.loss_scale={scale}"])
+    message = refused(make_task, config)
+    assert message.startswith(
+        "model.image_encoder.patch_size must be divisible by 4 x objective.loss_scale"
+    )
     assert f"= {4 * scale}," in message
     assert message.endswith(f"; got {patch}")
 
@@ -82,25 +93,30 @@ def test_the_loss_must_be_at_whole_pixels(scale, patch):
         "objective.loss_scale=2",
     ],
 )
-def test_the_ends_of_what_is_allowed(setting):
-    override(CONFIG, [setting])
+def test_the_limits_of_the_rules_are_allowed(setting):
+    make_task(override(CONFIG, [setting]))
 
 
 @pytest.mark.parametrize("move", ["flips", "rot90"])
-def test_images_that_move_need_an_encoder_that_learns(move):
+def test_random_transforms_need_an_encoder_that_is_trained(move):
     settings = [f"data.{move}=True", "trainable=mask_decoder,prompt_encoder"]
-    message = refused(override, CONFIG, settings)
-    assert message.startswith("data.flips and data.rot90 must be False where the image encoder")
+    message = refused(make_task, override(CONFIG, settings))
+    assert message.startswith("data.flips and data.rot90 must be False if the image encoder")
     assert message.endswith("; got trainable=('mask_decoder', 'prompt_encoder')")
-    override(CONFIG, [settings[0], "trainable=mask_decoder,image_encoder/neck"])
+    make_task(override(CONFIG, [settings[0], "trainable=mask_decoder,image_encoder/neck"]))
 
 
-def test_whether_the_encoder_learns():
-    learns = lambda *parts: learns_encoder(dataclasses.replace(CONFIG, trainable=parts))
-    assert learns()
-    assert learns("image_encoder")
-    assert learns("mask_decoder", "image_encoder/block_03/lin1")
-    assert not learns("mask_decoder", "prompt_encoder/top_left")
+@pytest.mark.parametrize(
+    ("trainable", "expected"),
+    [
+        ((), True),
+        (("image_encoder",), True),
+        (("mask_decoder", "image_encoder/block_03/lin1"), True),
+        (("mask_decoder", "prompt_encoder/top_left"), False),
+    ],
+)
+def test_the_encoder_is_trained_if_a_part_of_it_is(trainable, expected):
+    assert trains_encoder(dataclasses.replace(CONFIG, trainable=trainable)) == expected
 
 
 def test_rules_hold_for_configs_that_are_written_in_python():
@@ -145,22 +161,23 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("setting", "got", "allowed"),
     [
-        ("model.mask_ratio=0.0", "0.0", "such that some of the 64 patches are hidden"),
-        ("model.mask_ratio=0.99", "0.99", "such that some of the 64 patches are hidden"),
+        ("model.mask_ratio=0.0", "0.0", "such that some of the 64 patches are removed"),
+        ("model.mask_ratio=0.99", "0.99", "such that some of the 64 patches are removed"),
         ("model.embed_dim=66", "66", "a multiple of 4"),
         ("model.decoder_dim=6", "6", "a multiple of 4"),
+        ("model.decoder_dim=7", "7", "a positive multiple of decoder_heads = 2"),
         ("model.image_size=(64, 60)", "(64, 60)", "two multiples of patch_size = 8"),
         ("model.patch_size=0", "0", "at least 1"),
         ("data.min_area=0", "0.0", "more than 0, at most 1"),
         ("data.min_area=1.1", "1.1", "more than 0, at most 1"),
-        ("data.source=", "''", "kind:place"),
-        ("mimetic_init_scale=1", "1.0", "0: a masked autoencoder has no prompts"),
+        ("data.source=", "''", "KIND:LOCATION"),
+        ("mimetic_init_scale=1", "1.0", "0, because a masked autoencoder has no prompts"),
         ("optimizer.cosine_steps=100", "100", "0, or more than optimizer.warmup_steps"),
         ("optimizer.cosine_steps=-1", "-1", "0, or more than optimizer.warmup_steps"),
     ],
 )
 def test_rules_of_masked_autoencoders(setting, got, allowed):
-    message = refused(override, painting, [setting])
+    message = refused(lambda: make_task(override(pretraining, [setting])))
     assert message.startswith(f"{setting.split('=')[0]} must be ")
     assert message.endswith(f"; got {got}")
     assert allowed in message
@@ -169,13 +186,19 @@ def test_rules_of_masked_autoencoders(setting, got, allowed):
 @pytest.mark.parametrize(
     "change", [{"model": MODEL}, {"data": Data(source="scenes")}, {"objective": Interactive()}]
 )
-def test_model_data_and_objective_are_of_one_kind(change):
-    message = refused(lambda: dataclasses.replace(painting, **change))
+def test_model_data_and_objective_belong_to_one_task(change):
+    message = refused(make_task, dataclasses.replace(pretraining, **change))
     assert message.startswith(
         "model, data and objective must be Sam, Data, Interactive or MaskedAutoencoder, "
         "PretrainData, Reconstruction; got "
     )
     assert type(next(iter(change.values()))).__name__ in message.split("got ")[1]
-    assert "Reconstruction" in refused(
-        lambda: dataclasses.replace(CONFIG, objective=Reconstruction())
-    )
+    mixed = dataclasses.replace(CONFIG, objective=Reconstruction())
+    assert "Reconstruction" in refused(make_task, mixed)
+
+
+def test_every_task_has_the_members_of_the_protocol():
+    for config, row in zip((CONFIG, pretraining), TASKS, strict=True):
+        task = make_task(config)
+        assert isinstance(task, row.task)
+        assert isinstance(task, Task)

@@ -9,13 +9,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import sam_jax
-from configs.mae_tiny import config as painting
+from configs.mae_tiny import config as pretraining
 from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
 from sam_jax.model.sam import sam_tiny
 from train.config import ConfigError, Data, TrainConfig
-from train.initialization import initial_variables
-from train.tasks.base import task_of
+from train.initialization import sam_variables
+from train.tasks.base import make_task
 
 MODEL = sam_tiny(position_scale=1.0)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
@@ -23,7 +23,7 @@ SIDE = 8  # tokens
 
 
 def begin(config):
-    return initial_variables(config, task_of(config).initialize)
+    return make_task(config).initial_variables()
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def autoencoder():
 def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencoder, tmp_path):
     sam_jax.save(tmp_path / "mae", MAE, autoencoder)
     config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "mae"))
-    begun = initial_variables(config, lambda: drawn)
+    begun = sam_variables(config, lambda: drawn)
     before, after = (flatten_dict(v["params"], sep="/") for v in (drawn, begun))
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -110,7 +110,7 @@ def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencod
     file = tmp_path / "mae.pth"
     sam_jax.save(file, MAE.clone(image_size=(40, 40)), init_variables(MAE, 3))
     matched = dataclasses.replace(CONFIG, init_from=str(file), mimetic_init_scale=2.0)
-    begun = initial_variables(matched, lambda: drawn)
+    begun = sam_variables(matched, lambda: drawn)
     again = flatten_dict(begun["params"], sep="/")
     np.testing.assert_array_equal(again["image_encoder/block_01/lin1/kernel"], kernel)
     assert again["image_encoder/pos_embed"].shape == before["image_encoder/pos_embed"].shape
@@ -119,7 +119,7 @@ def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencod
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (sam_tiny(num_heads=4), "an encoder of 2 heads; model.num_heads is 4"),
+        (sam_tiny(num_heads=4), "an encoder of 2 heads; model.image_encoder.num_heads is 4"),
         (sam_tiny(embed_dim=32), "64 wide and 2 deep; the model is 32 wide"),
     ],
 )
@@ -131,7 +131,7 @@ def test_an_autoencoder_of_another_encoder_is_refused(autoencoder, tmp_path, mod
 
 def test_an_autoencoder_begins_with_another_of_the_same_sizes(autoencoder, tmp_path):
     sam_jax.save(tmp_path / "mae", MAE, autoencoder)
-    config = dataclasses.replace(painting, model=MAE, init_from=str(tmp_path / "mae"))
+    config = dataclasses.replace(pretraining, model=MAE, init_from=str(tmp_path / "mae"))
     assert jax.tree.all(jax.tree.map(np.array_equal, begin(config), autoencoder))
     with pytest.raises(ConfigError, match="decoder_depth was 1, is 2"):
         begin(dataclasses.replace(config, model=MAE.clone(decoder_depth=2)))

@@ -1,21 +1,23 @@
-"""Settings from the command line and configs from files; faults named so that one can act."""
+"""Settings from the command line and configs from files; errors that say what to do."""
 
 import dataclasses
 import json
 
 import pytest
 
-from configs.mae_tiny import config as painting
-from sam_jax.model.sam import Sam, sam_tiny
+from configs.mae_tiny import config as pretraining
+from sam_jax.io.settings_guard import differences
+from sam_jax.model.sam import Sam, replace_fields, sam_tiny
 from train.config import ConfigError, Data, Interactive, Optimizer, TrainConfig
-from train.overrides import differences, load_config, override, to_dict, to_json
+from train.former_names import rename_saved
+from train.overrides import load_config, override, to_dict, to_json
 
 MODEL = sam_tiny(image_size=(128, 128), patch_size=8, depth=4)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
 
 
 def refused(function, *args):
-    """The message of the ConfigError."""
+    """Returns the message of the ConfigError that a call raises."""
     with pytest.raises(ConfigError) as error:
         function(*args)
     return str(error.value)
@@ -48,10 +50,6 @@ def refused(function, *args):
         ("objective.box_noise=uniform", "objective", "box_noise", "uniform"),
         ("data.source=sa1b:/data/sa1b", "data", "source", "sa1b:/data/sa1b"),
         ("data.held_out=0::5", "data", "held_out", "0::5"),
-        ("model.drop_path=0.4", "model", "drop_path", 0.4),
-        ("model.dtype=bfloat16", "model", "dtype", "bfloat16"),
-        ("model.image_size=(64, 96)", "model", "image_size", (64, 96)),
-        ("model.global_blocks=0,1,2", "model", "global_blocks", (0, 1, 2)),
     ],
 )  # fmt: skip
 def test_one_field_is_replaced(setting, part, field, value):
@@ -62,6 +60,21 @@ def test_one_field_is_replaced(setting, part, field, value):
     # Nothing else is.
     assert dataclasses.replace(after, **{field: getattr(before, field)}) == before
     assert changed == (dataclasses.replace(CONFIG, **{part: after}) if part else after)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("drop_path", "0.4", 0.4),
+        ("remat", "blocks", "blocks"),
+        ("image_size", "(64, 96)", (64, 96)),
+        ("global_blocks", "0,1,2", (0, 1, 2)),
+    ],
+)
+def test_a_field_of_a_part_of_the_model_is_replaced(field, text, value):
+    changed = override(CONFIG, [f"model.image_encoder.{field}={text}"])
+    assert changed.model == replace_fields(MODEL, **{field: value})
+    assert dataclasses.replace(changed, model=MODEL) == CONFIG
 
 
 def test_several_settings():
@@ -75,14 +88,17 @@ def test_several_settings():
 
 @pytest.mark.parametrize("step", [1, -1])
 def test_settings_may_need_each_other_in_any_order(step):
-    settings = ["objective.loss_scale=4", "model.patch_size=16"]  # patches of 8 allow 1 and 2
+    settings = [
+        "objective.loss_scale=4",
+        "model.image_encoder.patch_size=16",
+    ]  # patches of 8 allow 1 and 2
     changed = override(CONFIG, settings[::step])
     assert (changed.objective.loss_scale, changed.model.patch_size) == (4, 16)
 
 
 def test_the_model_stays_a_model():
-    changed = override(CONFIG, ["model.depth=3"])
-    assert changed.model == MODEL.clone(depth=3)
+    changed = override(CONFIG, ["model.image_encoder.depth=3"])
+    assert changed.model == replace_fields(MODEL, depth=3)
     assert isinstance(changed.model, Sam)
 
 
@@ -94,7 +110,8 @@ def test_the_model_stays_a_model():
         ("optimizer.peak_rl=3", "peak_lr", "Optimizer", Optimizer),
         ("data.sorce=x", "source", "Data", Data),
         ("optimiser.peak_lr=3", "optimizer", "TrainConfig", TrainConfig),
-        ("model.embed_dims=3", "embed_dim", "Sam", ()),
+        ("model.image_encoder.embed_dims=3", "embed_dim", "ImageEncoder", ()),
+        ("model.image_encode.depth=3", "image_encoder", "Sam", ()),
     ],
 )
 def test_an_unknown_field_is_named_with_its_like_and_all_there_are(setting, near, owner, fields):
@@ -105,8 +122,8 @@ def test_an_unknown_field_is_named_with_its_like_and_all_there_are(setting, near
     if fields:
         assert listed == [field.name for field in dataclasses.fields(fields)]
     else:
-        assert {"image_size", "patch_size", "dtype"} <= set(listed)
-        assert not {"name", "parent"} & set(listed)  # Flax's own
+        assert near in listed
+        assert not {"name", "parent"} & set(listed), "Flax adds these"
 
 
 def test_nothing_is_like_some_fields():
@@ -127,8 +144,8 @@ def test_nothing_is_like_some_fields():
         ("optimizer.lr_boundaries=1.5,2", "tuple[int, ...]"),
         ("optimizer.lr_boundaries=[1, 2]", "tuple[int, ...]"),
         ("optimizer.lr_boundaries=soon", "tuple[int, ...]"),
-        ("model.image_size=64", "tuple[int, int]"),
-        ("model.image_size=(64, 64, 3)", "tuple[int, int]"),
+        ("model.image_encoder.image_size=64", "tuple[int, int]"),
+        ("model.image_encoder.image_size=(64, 64, 3)", "tuple[int, int]"),
         ("objective.multimask=yes", "bool"),
         ("objective.multimask=1", "bool"),
         ("objective.box_noise=none", "typing.Literal['gaussian', 'uniform']"),
@@ -139,11 +156,11 @@ def test_a_value_of_a_wrong_type(setting, kind):
     assert refused(override, CONFIG, [setting]) == f"{path} must be of type {kind}; got {text!r}"
 
 
-def test_a_field_with_fields_of_its_own():
+def test_a_field_that_has_fields():
     message = refused(override, CONFIG, ["optimizer=sgd"])
     fields = ", ".join(field.name for field in dataclasses.fields(Optimizer))
-    assert message == f"optimizer has fields of its own: {fields}"
-    assert "model has fields of its own: image_size" in refused(override, CONFIG, ["model=1"])
+    assert message == f"optimizer has fields itself: {fields}"
+    assert "model has fields itself: image_encoder" in refused(override, CONFIG, ["model=1"])
 
 
 def test_a_field_without_fields():
@@ -238,10 +255,11 @@ def test_json_holds_every_field():
     assert list(plain["objective"]) == fields_of(Interactive)
     assert list(plain["data"]) == fields_of(Data)
     assert list(plain["optimizer"]) == fields_of(Optimizer)
-    assert plain["model"]["image_size"] == [128, 128]
-    assert plain["model"]["dtype"] == "float32"
+    assert plain["model"]["image_encoder"]["image_size"] == [128, 128]
+    assert plain["model"]["mask_decoder"]["dtype"] == "float32"
     assert plain["optimizer"]["lr_boundaries"] == [60_000, 86_666]
-    assert not {"name", "parent"} & set(plain["model"])
+    for module in (plain["model"], *plain["model"].values()):
+        assert not {"name", "parent"} & set(module)
     assert json.dumps(plain, indent=2) + "\n" == to_json(CONFIG)
 
 
@@ -253,8 +271,8 @@ def test_json_holds_every_field():
         "optimizer.b2=0.99",
         "objective.detach_mask=False",
         "data.held_out=0::5",
-        "model.drop_path=0.1",
-        "model.dtype=bfloat16",
+        "model.image_encoder.drop_path=0.1",
+        "model.image_encoder.remat=blocks",
     ],
 )
 def test_json_differs_when_a_field_does(setting):
@@ -267,17 +285,18 @@ def test_json_differs_when_a_field_does(setting):
 
 
 def test_differences_name_fields_and_both_values():
-    settings = ["seed=1", "optimizer.b2=0.99", "trainable=mask_decoder", "model.depth=3"]
+    settings = ["seed=1", "optimizer.b2=0.99", "trainable=mask_decoder"]
+    settings.append("model.image_encoder.depth=3")
     before, now = to_dict(CONFIG), to_dict(override(CONFIG, settings))
     assert differences(before, before) == []
     found = differences(before, now)
     assert sorted(found) == [
-        "model.depth was 4, is 3",
+        "model.image_encoder.depth was 4, is 3",
         "optimizer.b2 was 0.999, is 0.99",
         "seed was 0, is 1",
         "trainable was [], is ['mask_decoder']",
     ]
-    assert differences(before, now, ["seed", "model.depth", "trainable"]) == [
+    assert differences(before, now, ["seed", "model.image_encoder.depth", "trainable"]) == [
         "optimizer.b2 was 0.999, is 0.99"
     ]
     # What was read from JSON is the same; a field of another version is a difference.
@@ -285,11 +304,77 @@ def test_differences_name_fields_and_both_values():
     assert differences(before, before | {"new": 1}) == ["new was None, is 1"]
 
 
-def test_fields_are_those_of_what_learns():
-    assert override(painting, ["model.mask_ratio=0.5"]).model.mask_ratio == 0.5
-    message = refused(override, painting, ["objective.num_clicks=3"])
+def test_fields_are_those_of_the_task():
+    assert override(pretraining, ["model.mask_ratio=0.5"]).model.mask_ratio == 0.5
+    message = refused(override, pretraining, ["objective.num_clicks=3"])
     assert message == "there is no field objective.num_clicks. Reconstruction has normalized"
-    message = refused(override, painting, ["data.min_areas=0.5"])
+    message = refused(override, pretraining, ["data.min_areas=0.5"])
     assert message.startswith(
         "there is no field data.min_areas; did you mean min_area? PretrainData"
     )
+
+
+# Former names.
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        ("objective.points=3", ["objective.num_clicks=3"]),
+        ("objective.extra_rounds=1", ["objective.num_extra_rounds=1"]),
+        ("objective.chunk=2", ["objective.masks_per_chunk=2"]),
+        ("objective.iou_l1=True", ["objective.iou_loss=l1"]),
+        ("objective.iou_l1=False", ["objective.iou_loss=mse"]),
+        ("objective.iou_all=True", ["objective.iou_supervision=all"]),
+        ("data.turns=True", ["data.rot90=True"]),
+        ("optimizer.drop_at=5,7", ["optimizer.lr_boundaries=5,7"]),
+        ("optimizer.drop_by=0.3", ["optimizer.lr_decay_factor=0.3"]),
+        ("match_attention=2", ["mimetic_init_scale=2"]),
+        ("train_only=mask_decoder", ["trainable=mask_decoder"]),
+        ("model.depth=3", ["model.image_encoder.depth=3"]),
+        ("model.decoder_mlp_dim=8", ["model.mask_decoder.mlp_dim=8"]),
+        (
+            "model.dtype=bfloat16",
+            [
+                "model.image_encoder.dtype=bfloat16",
+                "model.prompt_encoder.dtype=bfloat16",
+                "model.mask_decoder.dtype=bfloat16",
+            ],
+        ),
+    ],
+)
+def test_former_names_are_read_with_a_warning(former, present, caplog):
+    assert override(CONFIG, [former]) == override(CONFIG, present)
+    path = present[0].split("=")[0]
+    assert caplog.messages[0].startswith(f"{former.split('=')[0]} is now called {path}")
+
+
+def test_the_flat_names_of_an_autoencoder_are_its_present_ones(caplog):
+    assert override(pretraining, ["model.decoder_depth=2"]).model.decoder_depth == 2
+    assert not caplog.messages
+
+
+def test_saved_configs_are_read_under_former_names():
+    saved = {
+        "model": {"prompt_dim": 64, "depth": 4, "dtype": "float32"},
+        "objective": {"points": 8, "iou_l1": True, "iou_all": False},
+        "data": {"source": "scenes", "turns": False},
+        "train_only": [],
+    }
+    assert rename_saved(saved) == {
+        "model": {
+            "image_encoder": {"out_dim": 64, "depth": 4, "dtype": "float32"},
+            "prompt_encoder": {"dim": 64, "dtype": "float32"},
+            "mask_decoder": {"dim": 64, "dtype": "float32"},
+        },
+        "objective": {"num_clicks": 8, "iou_loss": "l1", "iou_supervision": "best"},
+        "data": {"source": "scenes", "rot90": False},
+        "trainable": [],
+    }
+
+
+@pytest.mark.parametrize("config", [CONFIG, pretraining])
+def test_present_names_are_kept(config, caplog):
+    saved = json.loads(to_json(config))
+    assert rename_saved(saved) == saved
+    assert not caplog.messages

@@ -1,60 +1,121 @@
-"""What a run learns: all in which runs differ from one another."""
+"""The interface of a task, and the table of all tasks.
+
+A task is everything in which runs of different models differ. To add one, write a file in this
+folder with a class that has the members of `Task`, and add a row to `TASKS`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from sam_jax.data.loader import Transform
 from sam_jax.data.open import Subset
-from train.config import TrainConfig, is_reconstruction
-from train.tasks.reconstruction import MaeTask
-from train.tasks.segmentation import SamTask
+from sam_jax.model.mae import MaskedAutoencoder
+from sam_jax.model.sam import Sam
+from train.config import ConfigError, Data, Interactive, PretrainData, Reconstruction, TrainConfig
+from train.sharding import Objective
+from train.tasks.reconstruction import ReconstructionTask
+from train.tasks.segmentation import SegmentationTask
 
 
+@runtime_checkable
 class Task(Protocol):
-    """A thing to learn.
+    """What a run learns. The constructor takes the `TrainConfig`.
 
     Attributes:
-      needs_masks: whether examples' masks have to be read.
-      prepare: what makes an example a row of a batch.
-      decode_size: the frame that images are decoded for, see `open_source`; None: in full.
-      objective: f(params, constants, batch, key) -> (loss, values).
+      needs_masks: Whether the masks of examples are read.
+      transform: Turns an example into a row of a batch.
+      decode_size: (height, width) that images are decoded for, see `open_source`; None: in full.
+      init_fn: Initializes the model's variables.
+      objective: The objective, a function of (params, constants, batch, key).
       encoder_depth: Blocks of the image encoder, for its layer-wise learning rates.
-      flops: of the reference, a training step of one image; None if not all of it is done.
+      flops: FLOPs of the reference implementation for a training step of one image; None if the
+        step leaves some of them out.
     """
 
     needs_masks: bool
     transform: Transform
     decode_size: tuple[int, int] | None
-    objective: Callable
+    init_fn: Callable[[], dict[str, Any]]
+    objective: Objective
     encoder_depth: int
     flops: float | None
 
-    def initialize(self) -> dict:
-        """Draws variables, as a run without `init_from` begins with."""
+    def initial_variables(self) -> dict[str, Any]:
+        """Returns the variables to start from: those of `init_from`, or those of `init_fn`.
+
+        Raises:
+          ConfigError: If `init_from` holds another model.
+        """
         ...
 
-    def batch_like(self) -> Any:
-        """The shapes of a batch of all hosts."""
+    def batch_spec(self) -> Any:
+        """Returns the shapes of a batch of all hosts."""
         ...
 
-    def completion(self, variables: dict, path: Path, seen: Subset) -> Callable:
-        """What a batch goes through before a step; `path` is of a file of this host's own."""
+    def batch_transform(
+        self, variables: dict[str, Any], cache_path: Path, train_split: Subset
+    ) -> Callable[[Any], Any]:
+        """Returns the transform that is applied to each host batch before the train step.
+
+        Args:
+          variables: The variables that the run starts from.
+          cache_path: A file of this host in which the transform may keep results.
+          train_split: The images to train on.
+        """
         ...
 
-    def bytes_on_disk(self, seen: Subset) -> int:
-        """What the completion will write."""
+    def bytes_on_disk(self, train_split: Subset) -> int:
+        """Returns the size of the file at `cache_path` once it is complete."""
         ...
 
-    def evaluate(self, variables: dict, held_out: Subset) -> dict:
-        """What evaluation.json holds."""
+    def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
+        """Evaluates the model and returns the content of evaluation.json."""
         ...
 
-    def report(self, workdir: Path, variables: dict, held_out: Subset, evaluation: dict) -> None:
-        """Writes report/, and prints the evaluation."""
+    def report(
+        self,
+        workdir: Path,
+        variables: dict[str, Any],
+        eval_split: Subset,
+        evaluation: dict[str, Any],
+    ) -> None:
+        """Writes the folder report/ of the workdir and prints the evaluation."""
         ...
 
 
-def task_of(config: TrainConfig) -> Task:
-    """What a config says is to be learnt."""
-    return MaeTask(config) if is_reconstruction(config) else SamTask(config)
+class TaskRow(NamedTuple):
+    """A task, and the classes of the parts of its configuration."""
+
+    model: type
+    data: type
+    objective: type
+    task: Callable[[TrainConfig], Task]
+
+
+TASKS = (
+    TaskRow(Sam, Data, Interactive, SegmentationTask),
+    TaskRow(MaskedAutoencoder, PretrainData, Reconstruction, ReconstructionTask),
+)
+
+
+def make_task(config: TrainConfig) -> Task:
+    """Makes the task of a configuration, which its model determines.
+
+    Args:
+      config: The configuration.
+
+    Returns:
+      The task.
+
+    Raises:
+      ConfigError: If model, data and objective do not belong to one task, or if the task cannot run
+        with the values of some fields.
+    """
+    parts = (type(config.model), type(config.data), type(config.objective))
+    for row in TASKS:
+        if parts == row[:3]:
+            return row.task(config)
+    allowed = " or ".join(", ".join(part.__name__ for part in row[:3]) for row in TASKS)
+    got = ", ".join(part.__name__ for part in parts)
+    raise ConfigError(f"model, data and objective must be {allowed}; got {got}")

@@ -1,8 +1,9 @@
-"""To paint what is hidden of images: a run of the masked autoencoder."""
+"""Pre-training: a run of the masked autoencoder."""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,58 +13,83 @@ from sam_jax.data.crop_batch import ImageBatch, RandomResizedCrop
 from sam_jax.data.open import Subset
 from sam_jax.evaluate.reconstruction import evaluate_reconstruction
 from sam_jax.model.init import init_variables
-from train.config import TrainConfig
+from train.config import ConfigError, TrainConfig
 from train.flops import reconstruction_flops
+from train.initialization import autoencoder_variables
 from train.objectives.reconstruction import ReconstructionObjective
 from train.report.reconstruction import write_reconstruction_report
 
 
-class MaeTask:
-    """See `Task`."""
+class ReconstructionTask:
+    """A run of the masked autoencoder; see `train.tasks.base.Task`."""
 
     needs_masks = False
 
     def __init__(self, config: TrainConfig) -> None:
-        model, data = config.model, config.data
+        """Makes the task.
+
+        Raises:
+          ConfigError: If an autoencoder cannot be trained with the values of some fields.
+        """
+        if config.mimetic_init_scale:
+            raise ConfigError(
+                "mimetic_init_scale must be 0, because a masked autoencoder has no prompts; got "
+                f"{config.mimetic_init_scale}"
+            )
+        model: Any = config.model
+        data: Any = config.data
         self.config = config
+        self.model = model
         self.transform = RandomResizedCrop(
             model.image_size, model.patch_size, data.min_area, data.flips, data.rot90
         )
-        smallest = tuple(int(side * data.min_area**-0.5) for side in model.image_size)
-        self.decode_size = smallest if data.half_size_jpeg else None
+        height, width = (int(side * data.min_area**-0.5) for side in model.image_size)
+        self.decode_size = (height, width) if data.half_size_jpeg else None
+        self.init_fn = functools.partial(init_variables, model, config.seed)
         self.objective = ReconstructionObjective(model, config.objective)
-        self.flops = reconstruction_flops(model)
-        self.initialize = functools.partial(init_variables, model, config.seed)
         self.encoder_depth = model.depth
+        self.flops = reconstruction_flops(model)
 
-    def batch_like(self) -> ImageBatch:
+    def initial_variables(self) -> dict[str, Any]:
+        """Returns the variables of `init_from`, or initialized ones."""
+        return autoencoder_variables(self.config, self.init_fn)
+
+    def batch_spec(self) -> ImageBatch:
+        """Returns the shapes of a batch of all hosts."""
         b = self.config.batch_size
-        like = jax.ShapeDtypeStruct
         return ImageBatch(
-            image=like((b, *self.config.model.image_size, 3), jnp.uint8),
-            image_id=like((b,), jnp.int32),
+            image=jax.ShapeDtypeStruct((b, *self.model.image_size, 3), jnp.uint8),
+            image_id=jax.ShapeDtypeStruct((b,), jnp.int32),
         )
 
-    def completion(self, variables: dict, path: Path, seen: Subset) -> Callable:
-        """Nothing."""
-        del variables, path, seen
+    def batch_transform(
+        self, variables: dict[str, Any], cache_path: Path, train_split: Subset
+    ) -> Callable[[ImageBatch], ImageBatch]:
+        """Returns the identity."""
+        del variables, cache_path, train_split
         return lambda batch: batch
 
-    def bytes_on_disk(self, seen: Subset) -> int:
-        del seen
+    def bytes_on_disk(self, train_split: Subset) -> int:
+        """Returns 0, since nothing is cached."""
+        del train_split
         return 0
 
-    def evaluate(self, variables: dict, held_out: Subset) -> dict:
-        """See `evaluate_reconstruction`."""
-        indices = tqdm(held_out.indices.tolist(), "evaluation", unit="image", leave=False)
-        model, objective = self.config.model, self.config.objective
+    def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
+        """Computes the mean loss; see `evaluate_reconstruction`."""
+        indices = tqdm(eval_split.indices.tolist(), "evaluation", unit="image", leave=False)
+        normalized = self.config.objective.normalized
         return evaluate_reconstruction(
-            model, variables["params"], objective.normalized, held_out.source, indices
+            self.model, variables["params"], normalized, eval_split.source, indices
         )
 
-    def report(self, workdir: Path, variables: dict, held_out: Subset, evaluation: dict) -> None:
-        model, objective = self.config.model, self.config.objective
-        write_reconstruction_report(
-            workdir, model, variables["params"], objective, held_out, evaluation
-        )
+    def report(
+        self,
+        workdir: Path,
+        variables: dict[str, Any],
+        eval_split: Subset,
+        evaluation: dict[str, Any],
+    ) -> None:
+        """Writes the report and prints the evaluation."""
+        objective, params = self.config.objective, variables["params"]
+        write_reconstruction_report(workdir, self.model, params, objective, eval_split, evaluation)
         print(f"loss of {evaluation['images']} held-out images: {evaluation['loss']:.4f}")

@@ -1,9 +1,10 @@
-"""To segment what prompts mean: a run of SAM."""
+"""Promptable segmentation: a run of SAM."""
 
 import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,62 +14,107 @@ from sam_jax.data.open import Subset
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.evaluate.clicks import evaluate_clicks, format_table
 from sam_jax.model.init import init_variables
+from sam_jax.model.sam import UPSCALING
 from sam_jax.predict.predictor import SamPredictor
-from train.config import TrainConfig, learns_encoder
+from train.config import ConfigError, TrainConfig
 from train.embedding_cache import Embeddings
 from train.flops import step_flops
+from train.initialization import sam_variables
 from train.objectives.interactive import InteractiveObjective
 from train.report.segmentation import write_report
 
 
-class SamTask:
-    """See `Task`."""
+class SegmentationTask:
+    """A run of SAM; see `train.tasks.base.Task`."""
 
     needs_masks = True
 
     def __init__(self, config: TrainConfig) -> None:
-        model, data, objective = config.model, config.data, config.objective
+        """Makes the task.
+
+        Raises:
+          ConfigError: If a SAM cannot be trained with the values of some fields.
+        """
+        check_config(config)
+        model: Any = config.model
+        data, objective = config.data, config.objective
         self.config = config
+        self.model = model
         self.transform = SegmentationTransform(
             model.image_size, objective.masks_per_image, data.flips, data.rot90
         )
         self.decode_size = model.image_size if data.half_size_jpeg else None
+        self.init_fn = functools.partial(init_variables, model, config.seed)
         self.objective = InteractiveObjective(model, objective)
-        self.flops = step_flops(model, objective) if learns_encoder(config) else None
-        self.initialize = functools.partial(init_variables, model, config.seed)
         self.encoder_depth = model.image_encoder.depth
+        self.flops = step_flops(model, objective) if trains_encoder(config) else None
 
-    def batch_like(self) -> Batch:
+    def initial_variables(self) -> dict[str, Any]:
+        """Returns the variables of `init_from`, or initialized ones; see `sam_variables`."""
+        return sam_variables(self.config, self.init_fn)
+
+    def batch_spec(self) -> Batch:
+        """Returns the shapes of a batch of all hosts."""
         b, n = self.config.batch_size, self.config.objective.masks_per_image
-        h, w = self.config.model.image_size
-        like = jax.ShapeDtypeStruct
+        h, w = self.model.image_size
         return Batch(
-            image=like((b, h, w, 3), jnp.uint8),
-            size=like((b, 2), jnp.int32),
-            image_id=like((b,), jnp.int32),
-            masks=like((b, n, h, -(-w // 8)), jnp.uint8),
-            mask_id=like((b, n), jnp.int32),
-            valid=like((b, n), bool),
+            image=jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8),
+            size=jax.ShapeDtypeStruct((b, 2), jnp.int32),
+            image_id=jax.ShapeDtypeStruct((b,), jnp.int32),
+            masks=jax.ShapeDtypeStruct((b, n, h, -(-w // 8)), jnp.uint8),
+            mask_id=jax.ShapeDtypeStruct((b, n), jnp.int32),
+            valid=jax.ShapeDtypeStruct((b, n), bool),
         )
 
-    def completion(self, variables: dict, path: Path, seen: Subset) -> Callable:
-        """A frozen encoder's embeddings are added."""
-        if learns_encoder(self.config):
+    def batch_transform(
+        self, variables: dict[str, Any], cache_path: Path, train_split: Subset
+    ) -> Callable[[Batch], Batch]:
+        """Returns a transform that adds the embeddings of a frozen image encoder."""
+        if trains_encoder(self.config):
             return lambda batch: batch
-        return Embeddings(self.config.model, variables, path, len(seen.source))
+        return Embeddings(self.model, variables, cache_path, len(train_split.source))
 
-    def bytes_on_disk(self, seen: Subset) -> int:
-        if learns_encoder(self.config):
+    def bytes_on_disk(self, train_split: Subset) -> int:
+        """Returns the size of all embeddings."""
+        if trains_encoder(self.config):
             return 0
-        model = self.config.model
-        return 4 * len(seen.source) * math.prod(model.grid) * model.embedding_dim
+        return 4 * len(train_split.source) * math.prod(self.model.grid) * self.model.embedding_dim
 
-    def evaluate(self, variables: dict, held_out: Subset) -> dict:
-        """See `evaluate_clicks`."""
-        predictor = SamPredictor(self.config.model, variables)
-        indices = tqdm(range(len(held_out)), "evaluation", unit="image", leave=False)
-        return evaluate_clicks(predictor, held_out, indices)
+    def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
+        """Measures the mean IoU after clicks and a box; see `evaluate_clicks`."""
+        predictor = SamPredictor(self.model, variables)
+        indices = tqdm(range(len(eval_split)), "evaluation", unit="image", leave=False)
+        return evaluate_clicks(predictor, eval_split, indices)
 
-    def report(self, workdir: Path, variables: dict, held_out: Subset, evaluation: dict) -> None:
-        write_report(workdir, SamPredictor(self.config.model, variables), held_out, evaluation)
+    def report(
+        self,
+        workdir: Path,
+        variables: dict[str, Any],
+        eval_split: Subset,
+        evaluation: dict[str, Any],
+    ) -> None:
+        """Writes the report and prints the evaluation."""
+        write_report(workdir, SamPredictor(self.model, variables), eval_split, evaluation)
         print(format_table(evaluation))
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raises ConfigError, naming the field, if a SAM cannot be trained with these values."""
+    if not trains_encoder(config) and (config.data.flips or config.data.rot90):
+        raise ConfigError(
+            "data.flips and data.rot90 must be False if the image encoder is not trained, because "
+            f"its embeddings are computed once; got trainable={config.trainable}"
+        )
+    patch, scale = config.model.patch_size, config.objective.loss_scale
+    if patch % (UPSCALING * scale):
+        raise ConfigError(
+            f"model.image_encoder.patch_size must be divisible by {UPSCALING} x "
+            f"objective.loss_scale = {UPSCALING * scale}, so that the loss is computed at whole "
+            f"pixels; got {patch}"
+        )
+
+
+def trains_encoder(config: TrainConfig) -> bool:
+    """Returns True if any part of the image encoder is trained."""
+    parts = (part.split("/")[0] for part in config.trainable)
+    return not config.trainable or "image_encoder" in parts

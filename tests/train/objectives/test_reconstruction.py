@@ -11,7 +11,7 @@ from sam_jax.data.crop_batch import ImageBatch
 from sam_jax.model.mae import ReconstructedPatches, mae_tiny, reconstruction_loss
 from train.config import Reconstruction
 from train.objectives.reconstruction import ReconstructionObjective
-from train.tasks.base import task_of
+from train.tasks.base import make_task
 
 MODEL = mae_tiny(image_size=(32, 32), depth=1)
 
@@ -40,7 +40,7 @@ def test_plain_colours_can_be_painted_instead():
 
 @pytest.fixture(scope="module")
 def params():
-    return task_of(dataclasses.replace(tiny, model=MODEL)).initialize()["params"]
+    return make_task(dataclasses.replace(tiny, model=MODEL)).init_fn()["params"]
 
 
 @pytest.fixture(scope="module")
