@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -228,7 +228,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self,
         req: urllib.request.Request,
-        fp: IO[bytes],
+        fp: Any,  # the response, which is not an IO[bytes]
         code: int,
         msg: str,
         headers: http.client.HTTPMessage,

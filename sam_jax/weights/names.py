@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 
@@ -49,7 +50,7 @@ ROW = _reshaped(1, -1)  # (1, c) -> (c), an embedding
 
 
 def to_torch_tensors(
-    table: NameTable, variables: Mapping[str, np.ndarray]
+    table: NameTable, variables: Mapping[str, jax.Array | np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Returns variables by path as PyTorch's tensors: {name: contiguous float32 array}."""
     return {

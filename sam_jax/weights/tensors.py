@@ -3,10 +3,12 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-import flax.linen as nn
+import jax
 import numpy as np
 
 from sam_jax.model.init import variable_shapes
+from sam_jax.model.mae import MaskedAutoencoder
+from sam_jax.model.sam import Sam
 
 
 class WeightsError(ValueError):
@@ -79,7 +81,9 @@ def check_names(source: str, names: Collection[str], expected: Collection[str]) 
         )
 
 
-def check_variables(source: str, model: nn.Module, flat: Mapping[str, np.ndarray]) -> None:
+def check_variables(
+    source: str, model: Sam | MaskedAutoencoder, flat: Mapping[str, jax.Array | np.ndarray]
+) -> None:
     """Checks that arrays have the paths and shapes of a model's variables.
 
     Args:

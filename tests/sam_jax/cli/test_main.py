@@ -202,7 +202,7 @@ def test_convert_writes_an_autoencoder_with_official_names(tmp_path, capsys):
     _, tensors = read_autoencoder(tmp_path / "mae.pth")
     assert tensors["decoder_pos_embed"].shape == (1, 1 + 2 * 3, 64)
     assert main(["info", "--weights", str(tmp_path / "mae")]) == 1
-    assert "holds a masked autoencoder, no SAM" in capsys.readouterr().err
+    assert "holds a masked autoencoder, not a SAM" in capsys.readouterr().err
 
 
 @pytest.fixture

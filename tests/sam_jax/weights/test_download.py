@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import http.client
 import http.server
 import io
 import os
@@ -280,13 +281,18 @@ def test_redirect_on_this_machine(site, cache):
 def test_redirect_never_leaves_https(target):
     request = urllib.request.Request("https://example.com/x")
     with pytest.raises(DownloadError, match="only https is allowed"):
-        download._SafeRedirects().redirect_request(request, None, 302, "Found", {}, target)
+        redirect_request(request, target)
+
+
+def redirect_request(request, target):
+    headers = http.client.HTTPMessage()
+    return download._SafeRedirects().redirect_request(request, None, 302, "Found", headers, target)
 
 
 def test_redirect_within_https():
     request = urllib.request.Request("https://example.com/x")
     target = "https://example.org/y"
-    followed = download._SafeRedirects().redirect_request(request, None, 302, "Found", {}, target)
+    followed = redirect_request(request, target)
     assert followed.full_url == target
 
 
