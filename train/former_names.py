@@ -39,13 +39,9 @@ def present_paths(path: str, fields: Mapping[str, Any]) -> list[str]:
       fields: The fields of the configuration's model. `Sam` had flat fields, some of which are now
         in several of its parts.
     """
-    former_model_field = path.removeprefix("model.")
-    if (
-        path.startswith("model.")
-        and "image_encoder" in fields
-        and former_model_field in FLAT_FIELDS
-    ):
-        paths = [f"model.{part}" for part in FLAT_FIELDS[former_model_field]]
+    name = path.removeprefix("model.")
+    if path != name and name in FLAT_FIELDS and "image_encoder" in fields:
+        paths = [f"model.{part}" for part in FLAT_FIELDS[name]]
     elif path in RENAMED:
         paths = [RENAMED[path]]
     else:
@@ -56,7 +52,7 @@ def present_paths(path: str, fields: Mapping[str, Any]) -> list[str]:
 
 def present_value(path: str, value: Any) -> Any:
     """Returns the present value of a field that had a value under a former path."""
-    return VALUES.get(path, {}).get(value, value)
+    return VALUES[path].get(value, value) if path in VALUES else value
 
 
 def rename_saved(saved: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def refused(function, *args):
         ("optimizer.lr_boundaries=3,2", "(3, 2)", "steps in ascending order"),
         ("optimizer.warmup_steps=-1", "-1", "at least 0"),
         ("model.image_encoder.patch_size=0", "0", "at least 1"),
-        ("model.image_encoder.num_heads=3", "64", "a positive multiple of num_heads = 3"),
+        ("model.image_encoder.embed_dim=63", "63", "a positive multiple of num_heads = 2"),
         ("model.mask_decoder.dropout=0.001", "0.001", "0, or 1/256 to 255/256"),
         (
             "model.image_encoder.image_size=(128, 100)",

@@ -120,7 +120,7 @@ def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencod
     ("model", "said"),
     [
         (sam_tiny(num_heads=4), "an encoder of 2 heads; model.image_encoder.num_heads is 4"),
-        (sam_tiny(embed_dim=32), "64 wide and 2 deep; the model is 32 wide"),
+        (sam_tiny(embed_dim=32), "64 wide and 2 deep; the model's is 32 wide"),
     ],
 )
 def test_an_autoencoder_of_another_encoder_is_refused(autoencoder, tmp_path, model, said):
