@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.model.prompt_encoder import Prompts
-from sam_jax.model.sam import Sam
+from tests import typecheck
+
+typecheck.install()  # before the first import of the project
+
+from sam_jax.model.prompt_encoder import Prompts  # noqa: E402
+from sam_jax.model.sam import Sam  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes are tested without accelerators
 
