@@ -3,45 +3,53 @@
 import functools
 import math
 
-import flax.traverse_util
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
+from tests import compilation, typecheck
 
-from tests import typecheck
+# Both before the first import of what they change.
+compilation.share_cache()
+typecheck.install()
 
-typecheck.install()  # before the first import of the project
+import flax.traverse_util  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 from sam_jax.model.prompt_encoder import Prompts  # noqa: E402
 from sam_jax.model.sam import Sam  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes are tested without accelerators
 
-# Tests wait for compilers more than for results: these options compile two to three times faster.
-# The predictor's tests and the comparisons with the reference compile as users do.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+# These tests compile as users do. All others wait for compilers more than for results.
+OPTIMIZED = ("tests/sam_jax/predict/", "tests/sam_jax/everything/", "tests/reference/")
 
-
-SLOW = (
+# Files that take long go first, so that others fill the gaps; all of a file runs in one worker.
+LONGEST_FIRST = (
     "tests/train/",
     "tests/sam_jax/predict/",
     "tests/configs/",
     "tests/sam_jax/engine/",
-    "tests/sam_jax/test_cli.py",
+    "tests/sam_jax/cli/",
 )
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long go first, so that others fill the gaps; a file is one worker's."""
-    slow = lambda item: next(
-        (i for i, n in enumerate(SLOW) if item.nodeid.startswith(n)), len(SLOW)
-    )
-    items.sort(key=slow)
+    """Sorts the tests by how long their files take."""
+
+    def rank(item):
+        matches = (i for i, path in enumerate(LONGEST_FIRST) if item.nodeid.startswith(path))
+        return next(matches, len(LONGEST_FIRST))
+
+    items.sort(key=rank)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizations(request):
+    """Compiles with few optimizations, except where tests are of what users run."""
+    disable = not request.node.nodeid.startswith(OPTIMIZED)
+    if jax.config.jax_disable_most_optimizations != disable:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", disable)
 
 
 # Nothing is round or alike: the frame is not square, windows of 4 pad 6 rows to 8 and 9 columns to
@@ -131,7 +139,7 @@ def variables_of():
 @pytest.fixture(scope="session")
 def jit():
     """`jax.jit`, compiling quickly."""
-    return functools.partial(jax.jit, compiler_options=QUICK)
+    return functools.partial(jax.jit, compiler_options=compilation.QUICK)
 
 
 @pytest.fixture(scope="session")
