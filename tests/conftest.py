@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
 def optimizations(request):
     """Compiles with few optimizations, except where tests are of what users run."""
     disable = not request.node.nodeid.startswith(OPTIMIZED)
-    if jax.config.jax_disable_most_optimizations != disable:
+    if jax.config.values["jax_disable_most_optimizations"] != disable:
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", disable)
 
