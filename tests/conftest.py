@@ -27,6 +27,7 @@ OPTIMIZED = ("tests/sam_jax/predict/", "tests/sam_jax/everything/", "tests/refer
 LONGEST_FIRST = (
     "tests/train/",
     "tests/sam_jax/predict/",
+    "tests/sam_jax/everything/",
     "tests/configs/",
     "tests/sam_jax/engine/",
     "tests/sam_jax/cli/",

@@ -78,7 +78,7 @@ def test_former_weights_load():
     model, variables = sam_jax.load(FORMER_RUN / "weights")
     assert model.image_size == (32, 48)
     sums = {
-        path: float(np.sum(x, dtype=np.float64))
+        path: float(np.sum(np.asarray(x), dtype=np.float64))
         for path, x in flatten_dict(variables, sep="/").items()
     }
     assert sums == pytest.approx(RECORDED["parameter_sums"], rel=1e-12, abs=1e-12)

@@ -6,11 +6,13 @@ import socket
 
 import jax
 import numpy as np
+import pytest
 
 import sam_jax
 from tests.train.running import CONFIG, finish, losses, start_run
 
 
+@pytest.mark.slow
 def test_two_hosts_of_four_devices_are_one_of_eight(tmp_path):
     config = tmp_path / "small.py"
     config.write_text(CONFIG)

@@ -60,6 +60,7 @@ def test_files_in_a_finished_workdir(uninterrupted):
     assert any((uninterrupted / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_the_same(start, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
     for rows in (3, 6, 9):
@@ -76,6 +77,7 @@ def test_a_run_killed_three_times_ends_the_same(start, uninterrupted, tmp_path):
     assert digest(workdir) == digest(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(start, uninterrupted, tmp_path):
     workdir = tmp_path / "damaged"
     finish(start(workdir, "num_steps=10"))
@@ -103,6 +105,7 @@ def test_frozen_parts_keep_their_parameters(start, uninterrupted, tmp_path):
         assert all(np.array_equal(x, y) for x, y in pairs) is (part != "mask_decoder")
 
 
+@pytest.mark.slow
 def test_a_masked_autoencoder_that_was_killed_ends_the_same(tmp_path):
     config = tmp_path / "autoencoder.py"
     config.write_text(AUTOENCODER)
