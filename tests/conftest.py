@@ -1,4 +1,4 @@
-"""Settings of the whole suite, and a tiny model whose every tensor matters."""
+"""Settings of the suite, and a tiny model in which every tensor affects the output."""
 
 import functools
 import math
@@ -53,8 +53,8 @@ def optimizations(request):
         jax.config.update("jax_disable_most_optimizations", disable)
 
 
-# Nothing is round or alike: the frame is not square, windows of 4 pad 6 rows to 8 and 9 columns to
-# 12, and every width differs from the others.
+# All sizes differ, so that none can be mistaken for another: the canvas is not square, and windows
+# of 4 pad 6 rows to 8 and 9 columns to 12.
 TINY = Sam(
     image_size=(48, 72),
     patch_size=8,
@@ -74,7 +74,7 @@ SHARPENED = ("token_to_image/q/kernel", "token_to_image/k/kernel", "neck/conv2/k
 
 
 def shapes_of(model):
-    """The shapes of a model's variables, by path; nothing is computed."""
+    """Returns the shapes of a model's variables by path, without computing anything."""
     gh, gw = (side // model.patch_size for side in model.image_size)
     prompts = Prompts(
         points=jnp.zeros((1, 1, 2, 2)),
@@ -88,15 +88,16 @@ def shapes_of(model):
 
 
 def random_variables(model, seed=0):
-    """Variables such that an error anywhere is seen in the logits, which span about +-10.
+    """Returns variables for which an error in any tensor shows in the logits.
 
-    Biases and positions are not zero and norms not one, as they are at first; attention between
-    tokens and image is sharp; the neck's 3x3 kernel has no mean, which its norm would take away.
+    The logits span about -10 to 10. Unlike initial values, biases and positions are not zero and
+    scales of norms are not one. Attention between tokens and image is sharp. The neck's 3x3 kernel
+    has zero mean, which the following norm would remove.
     """
     rng = np.random.default_rng(seed)
     flat = {}
-    for path, like in shapes_of(model).items():
-        normal = rng.standard_normal(like.shape)
+    for path, struct in shapes_of(model).items():
+        normal = rng.standard_normal(struct.shape)
         if path.endswith("scale"):
             value = 1 + 0.1 * normal
         elif path.endswith("bias"):
@@ -104,7 +105,8 @@ def random_variables(model, seed=0):
         elif path.endswith(("pos_embed", "rel_pos_h", "rel_pos_w")):
             value = 0.2 * normal
         elif path.endswith("kernel"):
-            fan_in = like.shape[0] if "upscaling" in path else math.prod(like.shape[:-1])
+            shape = struct.shape
+            fan_in = shape[0] if "upscaling" in path else math.prod(shape[:-1])
             value = normal * fan_in**-0.5
         else:
             value = normal
@@ -120,32 +122,32 @@ def random_variables(model, seed=0):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A model of a non-square frame, 48 by 72, and its variables."""
+    """A model of images of 48 by 72 pixels, and its variables."""
     return TINY, random_variables(TINY)
 
 
 @pytest.fixture(scope="session")
 def square():
-    """A model of 64 by 64, and its variables."""
+    """A model of images of 64 by 64 pixels, and its variables."""
     model = TINY.clone(image_size=(64, 64), window_size=3)
     return model, random_variables(model, seed=1)
 
 
 @pytest.fixture(scope="session")
 def variables_of():
-    """Random variables of any model, from a seed."""
+    """A function that draws the variables of any model from a seed."""
     return random_variables
 
 
 @pytest.fixture(scope="session")
 def jit():
-    """`jax.jit`, compiling quickly."""
+    """`jax.jit` that compiles with few optimizations."""
     return functools.partial(jax.jit, compiler_options=compilation.QUICK)
 
 
 @pytest.fixture(scope="session")
 def encode(jit):
-    """`Sam.encode`, compiled once for all tests."""
+    """`Sam.encode`, compiled once for each model in a process."""
     return functools.partial(jit, static_argnames=("model", "train"))(
         lambda model, variables, image, train=False, rngs=None: model.apply(
             variables, image, train, rngs=rngs, method="encode"
@@ -155,7 +157,7 @@ def encode(jit):
 
 @pytest.fixture(scope="session")
 def decode(jit):
-    """`Sam.decode`, compiled once for all tests."""
+    """`Sam.decode`, compiled once for each model in a process."""
     return functools.partial(jit, static_argnames=("model", "train"))(
         lambda model, variables, embedding, prompts, train=False, rngs=None: model.apply(
             variables, embedding, prompts, train, rngs=rngs, method="decode"

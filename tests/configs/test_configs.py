@@ -1,4 +1,4 @@
-"""Every config loads, and its training step traces: shapes alone, nothing is computed."""
+"""Every config loads, and its training step can be traced without computing anything."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_the_step_traces(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_docstring_has_the_command(name, monkeypatch):
+def test_the_docstring_names_the_command(name, monkeypatch):
     config = config_of(name, monkeypatch)
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python -m train configs/{name}.py --workdir runs/" in text
@@ -77,7 +77,7 @@ def test_the_published_recipe_of_masked_autoencoders(monkeypatch, size):
         ("sam_vit_b", 8e-4, 0.6, 0.6, 180_000, (120_000, 173_333), 128),
     ],
 )
-def test_the_papers_recipe(monkeypatch, name, rate, decay, drop_path, steps, drops, batch):
+def test_the_recipe_of_the_paper(monkeypatch, name, rate, decay, drop_path, steps, drops, batch):
     config = config_of(name, monkeypatch)
     optimizer = config.optimizer
     assert (optimizer.peak_lr, optimizer.layer_decay) == (rate, decay)
