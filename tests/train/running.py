@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import compilation
 from train.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +73,7 @@ def start_run(
     Returns:
       The process. Programs that another process of the session compiled are not compiled again.
     """
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(quick)}
+    environment = os.environ | {"XLA_FLAGS": compilation.XLA_FLAGS if quick else ""}
     if devices:
         environment["JAX_NUM_CPU_DEVICES"] = str(devices)
     arguments = [*hosts, *(["--set", *settings] if settings else [])]
