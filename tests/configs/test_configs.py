@@ -16,6 +16,8 @@ from train.tasks.base import task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+# These differ from ViT-H in numbers alone.
+SLOW = ("mae_vit_b", "mae_vit_l", "sam_vit_b", "sam_vit_l")
 
 
 def config_of(name, monkeypatch):
@@ -23,7 +25,9 @@ def config_of(name, monkeypatch):
     return load_config(f"configs/{name}.py")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CONFIGS]
+)
 def test_the_step_traces(name, monkeypatch):
     config = config_of(name, monkeypatch)
     task = task_of(config)
