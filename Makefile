@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train pretrain test test-colabs test-reference test-tpu lint bench clean
+.PHONY: install train pretrain test test-slow test-colabs test-reference test-tpu lint bench clean
 
 install: .venv/test
 
@@ -28,7 +28,11 @@ pretrain: .venv/test
 	$(BIN)/python -m train configs/mae_tiny.py --workdir runs/mae_tiny
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not reference and not colab and not tpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		-m 'not slow and not reference and not colab and not tpu'
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-colabs: .venv/test
 	$(BIN)/python -m pytest -m colab
@@ -42,6 +46,7 @@ test-tpu: .venv/tpu
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 bench: .venv/reference

@@ -1,47 +1,59 @@
-"""Settings of the whole suite, and a tiny model whose every tensor matters."""
+"""Settings of the suite, and a tiny model in which every tensor affects the output."""
 
 import functools
 import math
 
-import flax.traverse_util
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
+from tests import compilation, typecheck
 
-from sam_jax.model.prompt_encoder import Prompts
-from sam_jax.model.sam import build_sam, replace_fields
+# Both before the first import of what they change.
+compilation.share_cache()
+typecheck.install()
+
+import flax.traverse_util  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from sam_jax.model.init import variable_shapes  # noqa: E402
+from sam_jax.model.sam import build_sam, replace_fields  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes are tested without accelerators
 
-# Tests wait for compilers more than for results: these options compile two to three times faster.
-# The predictor's tests and the comparisons with the reference compile as users do.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+# These tests compile as users do. All others wait for compilers more than for results.
+OPTIMIZED = ("tests/sam_jax/predict/", "tests/sam_jax/everything/", "tests/reference/")
 
-
-SLOW = (
+# Files that take long go first, so that others fill the gaps; all of a file runs in one worker.
+LONGEST_FIRST = (
     "tests/train/",
     "tests/sam_jax/predict/",
+    "tests/sam_jax/everything/",
     "tests/configs/",
     "tests/sam_jax/engine/",
-    "tests/sam_jax/test_cli.py",
+    "tests/sam_jax/cli/",
 )
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long go first, so that others fill the gaps; a file is one worker's."""
-    slow = lambda item: next(
-        (i for i, n in enumerate(SLOW) if item.nodeid.startswith(n)), len(SLOW)
-    )
-    items.sort(key=slow)
+    """Sorts the tests by how long their files take."""
+
+    def rank(item):
+        matches = (i for i, path in enumerate(LONGEST_FIRST) if item.nodeid.startswith(path))
+        return next(matches, len(LONGEST_FIRST))
+
+    items.sort(key=rank)
 
 
-# Nothing is round or alike: the frame is not square, windows of 4 pad 6 rows to 8 and 9 columns to
-# 12, and every width differs from the others.
+@pytest.fixture(scope="module", autouse=True)
+def optimizations(request):
+    """Compiles with few optimizations, except where tests are of what users run."""
+    disable = not request.node.nodeid.startswith(OPTIMIZED)
+    if jax.config.values["jax_disable_most_optimizations"] != disable:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", disable)
+
+
+# All sizes differ, so that none can be mistaken for another: the canvas is not square, and windows
+# of 4 pad 6 rows to 8 and 9 columns to 12.
 TINY = build_sam(
     image_size=(48, 72),
     patch_size=8,
@@ -60,30 +72,17 @@ TINY = build_sam(
 SHARPENED = ("token_to_image/q/kernel", "token_to_image/k/kernel", "neck/conv2/kernel")
 
 
-def shapes_of(model):
-    """The shapes of a model's variables, by path; nothing is computed."""
-    gh, gw = (side // model.patch_size for side in model.image_size)
-    prompts = Prompts(
-        points=jnp.zeros((1, 1, 2, 2)),
-        labels=jnp.ones((1, 1, 2), jnp.int32),
-        mask=jnp.zeros((1, 1, 4 * gh, 4 * gw)),
-        has_mask=jnp.ones((1, 1), bool),
-    )
-    image = jnp.zeros((1, *model.image_size, 3))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, prompts))
-    return flax.traverse_util.flatten_dict(variables, sep="/")
-
-
 def random_variables(model, seed=0):
-    """Variables such that an error anywhere is seen in the logits, which span about +-10.
+    """Returns variables for which an error in any tensor shows in the logits.
 
-    Biases and positions are not zero and norms not one, as they are at first; attention between
-    tokens and image is sharp; the neck's 3x3 kernel has no mean, which its norm would take away.
+    The logits span about -10 to 10. Unlike initial values, biases and positions are not zero and
+    scales of norms are not one. Attention between tokens and image is sharp. The neck's 3x3 kernel
+    has zero mean, which the following norm would remove.
     """
     rng = np.random.default_rng(seed)
     flat = {}
-    for path, like in shapes_of(model).items():
-        normal = rng.standard_normal(like.shape)
+    for path, struct in variable_shapes(model).items():
+        normal = rng.standard_normal(struct.shape)
         if path.endswith("scale"):
             value = 1 + 0.1 * normal
         elif path.endswith("bias"):
@@ -91,7 +90,8 @@ def random_variables(model, seed=0):
         elif path.endswith(("pos_embed", "rel_pos_h", "rel_pos_w")):
             value = 0.2 * normal
         elif path.endswith("kernel"):
-            fan_in = like.shape[0] if "upscaling" in path else math.prod(like.shape[:-1])
+            shape = struct.shape
+            fan_in = shape[0] if "upscaling" in path else math.prod(shape[:-1])
             value = normal * fan_in**-0.5
         else:
             value = normal
@@ -107,32 +107,32 @@ def random_variables(model, seed=0):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A model of a non-square frame, 48 by 72, and its variables."""
+    """A model of images of 48 by 72 pixels, and its variables."""
     return TINY, random_variables(TINY)
 
 
 @pytest.fixture(scope="session")
 def square():
-    """A model of 64 by 64, and its variables."""
+    """A model of images of 64 by 64 pixels, and its variables."""
     model = replace_fields(TINY, image_size=(64, 64), window_size=3)
     return model, random_variables(model, seed=1)
 
 
 @pytest.fixture(scope="session")
 def variables_of():
-    """Random variables of any model, from a seed."""
+    """A function that draws the variables of any model from a seed."""
     return random_variables
 
 
 @pytest.fixture(scope="session")
 def jit():
-    """`jax.jit`, compiling quickly."""
-    return functools.partial(jax.jit, compiler_options=QUICK)
+    """`jax.jit` that compiles with few optimizations."""
+    return functools.partial(jax.jit, compiler_options=compilation.QUICK)
 
 
 @pytest.fixture(scope="session")
 def encode(jit):
-    """`Sam.encode`, compiled once for all tests."""
+    """`Sam.encode`, compiled once for each model in a process."""
     return functools.partial(jit, static_argnames=("model", "train"))(
         lambda model, variables, image, train=False, rngs=None: model.apply(
             variables, image, train, rngs=rngs, method="encode"
@@ -142,7 +142,7 @@ def encode(jit):
 
 @pytest.fixture(scope="session")
 def decode(jit):
-    """`Sam.decode`, compiled once for all tests."""
+    """`Sam.decode`, compiled once for each model in a process."""
     return functools.partial(jit, static_argnames=("model", "train"))(
         lambda model, variables, embedding, prompts, train=False, rngs=None: model.apply(
             variables, embedding, prompts, train, rngs=rngs, method="decode"

@@ -35,6 +35,7 @@ def make_optimizer(config: Optimizer, depth: int, trainable: tuple[str, ...] = (
       config: `Optimizer`.
       depth: blocks of the image encoder.
       trainable: paths of what learns, e.g. ("mask_decoder",); empty for all.
+
     Returns:
       `optax.GradientTransformation` over the tree of parameters. What does not learn has no
       moments.
@@ -89,7 +90,8 @@ def scale_by_depth(layer_decay, depth):
 
 def lr_multiplier(path: str, layer_decay: float, depth: int) -> float:
     """`layer_decay ** (depth - i)` for block i, one power more for the embeddings before block 0,
-    and 1 for all that comes after the blocks."""
+    and 1 for all that comes after the blocks.
+    """
     part, name = [*path.split("/"), ""][:2]
     if part != "image_encoder" or name == "neck":
         return 1.0

@@ -35,6 +35,7 @@ def check_or_create(
       needed: bytes that the run will write.
       writes: whether to write, or to check alone.
       name: by which people know the folder, if not by its path.
+
     Raises:
       ConfigError: if it is another's, or has too little room.
     """

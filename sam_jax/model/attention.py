@@ -92,6 +92,7 @@ def attend_in_windows(qkv, rel_h, rel_w, num_heads):
       qkv: 'b h w (3 head d)', queries, keys and values.
       rel_h: 'h u d', the vertical position of key row u relative to query row h; rel_w: 'w v d'.
       num_heads: heads.
+
     Returns:
       'b h w (head d)'.
     """
@@ -148,6 +149,7 @@ def attend_folded(qkv, rel_h, rel_w, num_heads, attend=attend_plainly):
       qkv: 'h w (3 head d)', the queries, keys and values of one grid of tokens.
       rel_h, rel_w, num_heads: as in `attend_in_windows`.
       attend: f('head t d', 'head t d', 'head t e') -> 'head t e', attention without scaling.
+
     Returns:
       'h w (head d)'.
     """

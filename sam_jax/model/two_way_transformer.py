@@ -48,6 +48,7 @@ class TwoWayTransformer(nn.Module):
           image_pe: '(gh gw) c'.
           num_outputs: how many of the first tokens are wanted.
           train: whether to drop out.
+
         Returns:
           'b n num_outputs c' and 'b n (gh gw) c'.
         """

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom in a fresh process, on a tiny model."""
+"""Every notebook runs from top to bottom in a new process, with a tiny model."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def tiny_weights(tmp_path_factory):
 
 @pytest.mark.colab
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path, tiny_weights, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(COLABS.parent))  # the checkout, for `train` and `configs`
+def test_a_notebook_runs(path, tiny_weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(COLABS.parent))  # `train` and `configs` are not installed
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "setup" not in tags(cell)]
     (parameters,) = (cell for cell in notebook.cells if "parameters" in tags(cell))
@@ -36,7 +36,7 @@ def test_runs(path, tiny_weights, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_fit_to_publish(path):
+def test_a_notebook_is_ready_to_publish(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs"

@@ -1,19 +1,15 @@
-"""Small runs in processes of their own."""
+"""Small runs of `python -m train` in processes of their own."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from tests import compilation
 from train.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# They compile quickly: what is tested is not how fast they are.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
 
 CONFIG = """
 from sam_jax.model.sam import sam_tiny
@@ -56,20 +52,28 @@ config = TrainConfig(
 """
 
 
-def start_run(config, cache, workdir, *settings, devices=None, hosts=()):
+def start_run(
+    config: Path,
+    workdir: Path,
+    *settings: str,
+    devices: int | None = None,
+    hosts: Sequence[str] = (),
+    quick: bool = True,
+) -> subprocess.Popen:
     """Starts `python -m train`.
 
     Args:
-      config: its file; cache: a folder for compiled programs; workdir, settings: of the run.
-      devices: how many the process has; all cores if None.
-      hosts: arguments that say which of several hosts it is.
+      config: The config file.
+      workdir: The workdir of the run.
+      *settings: Arguments of `--set`.
+      devices: Number of devices of the process; one for each core if None.
+      hosts: Arguments that number the process among several hosts.
+      quick: Compiles with few optimizations, as these runs wait for the compiler above all.
+
+    Returns:
+      The process. Programs that another process of the session compiled are not compiled again.
     """
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": QUICK,
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    environment = os.environ | {"XLA_FLAGS": compilation.XLA_FLAGS if quick else ""}
     if devices:
         environment["JAX_NUM_CPU_DEVICES"] = str(devices)
     arguments = [*hosts, *(["--set", *settings] if settings else [])]
@@ -83,12 +87,14 @@ def start_run(config, cache, workdir, *settings, devices=None, hosts=()):
     )
 
 
-def finish(process):
+def finish(process: subprocess.Popen) -> str:
+    """Waits for a run to succeed and returns its output."""
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return output
 
 
-def losses(workdir):
+def losses(workdir: Path) -> list[tuple[int, float, list[float] | None]]:
+    """Returns step, loss and IoUs of the rounds of every logged step."""
     rows = read_rows(workdir / "metrics.jsonl")
     return [(row["step"], row["loss"], row.get("miou_of_rounds")) for row in rows]

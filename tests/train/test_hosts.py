@@ -6,15 +6,17 @@ import socket
 
 import jax
 import numpy as np
+import pytest
 
 import sam_jax
 from tests.train.running import CONFIG, finish, losses, start_run
 
 
+@pytest.mark.slow
 def test_two_hosts_of_four_devices_are_one_of_eight(tmp_path):
     config = tmp_path / "small.py"
     config.write_text(CONFIG)
-    start = functools.partial(start_run, config, tmp_path / "cache")
+    start = functools.partial(start_run, config)
     settings = ("batch_size=8", "num_steps=4", "fsdp=2")
     finish(start(tmp_path / "one", *settings, devices=8))
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""Runs as people start them: killed and started again, refused, fine-tuned."""
+"""Training runs as users start them: interrupted and resumed, rejected, fine-tuned."""
 
 import functools
 import hashlib
@@ -27,15 +27,15 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(config, tmp_path_factory):
-    """Starts `python -m train` in a process; programs are compiled once for all."""
-    return functools.partial(start_run, config, tmp_path_factory.mktemp("cache"))
+def start(config):
+    """Starts `python -m train` in a process."""
+    return functools.partial(start_run, config)
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
-    """The workdir of a run that nobody disturbed."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
+def uninterrupted(start, tmp_path_factory):
+    """The workdir of a run that was never interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     finish(start(workdir))
     return workdir
 
@@ -44,23 +44,24 @@ def digest(workdir):
     return hashlib.sha256((workdir / "weights" / "weights.safetensors").read_bytes()).hexdigest()
 
 
-def test_what_a_run_leaves(whole):
-    assert [step for step, _, _ in losses(whole)] == list(range(1, 13))
-    model, variables = sam_jax.load(whole / "weights")
+def test_files_in_a_finished_workdir(uninterrupted):
+    assert [step for step, _, _ in losses(uninterrupted)] == list(range(1, 13))
+    model, variables = sam_jax.load(uninterrupted / "weights")
     assert model.image_size == (48, 64)
     assert set(variables) == {"params", "constants"}
-    scores = json.loads((whole / "evaluation.json").read_text())
+    scores = json.loads((uninterrupted / "evaluation.json").read_text())
     assert scores["source"] == "scenes:48x64"
     assert set(scores["clicks"]) == {"1", "2", "3", "5", "9"}
     assert set(scores["box"]) == {"chosen", "oracle"}
     assert scores["objects"] > 0
     assert {"curves.png", "clicks.png", "examples.png"} <= {
-        path.name for path in (whole / "report").iterdir()
+        path.name for path in (uninterrupted / "report").iterdir()
     }
-    assert any((whole / "tensorboard").iterdir())
+    assert any((uninterrupted / "tensorboard").iterdir())
 
 
-def test_a_run_killed_three_times_ends_the_same(start, whole, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_three_times_ends_the_same(start, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
     for rows in (3, 6, 9):
         process = start(workdir)
@@ -72,11 +73,12 @@ def test_a_run_killed_three_times_ends_the_same(start, whole, tmp_path):
         process.kill()
         process.communicate()
     finish(start(workdir))
-    assert losses(workdir) == losses(whole)
-    assert digest(workdir) == digest(whole)
+    assert losses(workdir) == losses(uninterrupted)
+    assert digest(workdir) == digest(uninterrupted)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, tmp_path):
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(start, uninterrupted, tmp_path):
     workdir = tmp_path / "damaged"
     finish(start(workdir, "num_steps=10"))
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -85,25 +87,30 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, tmp_path
             os.truncate(path, path.stat().st_size // 2)
     output = finish(start(workdir))
     assert "checkpoint 10 cannot be read" in output
-    assert losses(workdir) == losses(whole)
-    assert digest(workdir) == digest(whole)
+    assert losses(workdir) == losses(uninterrupted)
+    assert digest(workdir) == digest(uninterrupted)
 
 
-def test_a_frozen_encoder_stays_and_the_rest_learns(start, whole, tmp_path):
+def test_frozen_parts_keep_their_parameters(start, uninterrupted, tmp_path):
     workdir = tmp_path / "tuned"
-    settings = (f"init_from={whole / 'weights'}", "trainable=mask_decoder", "data.flips=False")
+    settings = (
+        f"init_from={uninterrupted / 'weights'}",
+        "trainable=mask_decoder",
+        "data.flips=False",
+    )
     finish(start(workdir, *settings, "num_steps=3"))
-    before, after = (sam_jax.load(w / "weights")[1]["params"] for w in (whole, workdir))
+    before, after = (sam_jax.load(w / "weights")[1]["params"] for w in (uninterrupted, workdir))
     for part, tree in after.items():
         pairs = zip(*map(jax.tree.leaves, (tree, before[part])), strict=True)
         assert all(np.array_equal(x, y) for x, y in pairs) is (part != "mask_decoder")
 
 
-def test_a_masked_autoencoder_that_was_killed_ends_the_same(start, tmp_path):
+@pytest.mark.slow
+def test_a_masked_autoencoder_that_was_killed_ends_the_same(tmp_path):
     config = tmp_path / "autoencoder.py"
     config.write_text(AUTOENCODER)
-    start = functools.partial(start_run, config, *start.args[1:])
-    for name in ("whole", "killed"):
+    start = functools.partial(start_run, config)
+    for name in ("uninterrupted", "killed"):
         process = start(tmp_path / name)
         while name == "killed" and len(read_rows(tmp_path / name / "metrics.jsonl")) < 5:
             assert process.poll() is None, process.stdout.read()
@@ -113,24 +120,24 @@ def test_a_masked_autoencoder_that_was_killed_ends_the_same(start, tmp_path):
             process.communicate()
             process = start(tmp_path / name)
         finish(process)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert losses(killed) == losses(whole)
-    assert [step for step, _, _ in losses(whole)] == list(range(1, 9))
-    weights = [(w / "weights" / "mae.safetensors").read_bytes() for w in (whole, killed)]
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert losses(killed) == losses(uninterrupted)
+    assert [step for step, _, _ in losses(uninterrupted)] == list(range(1, 9))
+    weights = [(w / "weights" / "mae.safetensors").read_bytes() for w in (uninterrupted, killed)]
     assert weights[0] == weights[1]
-    assert read_autoencoder(whole / "weights")[0].image_size == (32, 32)
-    scores = json.loads((whole / "evaluation.json").read_text())
+    assert read_autoencoder(uninterrupted / "weights")[0].image_size == (32, 32)
+    scores = json.loads((uninterrupted / "evaluation.json").read_text())
     assert (scores["images"], scores["bad_samples"]) == (5, 0)
     assert 0 < scores["loss"] < 2
-    (on_the_way,) = read_rows(whole / "evaluations.jsonl")
+    (on_the_way,) = read_rows(uninterrupted / "evaluations.jsonl")
     assert (on_the_way["step"], on_the_way["images"]) == (4, 5)
-    assert {path.name for path in (whole / "report").iterdir()} == {
+    assert {path.name for path in (uninterrupted / "report").iterdir()} == {
         *("index.html", "curves.png", "paintings.png"),
     }
 
 
-def fail(monkeypatch, capsys, config, workdir, *settings):
-    """Runs the command, which must fail -> what it says."""
+def error_of(monkeypatch, capsys, config, workdir, *settings):
+    """Runs the command, which must fail, and returns its error output."""
     arguments = ["--set", *settings] if settings else []
     argv = ["train", str(config), "--workdir", str(workdir), *arguments]
     monkeypatch.setattr(sys, "argv", argv)
@@ -156,39 +163,39 @@ def fail(monkeypatch, capsys, config, workdir, *settings):
         ),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is_written(
+def test_an_invalid_run_is_rejected_before_anything_is_written(
     monkeypatch, capsys, config, tmp_path, setting, said
 ):
-    assert said in fail(monkeypatch, capsys, config, tmp_path / "run", *setting.split())
+    assert said in error_of(monkeypatch, capsys, config, tmp_path / "run", *setting.split())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_source_is_refused(monkeypatch, capsys, config, tmp_path):
+def test_an_empty_source_is_rejected(monkeypatch, capsys, config, tmp_path):
     (tmp_path / "empty").mkdir()
-    said = fail(
+    said = error_of(
         monkeypatch, capsys, config, tmp_path / "run", f"data.source=labels:{tmp_path / 'empty'}"
     )
     assert "empty" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_a_workdir_of_another_config_is_refused(monkeypatch, capsys, config, whole):
-    before = sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*"))
-    said = fail(monkeypatch, capsys, config, whole, "seed=1", "num_steps=20")
+def test_a_workdir_of_another_config_is_rejected(monkeypatch, capsys, config, uninterrupted):
+    before = sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*"))
+    said = error_of(monkeypatch, capsys, config, uninterrupted, "seed=1", "num_steps=20")
     assert "seed was 0, is 1" in said
     assert "num_steps" not in said
-    assert sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*")) == before
+    assert sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*")) == before
 
 
-def test_a_folder_of_other_things_is_refused(monkeypatch, capsys, config, tmp_path):
+def test_a_folder_that_holds_no_run_is_rejected(monkeypatch, capsys, config, tmp_path):
     (tmp_path / "thesis.tex").touch()
-    assert "neither empty nor a run's" in fail(monkeypatch, capsys, config, tmp_path)
+    assert "neither empty nor a run's" in error_of(monkeypatch, capsys, config, tmp_path)
 
 
-def test_a_full_disk_is_refused(monkeypatch, capsys, config, tmp_path):
+def test_a_full_disk_is_rejected(monkeypatch, capsys, config, tmp_path):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    said = fail(monkeypatch, capsys, config, tmp_path / "run")
+    said = error_of(monkeypatch, capsys, config, tmp_path / "run")
     assert "needs room for" in said
     assert not (tmp_path / "run").exists()
 

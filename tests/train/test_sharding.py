@@ -133,6 +133,7 @@ def on_one_device():
     return losses_of_five_steps(make_mesh(8, devices=jax.devices()[:1]))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_a_mesh_does_not_change_a_run(fsdp, on_one_device, monkeypatch):
     monkeypatch.setattr("train.sharding.MIN_SHARD_SIZE", 1)

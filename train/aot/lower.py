@@ -110,7 +110,7 @@ def lower_block(config: TrainConfig, devices: list):
 
 
 def on_one(devices: list, f, *args):
-    """f lowered for the first device alone."""
+    """F lowered for the first device alone."""
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     return jax.jit(f, in_shardings=sharding, out_shardings=sharding).lower(*args)
 

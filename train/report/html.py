@@ -32,6 +32,7 @@ def write_page(
       title, summary: text.
       body: HTML between the summary and the configuration, whose text is escaped.
       figures: by the names of their files.
+
     Returns:
       The path of index.html.
     """

@@ -82,6 +82,7 @@ def write_reconstruction_report(
       workdir: of the run, with its config.json and metrics.jsonl.
       model, params, config: as for `evaluate_reconstruction`.
       held_out: the images that were evaluated on; evaluation: what evaluation.json holds.
+
     Returns:
       The path of index.html.
     """

@@ -21,6 +21,7 @@ def write_report(
       predictor: of the trained model; its image is replaced.
       held_out: the examples that were evaluated on.
       evaluation: what evaluation.json holds.
+
     Returns:
       The path of index.html.
     """

@@ -22,7 +22,7 @@ def has_kernels(image):
 
 
 def over_objects(f, *args):
-    """f of one object's arrays, applied to 'b n ...'; arrays with n = 1 are for all objects."""
+    """F of one object's arrays, applied to 'b n ...'; arrays with n = 1 are for all objects."""
     leaves, tree = jax.tree.flatten(args)
     n = max(x.shape[1] for x in leaves)
     axes = [0 if x.shape[1] == n else None for x in leaves]
@@ -38,7 +38,7 @@ def product(a, b, contract):
 
 
 def add(x, y):
-    """x + y in float32, rounded to x's type."""
+    """X + y in float32, rounded to x's type."""
     return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
 
 

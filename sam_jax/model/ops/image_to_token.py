@@ -65,6 +65,7 @@ def update(image, positions, tokens, words, num_heads, rate):
       image, positions: 'p c', p a multiple of 512; tokens: `Tokens`.
       words: '(p/4) c' uint32, as in `kept_by`; None for no dropout.
       num_heads: heads; rate: of the dropout.
+
     Returns:
       'p c'.
     """

@@ -29,6 +29,7 @@ def attend(queries, image, positions):
 
     Args:
       queries: 'q c'; image, positions: 'p c', p a multiple of 512.
+
     Returns:
       'q c', and the image, for those that come after; not where `vmap` has one for several queries,
       as the gradients of later ones would then count for each of these.

@@ -55,6 +55,7 @@ def paint(image, kernel1, bias1, norm_scale, norm_bias, kernel2, bias2, hyper):
       kernel1: 'c 2 2 o', bias1, norm_scale, norm_bias: 'o'.
       kernel2: 'o 2 2 e', bias2: 'e'.
       hyper: 'm e', of the masks.
+
     Returns:
       'm s p' float32, the 4 x 4 pixels s of each token.
     """

@@ -28,6 +28,7 @@ def attend_in_windows(qkv, rel_h, rel_w, num_heads):
       qkv: 'n side side (3 head d)', queries, keys and values.
       rel_h: 'side side d', the vertical position of a key's row relative to a query's; rel_w.
       num_heads: heads.
+
     Returns:
       'n side side (head d)'.
     """
