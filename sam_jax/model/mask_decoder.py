@@ -11,12 +11,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
-from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform, gelu, layer_norm
-from sam_jax.model.ops import upscaling
-from sam_jax.model.ops.blocks import has_kernels, over_objects
+from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform
+from sam_jax.model.ops import dispatch
+from sam_jax.model.ops.upscaling import UpscalingWeights
 from sam_jax.model.two_way_transformer import TwoWayTransformer
 
 NUM_MASKS = 4  # 0 is the single-mask output; 1 to 3 are those of an ambiguous prompt
@@ -112,15 +111,7 @@ class MaskDecoder(nn.Module):
 
     def upscale(self, image, hyper, gh):
         """The masks of an `Attended`, of gh rows of tokens -> logits 'b n m (4 gh) (4 gw)'."""
-        logits = self.upscaling(image, hyper)
-        if not has_kernels(image):
-            return rearrange(logits, "b n m (i j) (gh gw) -> b n m (gh i) (gw j)", i=4, gh=gh)
-        # TPUs move numbers within a row slowest, and most quickly by a product, which is exact.
-        logits = rearrange(logits, "b n m (i j) (gh gw) -> b n m (gh i) (j gw)", i=4, gh=gh)
-        order = rearrange(np.arange(logits.shape[-1]), "(gw j) -> (j gw)", j=4)
-        return jnp.matmul(
-            logits, np.eye(len(order), dtype=np.float32)[order], precision=jax.lax.Precision.HIGHEST
-        )
+        return dispatch.arrange_pixels(self.upscaling(image, hyper), gh, image.dtype)
 
 
 class Upscaling(nn.Module):
@@ -138,16 +129,10 @@ class Upscaling(nn.Module):
         c = image.shape[-1]
         kernel1, bias1 = Deconvolution(c, c // 4, name="conv1")()
         kernel2, bias2 = Deconvolution(c // 4, c // 8, name="conv2")()
-        if has_kernels(image):
-            scale, shift = NormWeights(c // 4, name="norm")()
-            paint = lambda image, hyper: upscaling.paint(
-                image, kernel1, bias1, scale, shift, kernel2, bias2, hyper
-            )
-            return over_objects(paint, image, hyper)
-        x = gelu(layer_norm(1e-6, self.dtype, "norm")(deconvolve(image, kernel1, bias1)))
-        x = gelu(deconvolve(x, kernel2, bias2))
-        logits = jnp.einsum("bnpijklc,bnmc->bnpijklm", x, hyper, preferred_element_type=jnp.float32)
-        return rearrange(logits, "b n p i j k l m -> b n m (i k j l) p")
+        weights = UpscalingWeights(
+            kernel1, bias1, *NormWeights(c // 4, name="norm")(), kernel2, bias2
+        )
+        return dispatch.upscale_masks(image, weights, hyper)
 
 
 class Deconvolution(nn.Module):
@@ -161,8 +146,3 @@ class Deconvolution(nn.Module):
         init = fan_in_uniform(4 * self.features)
         kernel = self.param("kernel", init, (self.in_features, 2, 2, self.features))
         return kernel, self.param("bias", init, (self.features,))
-
-
-def deconvolve(x, kernel, bias):
-    """A transposed convolution that keeps pixels apart: '... c' -> '... 2 2 o'."""
-    return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
