@@ -19,8 +19,8 @@ def project_xla(
     x: Float[Array, "b gh gw c"], project: Projection, window: int
 ) -> Float[Array, "n {window} {window} d"]:
     """Projects the tokens, then cuts windows; see `dispatch.project_windows`."""
-    fill = project(jnp.zeros(x.shape[-1], x.dtype))
-    return split_windows(project(x), window, fill=fill)
+    projected = project(x)
+    return split_windows(projected, window, fill=project(jnp.zeros(x.shape[-1], x.dtype)))
 
 
 def project_after_split(
