@@ -37,7 +37,7 @@ def encoder_flops(model: Sam) -> float:
     patches = 2 * tokens * c * 3 * model.patch_size**2
     blocks = sum(block_flops(model, i not in model.global_blocks) for i in range(model.depth))
     neck = 2 * tokens * c * model.prompt_dim + 18 * tokens * model.prompt_dim**2
-    return patches + blocks + neck
+    return float(patches + blocks + neck)
 
 
 def block_flops(model: Sam, in_windows: bool) -> float:
@@ -49,7 +49,8 @@ def block_flops(model: Sam, in_windows: bool) -> float:
     projections = 8 * windows * area * c * c
     products = 4 * windows * area * area * c
     positions = 2 * windows * area * (height + width) * c
-    return projections + products + positions + 4 * model.mlp_ratio * num_tokens(model) * c * c
+    mlp = 4 * model.mlp_ratio * num_tokens(model) * c * c
+    return float(projections + products + positions + mlp)
 
 
 def num_tokens(model: Sam) -> int:
@@ -58,7 +59,7 @@ def num_tokens(model: Sam) -> int:
     return height * width
 
 
-def decoder_flops(model: Sam, prompt_tokens: float) -> float:
+def decoder_flops(model: Sam, prompt_tokens: int | float) -> float:
     """Returns the forward FLOPs of prompt encoder and mask decoder for one object.
 
     Args:
@@ -78,7 +79,7 @@ def decoder_flops(model: Sam, prompt_tokens: float) -> float:
     heads = 2 * NUM_MASKS * (2 * c * c + c * c // 8)
     m = model.mask_channels
     mask_prompt = 2 * pixels * (4 * m + m * m + m * c)
-    return attention + model.decoder_depth * block + upscaling + masks + heads + mask_prompt
+    return float(attention + model.decoder_depth * block + upscaling + masks + heads + mask_prompt)
 
 
 def step_flops(model: Sam, config: Interactive) -> float:
@@ -99,7 +100,7 @@ def reconstruction_flops(model: MaskedAutoencoder) -> float:
 
 def transformer_flops(tokens: int, c: int, mlp_ratio: int) -> float:
     """Returns the forward FLOPs of a block in which all tokens attend to all tokens."""
-    return (8 + 4 * mlp_ratio) * tokens * c * c + 4 * tokens**2 * c
+    return float((8 + 4 * mlp_ratio) * tokens * c * c + 4 * tokens**2 * c)
 
 
 def rounds_flops(model: Sam, config: Interactive) -> float:

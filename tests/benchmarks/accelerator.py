@@ -226,7 +226,8 @@ def time_step(size, images, chunk, peak):
     num_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     mfu = images * step_flops(model, config) / seconds / peak
     print_now(
-        f"training step {size}, {images} images of {config.masks_per_image} masks in chunks of {chunk}: "
+        f"training step {size}, {images} images of {config.masks_per_image} masks, "
+        f"chunks of {chunk}: "
         f"{1e3 * seconds:.0f} ms, {images / seconds:.2f} images/s, MFU {mfu:.1%}, "
         f"{num_bytes / 2**30:.1f} GiB, compiled in {compile_seconds:.0f} s"
     )

@@ -23,7 +23,7 @@ class Chip:
     """
 
     peak_flops: float
-    hbm_bytes: float
+    hbm_bytes: int
     hbm_bandwidth: float
     flops_per_cycle: int
     splash_efficiency: float

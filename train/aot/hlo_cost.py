@@ -74,12 +74,12 @@ class ProgramCost:
     @property
     def total_seconds(self) -> float:
         """The time of all phases, with kernels."""
-        return sum(self.seconds.values()) + self.total_kernel_seconds_bound
+        return sum(self.seconds.values(), 0.0) + self.total_kernel_seconds_bound
 
     @property
     def total_kernel_seconds_bound(self) -> float:
         """The time of the kernels of all phases."""
-        return sum(self.kernel_seconds_bound.values())
+        return sum(self.kernel_seconds_bound.values(), 0.0)
 
 
 def estimate_cost(text: str, chip: Chip, phases: Mapping[str, str]) -> ProgramCost:

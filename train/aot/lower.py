@@ -182,7 +182,7 @@ def compile_report(config: TrainConfig, topology: str, what: str = "step") -> di
         "what": what,
         "chips": len(devices),
         "hosts": len({d.process_index for d in devices}),
-        "hbm_bytes": int(chip.hbm_bytes),
+        "hbm_bytes": chip.hbm_bytes,
         "reference_flops": flops,
     }
     try:

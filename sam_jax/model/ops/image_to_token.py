@@ -348,8 +348,7 @@ def forward_kernel(
 ) -> None:
     """Writes the pixels of a step."""
     tokens = FoldedTokens(*(x[:] for x in tokens))
-    factor = dropout_factor(words, rate)
-    activations = compute(image[:], positions[:], tokens, factor, num_heads)
+    activations = compute(image[:], positions[:], tokens, dropout_factor(words, rate), num_heads)
     out[:] = scale_and_shift(activations, tokens).astype(out.dtype)
 
 

@@ -159,6 +159,6 @@ def test_padding_is_attended_to(jit):
 def test_bfloat16_is_supported():
     module, params, x = make((4, 5), 3)
     half = module.clone(dtype="bfloat16")
-    out = half.apply({"params": jax.tree.map(jnp.asarray, params)}, x.astype(jnp.bfloat16))
+    out = half.apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x, jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     assert_close(out.astype(np.float32), reference(precise(params), x.astype(float), 2, 3), 0.02)

@@ -1,5 +1,7 @@
 """The two-way transformer against its textbook form, every projection made, in float64."""
 
+import functools
+
 import flax.linen as nn
 import flax.traverse_util
 import jax
@@ -28,7 +30,8 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 def random_like(module, *args, **kwargs):
     """Random parameters of a module, all of them different from zero."""
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+    init = functools.partial(module.init, jax.random.key(0), **kwargs)
+    shapes = jax.eval_shape(init, *args)["params"]
     rng = np.random.default_rng(0)
 
     def draw(path, x):
@@ -240,7 +243,7 @@ def test_dropout_follows_every_attention_and_mlp(inputs, monkeypatch):
     with nn.intercept_methods(record_tokens):
         init = module.clone(dropout=0.1).init
         keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        jax.eval_shape(lambda: init(keys, *inputs, num_outputs=5, train=True))
+        jax.eval_shape(lambda *x: init(keys, *x, num_outputs=5, train=True), *inputs)
     # Self-attention, tokens to image, MLP, image to tokens in each layer; then the last attention.
     token, image = (2, 3, 7, 16), (2, 3, 12, 16)
     assert dropped == 2 * [token, token, token, image] + [(2, 3, 5, 16)]
