@@ -1,4 +1,7 @@
-"""python -m train.compile: the former name of `python -m train.aot`."""
+"""An alias: `python -m train.compile` is `python -m train.aot`.
+
+It must not import JAX: `train/aot/__main__.py` sets environment variables before that.
+"""
 
 import runpy
 

@@ -1,17 +1,20 @@
-"""What the work costs: multiplications and additions of the paper's formulas, one image.
+"""Ideal FLOP counts of one image, by the formulas of the paper.
 
-They are those of the reference implementation, padding of windows included, however a program does
-the work; a program's model FLOPs utilisation (MFU) is these over its time and the chip's peak. A
-product and a sum are two. Norms, softmax and activations are left out, as is usual.
+They count the operations of the reference implementation, padding of windows included, whatever a
+program actually does. The model FLOPs utilization (MFU) of a program is this count over its time
+and the peak of the chip. A multiplication and an addition are two FLOPs. Norms, softmax and
+activations are left out, as is usual.
 """
 
 from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.mask_decoder import NUM_MASK_TOKENS
 from sam_jax.model.sam import Sam
+from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
 from train.config import Interactive
+from train.objectives.prompt_sampling import FIRST_SLOTS
 
-# Peaks of devices in bfloat16, dense, by what `device_kind` begins with; by their datasheets.
-PEAKS = {
+# Peak FLOP/s in bfloat16 without sparsity by the start of `device_kind`. Source: data sheets.
+PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
@@ -20,28 +23,26 @@ PEAKS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-OUTPUTS = 1 + NUM_MASK_TOKENS  # tokens that are read: of the IoUs, and of each mask
-FIRST = 2  # tokens of the first prompt: two corners, or a click and the padding point
-CROSS = 2  # channels of the decoder over those of its attention between tokens and image
+NUM_OUTPUT_TOKENS = 1 + NUM_MASK_TOKENS  # the IoU token and the mask tokens
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of a device, if it is known."""
-    return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)
+    """Returns the peak FLOP/s of a device; None if it is unknown."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
 
 
 def encoder_flops(model: Sam) -> float:
-    """Of the image encoder, forward."""
-    encoder, tokens = model.image_encoder, tokens_of(model)
+    """Returns the forward FLOPs of the image encoder."""
+    encoder, tokens = model.image_encoder, num_tokens(model)
     c, out = encoder.embed_dim, encoder.out_dim
     patches = 2 * tokens * c * 3 * model.patch_size**2
     blocks = sum(block_flops(model, i not in encoder.global_blocks) for i in range(encoder.depth))
     neck = 2 * tokens * c * out + 18 * tokens * out**2
-    return patches + blocks + neck
+    return float(patches + blocks + neck)
 
 
 def block_flops(model: Sam, in_windows: bool) -> float:
-    """Of one of the image encoder's blocks, forward."""
+    """Returns the forward FLOPs of one block of the image encoder."""
     encoder, grid = model.image_encoder, model.grid
     c = encoder.embed_dim
     height, width = (encoder.window_size,) * 2 if in_windows else grid
@@ -50,19 +51,28 @@ def block_flops(model: Sam, in_windows: bool) -> float:
     projections = 8 * windows * area * c * c
     products = 4 * windows * area * area * c
     positions = 2 * windows * area * (height + width) * c
-    return projections + products + positions + 4 * encoder.mlp_ratio * tokens_of(model) * c * c
+    mlp = 4 * encoder.mlp_ratio * num_tokens(model) * c * c
+    return float(projections + products + positions + mlp)
 
 
-def tokens_of(model: Sam) -> int:
-    """How many tokens an image has."""
+def num_tokens(model: Sam) -> int:
+    """Returns the number of tokens of an image."""
     return model.grid[0] * model.grid[1]
 
 
-def decoder_flops(model: Sam, prompt_tokens: float) -> float:
-    """Of the prompt encoder and the mask decoder, forward, for one mask with a mask prompt."""
-    decoder, pixels = model.mask_decoder, tokens_of(model)
+def decoder_flops(model: Sam, prompt_tokens: int | float) -> float:
+    """Returns the forward FLOPs of prompt encoder and mask decoder for one object.
+
+    Args:
+      model: The model.
+      prompt_tokens: Tokens of points and boxes; a mask prompt is counted in addition.
+
+    Returns:
+      FLOPs of all masks of the object.
+    """
+    decoder, pixels = model.mask_decoder, num_tokens(model)
     c = decoder.dim
-    tokens, inner = OUTPUTS + prompt_tokens, c // CROSS
+    tokens, inner = NUM_OUTPUT_TOKENS + prompt_tokens, c // CROSS_DOWNSAMPLE
     attention = 4 * (pixels + tokens) * c * inner + 4 * tokens * pixels * inner
     attention *= 2 * decoder.depth + 1
     block = 8 * tokens * c * c + 4 * tokens**2 * c + 4 * tokens * c * decoder.mlp_dim
@@ -71,16 +81,16 @@ def decoder_flops(model: Sam, prompt_tokens: float) -> float:
     heads = 2 * NUM_MASK_TOKENS * (2 * c * c + c * c // 8)
     m = model.prompt_encoder.mask_channels
     mask_prompt = 2 * pixels * (4 * m + m * m + m * c)
-    return attention + decoder.depth * block + upscaling + masks + heads + mask_prompt
+    return float(attention + decoder.depth * block + upscaling + masks + heads + mask_prompt)
 
 
 def step_flops(model: Sam, config: Interactive) -> float:
-    """Of a training step: the encoder, and every round of every mask, forward and backward."""
+    """Returns the FLOPs of a training step: encoder and all rounds, forward and backward."""
     return 3 * (encoder_flops(model) + config.masks_per_image * rounds_flops(model, config))
 
 
 def reconstruction_flops(model: MaskedAutoencoder) -> float:
-    """Of a training step of a masked autoencoder: one image, forward and backward."""
+    """Returns the FLOPs of a training step of a masked autoencoder, forward and backward."""
     patches, p = model.grid[0] * model.grid[1], model.patch_size
     c, d = model.embed_dim, model.decoder_dim
     visible = 1 + model.num_visible
@@ -91,15 +101,19 @@ def reconstruction_flops(model: MaskedAutoencoder) -> float:
 
 
 def transformer_flops(tokens: int, c: int, mlp_ratio: int) -> float:
-    """Of a block in which all tokens attend to all."""
-    return (8 + 4 * mlp_ratio) * tokens * c * c + 4 * tokens**2 * c
+    """Returns the forward FLOPs of a block in which all tokens attend to all tokens."""
+    return float((8 + 4 * mlp_ratio) * tokens * c * c + 4 * tokens**2 * c)
 
 
 def rounds_flops(model: Sam, config: Interactive) -> float:
-    """Of all rounds of a mask, forward. The inserted round comes before each click as often."""
+    """Returns the forward FLOPs of all rounds of one mask.
+
+    The first of two extra rounds is inserted before a random click, so that its number of clicks is
+    a mean.
+    """
     clicks = list(range(config.num_clicks + 1))
     mean = sum(clicks) / max(1, config.num_clicks)
     if config.num_extra_rounds > 0:
         clicks.append(config.num_clicks)
     extra = [mean - 1] if config.num_extra_rounds == 2 else []
-    return sum(decoder_flops(model, FIRST + n) for n in clicks + extra)
+    return sum(decoder_flops(model, FIRST_SLOTS + n) for n in clicks + extra)

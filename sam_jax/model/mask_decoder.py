@@ -21,9 +21,9 @@ from einops import rearrange
 from jaxtyping import Array, Float, Float32
 
 from sam_jax.model.fields import Rule, check_rules
-from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform, gelu, layer_norm
-from sam_jax.model.ops import upscaling
-from sam_jax.model.ops.blocks import has_kernels, over_objects
+from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform
+from sam_jax.model.ops import dispatch
+from sam_jax.model.ops.upscaling import UpscalingWeights
 from sam_jax.model.prompt_encoder import PromptFeatures
 from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE, TwoWayTransformer
 
@@ -174,15 +174,7 @@ class MaskDecoder(nn.Module):
     ) -> Float32[Array, "b n m lh lw"]:
         """Makes masks; arguments as for `Sam.upscale_masks`."""
         logits = self.upscaling(image, hypernetwork_out)
-        if not has_kernels(image):
-            return rearrange(logits, "b n m (i j) (gh gw) -> b n m (gh i) (gw j)", i=4, gh=gh)
-        # TPUs are slow at moving numbers within a row. A product with a permutation matrix is the
-        # fastest way, and exact.
-        logits = rearrange(logits, "b n m (i j) (gh gw) -> b n m (gh i) (j gw)", i=4, gh=gh)
-        order = rearrange(np.arange(logits.shape[-1]), "(gw j) -> (j gw)", j=4)
-        return jnp.matmul(
-            logits, np.eye(len(order), dtype=np.float32)[order], precision=jax.lax.Precision.HIGHEST
-        )
+        return dispatch.arrange_pixels(logits, gh, image.dtype)
 
 
 class Upscaling(nn.Module):
@@ -200,18 +192,10 @@ class Upscaling(nn.Module):
         c = image.shape[-1]
         kernel1, bias1 = Deconvolution(c, c // 4, name="conv1")()
         kernel2, bias2 = Deconvolution(c // 4, c // 8, name="conv2")()
-        if has_kernels(image):
-            scale, shift = NormWeights(c // 4, name="norm")()
-            paint = lambda image, hyper: upscaling.paint(
-                image, kernel1, bias1, scale, shift, kernel2, bias2, hyper
-            )
-            return over_objects(paint, image, hypernetwork_out)
-        x = gelu(layer_norm(1e-6, self.dtype, "norm")(deconvolve(image, kernel1, bias1)))
-        x = gelu(deconvolve(x, kernel2, bias2))
-        logits = jnp.einsum(
-            "bnpijklc,bnmc->bnpijklm", x, hypernetwork_out, preferred_element_type=jnp.float32
+        weights = UpscalingWeights(
+            kernel1, bias1, *NormWeights(c // 4, name="norm")(), kernel2, bias2
         )
-        return rearrange(logits, "b n p i j k l m -> b n m (i k j l) p")
+        return dispatch.upscale_masks(image, weights, hypernetwork_out)
 
 
 class Deconvolution(nn.Module):
@@ -228,12 +212,3 @@ class Deconvolution(nn.Module):
         init = fan_in_uniform(4 * self.features)
         kernel = self.param("kernel", init, (self.in_features, 2, 2, self.features))
         return kernel, self.param("bias", init, (self.features,))
-
-
-def deconvolve(
-    x: Float[Array | np.ndarray, "*shape c"],
-    kernel: Float[Array | np.ndarray, "c 2 2 o"],
-    bias: Float[Array | np.ndarray, " o"],
-) -> Float[Array, "*shape 2 2 o"]:
-    """Applies a transposed convolution whose output pixels stay grouped by input pixel."""
-    return jnp.einsum("...c,cijo->...ijo", x, kernel.astype(x.dtype)) + bias.astype(x.dtype)

@@ -3,33 +3,43 @@
 Source: segment-anything `modeling/transformer.py`.
 
 Differences, all exact up to rounding:
-- Between tokens and image, where tokens are few and channels many, the image's projections are
-  absorbed into the tokens' side: `q (x W_k + b_k)^T` is `(q W_k^T) x^T` plus a constant per row,
-  which softmax drops, and `P (x W_v + b_v)` is `(P x) W_v + b_v`, as the rows of P sum to one. No
-  projected image is ever made. With 256 channels, up to 16 tokens are few.
-- The image may be one for all objects (n = 1) until the objects change it, so that the first
-  layer's products over it are shared.
+- Folded projections: between tokens and image, where tokens are few and channels many, the
+  projections of the image are folded into the tokens. `q (x W_k + b_k)^T` is `(q W_k^T) x^T` plus a
+  constant per row, which softmax drops, and `P (x W_v + b_v)` is `(P x) W_v + b_v`, since the rows
+  of P sum to one. The image is never projected. With 256 channels this pays for up to 16 tokens.
+- All objects may share one image (n = 1) until the first block updates it. The products of the
+  first attention over it are then shared, too.
 - Only the tokens that are read afterwards query the image in the last attention.
 - Absent tokens are masked out as keys.
-
-On TPUs kernels do what is done to every pixel (`kernels/`), with the same absorbed projections.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, UInt32
 
 from sam_jax.model.layers import Mlp, NormWeights, Projection, layer_norm, linear
-from sam_jax.model.ops import token_to_image
-from sam_jax.model.ops.blocks import BYTES, has_kernels, over_objects
-from sam_jax.model.ops.image_to_token import NEVER, Tokens, growth, kept_by, update
+from sam_jax.model.ops import dispatch, image_to_token
+from sam_jax.model.ops.image_to_token import MASKED_LOGIT, FoldedTokens
+from sam_jax.model.ops.softmax import masked_softmax, unnormalized_softmax
 
 CROSS_DOWNSAMPLE = 2  # channels over the inner channels of the attention between tokens and image
+NORM_EPSILON = image_to_token.NORM_EPSILON
 
 
 class TwoWayTransformer(nn.Module):
-    """Two-way attention blocks and a last attention of the tokens to the image."""
+    """Two-way attention blocks and a last attention of the tokens to the image.
+
+    Attributes:
+      depth: Number of blocks.
+      num_heads: Attention heads.
+      mlp_dim: Hidden channels of the MLPs.
+      dropout: Rate after each attention and MLP.
+      dtype: Compute type.
+    """
 
     depth: int
     num_heads: int
@@ -38,39 +48,54 @@ class TwoWayTransformer(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, tokens, present, image, image_pe, *, num_outputs, train):
+    def __call__(
+        self,
+        tokens: Float[Array, "b n t c"],
+        token_mask: Bool[Array, "b n t"],
+        image: Float[Array, " b #n p c"],
+        image_pe: Float[Array, "p c"],
+        *,
+        num_outputs: int,
+        train: bool,
+    ) -> tuple[Float[Array, "b n {num_outputs} c"], Float[Array, " b #n p c"]]:
         """Lets tokens and image attend to each other.
 
         Args:
-          tokens: 'b n t c'; also their own positional encoding.
-          present: 'b n t' bool; others are never attended to.
-          image: 'b n (gh gw) c', n may be 1 for all objects alike.
-          image_pe: '(gh gw) c'.
-          num_outputs: how many of the first tokens are wanted.
-          train: whether to drop out.
+          tokens: Tokens of each object, which are also their positional encoding.
+          token_mask: True for tokens that are present; the others are never attended to.
+          image: Pixels, one image for all objects if its n is 1.
+          image_pe: Positional encoding of the pixels.
+          num_outputs: Number of leading tokens to return.
+          train: Apply dropout; needs the rng "dropout".
 
         Returns:
-          'b n num_outputs c' and 'b n (gh gw) c'.
+          The first tokens and the image, both updated.
         """
         token_pe = tokens
         for i in range(self.depth):
             block = TwoWayBlock(
                 i == 0, self.num_heads, self.mlp_dim, self.dropout, self.dtype, name=f"layer_{i}"
             )
-            tokens, image = block(tokens, token_pe, present, image, image_pe, train)
+            tokens, image = block(tokens, token_pe, token_mask, image, image_pe, train)
         tokens, token_pe = tokens[:, :, :num_outputs], token_pe[:, :, :num_outputs]
         attended, image = TokenToImage(self.num_heads, self.dtype, name="final_attention")(
             tokens + token_pe, image, image_pe
         )
         attended = nn.Dropout(self.dropout, deterministic=not train)(attended)
-        return layer_norm(1e-5, self.dtype, "final_norm")(tokens + attended), image
+        return layer_norm(NORM_EPSILON, self.dtype, "final_norm")(tokens + attended), image
 
 
 class TwoWayBlock(nn.Module):
-    """Self-attention of tokens, tokens to image, MLP of tokens, image to tokens; norms after each.
+    """Self-attention, attention to the image, MLP, and attention of the image, each with a norm.
 
-    The first block's self-attention replaces the tokens and adds no positions. What is dropped of
-    the image is drawn by the byte: its rates are multiples of 1/256.
+    Attributes:
+      is_first: True for the first block, whose self-attention replaces the tokens and adds no
+        positions.
+      num_heads: Attention heads.
+      mlp_dim: Hidden channels of the MLP.
+      dropout: Rate after each attention and MLP; for the image it is rounded, see
+        `ops/image_to_token.py`.
+      dtype: Compute type.
     """
 
     is_first: bool
@@ -80,207 +105,281 @@ class TwoWayBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, tokens, token_pe, present, image, image_pe, train):
-        c = tokens.shape[-1]
-        norm = lambda name: layer_norm(1e-5, self.dtype, name)
+    def __call__(
+        self,
+        tokens: Float[Array, "b n t c"],
+        token_pe: Float[Array, "b n t c"],
+        token_mask: Bool[Array, "b n t"],
+        image: Float[Array, " b #n p c"],
+        image_pe: Float[Array, "p c"],
+        train: bool,
+    ) -> tuple[Float[Array, "b n t c"], Float[Array, "b n p c"]]:
+        """Updates the tokens, then the image; arguments as in `TwoWayTransformer`."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
         attend = SelfAttention(self.num_heads, self.dtype, name="self_attention")
         if self.is_first:
-            tokens = drop(attend(tokens, tokens, present))
+            tokens = drop(attend(tokens, tokens, token_mask))
         else:
-            tokens = tokens + drop(attend(tokens + token_pe, tokens, present))
-        tokens = norm("norm1")(tokens)
+            tokens = tokens + drop(attend(tokens + token_pe, tokens, token_mask))
+        tokens = layer_norm(NORM_EPSILON, self.dtype, "norm1")(tokens)
 
         attended, image = TokenToImage(self.num_heads, self.dtype, name="token_to_image")(
             tokens + token_pe, image, image_pe
         )
-        tokens = norm("norm2")(tokens + drop(attended))
+        tokens = layer_norm(NORM_EPSILON, self.dtype, "norm2")(tokens + drop(attended))
 
-        tokens = tokens + drop(Mlp((self.mlp_dim, c), nn.relu, self.dtype, name="mlp")(tokens))
-        tokens = norm("norm3")(tokens)
+        mlp = Mlp((self.mlp_dim, tokens.shape[-1]), nn.relu, self.dtype, name="mlp")
+        tokens = layer_norm(NORM_EPSILON, self.dtype, "norm3")(tokens + drop(mlp(tokens)))
 
-        answer = ImageToToken(c, self.num_heads, self.dtype, name="image_to_token")
-        words = None
-        if train and self.dropout:
-            quarter = -(-image.shape[2] // BYTES)
-            words = jax.random.bits(self.make_rng("dropout"), (*tokens.shape[:2], quarter, c))
-        if has_kernels(image) and absorbs(tokens.shape[2], c, self.num_heads):
-            scale, shift = NormWeights(c, name="norm4")()
+        words = self.draw_dropout_words(tokens, image) if train and self.dropout else None
+        image = self.update_image(image, image_pe, tokens + token_pe, tokens, token_mask, words)
+        return tokens, image
 
-            def update_one(image, words, keys, offsets, values):
-                absorbed = Tokens(keys, offsets, values, answer.bias, scale, shift)
-                return update(image, image_pe, absorbed, words, self.num_heads, self.dropout)
+    def draw_dropout_words(
+        self, tokens: Float[Array, "b n t c"], image: Float[Array, " b #n p c"]
+    ) -> UInt32[Array, "b n words c"]:
+        """Draws the random words that decide on the dropout of the image."""
+        b, n, _, c = tokens.shape
+        return image_to_token.random_words(self.make_rng("dropout"), (b, n), image.shape[2], c)
 
-            absorbed = answer.absorb(tokens + token_pe, tokens, present)
-            return tokens, over_objects(update_one, image, words, *absorbed)
-        attended = answer(image + image_pe, tokens + token_pe, tokens, present)
-        if words is not None:
-            kept = kept_by(words, self.dropout)[:, :, : image.shape[2]]
-            attended = jnp.where(kept, attended * growth(self.dropout), 0)
-        return tokens, norm("norm4")(image + attended)
+    def update_image(
+        self,
+        image: Float[Array, " b #n p c"],
+        image_pe: Float[Array, "p c"],
+        keys: Float[Array, "b n t c"],
+        values: Float[Array, "b n t c"],
+        token_mask: Bool[Array, "b n t"],
+        words: UInt32[Array, "b n words c"] | None,
+    ) -> Float[Array, "b n p c"]:
+        """Attends from the image to the tokens, with dropout, residual and norm.
+
+        Args:
+          image: Pixels, one image for all objects if its n is 1.
+          image_pe: Positional encoding of the pixels.
+          keys: Tokens with their positional encoding.
+          values: Tokens.
+          token_mask: True for tokens that are present.
+          words: From `draw_dropout_words`; None for no dropout.
+
+        Returns:
+          The updated pixels of every object.
+        """
+        c = image.shape[-1]
+        attend = ImageToToken(c, self.num_heads, self.dtype, name="image_to_token")
+        norm_weights = NormWeights(c, name="norm4")()
+        if should_fold_projections(keys.shape[2], c, self.num_heads):
+            folded = FoldedTokens(*attend.fold(keys, values, token_mask), *norm_weights)
+            return dispatch.update_image(
+                image, image_pe, folded, words, self.num_heads, self.dropout
+            )
+        attended = attend(image + image_pe, keys, values, token_mask)
+        return image_to_token.drop_add_norm(image, attended, words, self.dropout, *norm_weights)
 
 
 class SelfAttention(nn.Module):
-    """Attention of tokens to the tokens that are present."""
+    """Attention of tokens to the tokens that are present.
+
+    Attributes:
+      num_heads: Attention heads.
+      dtype: Compute type.
+    """
 
     num_heads: int
     dtype: str
 
     @nn.compact
-    def __call__(self, queries, values, present):
-        """Attends queries, which are the keys too, to values: 'b n t c' each -> 'b n t c'."""
-        c = queries.shape[-1]
-        project = lambda x, name: rearrange(
-            linear(c, c, self.dtype, name)(x), "... t (head d) -> ... head t d", head=self.num_heads
-        )
-        q, k, v = project(queries, "q"), project(queries, "k"), project(values, "v")
+    def __call__(
+        self,
+        queries: Float[Array, "b n t c"],
+        values: Float[Array, "b n t c"],
+        token_mask: Bool[Array, "b n t"],
+    ) -> Float[Array, "b n t c"]:
+        """Attends from queries, which are also the keys, to values."""
+        q, k = self.project(queries, "q"), self.project(queries, "k")
+        v = self.project(values, "v")
         logits = jnp.einsum("...qd,...kd->...qk", q, k) * q.shape[-1] ** -0.5
-        weights = masked_softmax(logits, present[..., None, None, :], axis=-1)
+        weights = masked_softmax(logits, token_mask[..., None, None, :], axis=-1)
         out = rearrange(weights @ v, "... head t d -> ... t (head d)")
-        return linear(c, c, self.dtype, "out")(out)
+        return linear(out.shape[-1], out.shape[-1], self.dtype, "out")(out)
+
+    def project(self, x: Float[Array, "b n t c"], name: str) -> Float[Array, "b n head t d"]:
+        """Projects tokens with the dense layer of that name, and splits heads."""
+        x = linear(x.shape[-1], x.shape[-1], self.dtype, name)(x)
+        return rearrange(x, "... t (head d) -> ... head t d", head=self.num_heads)
 
 
 class TokenToImage(nn.Module):
-    """Attention of tokens to the image."""
+    """Attention of tokens to the image.
+
+    Attributes:
+      num_heads: Attention heads.
+      dtype: Compute type.
+    """
 
     num_heads: int
     dtype: str
 
     @nn.compact
-    def __call__(self, queries, image, image_pe):
-        """Attends queries 'b n t c' to image 'b n p c' with positions 'p c'.
+    def __call__(
+        self,
+        queries: Float[Array, "b n t c"],
+        image: Float[Array, " b #n p c"],
+        image_pe: Float[Array, "p c"],
+    ) -> tuple[Float[Array, "b n t c"], Float[Array, " b #n p c"]]:
+        """Attends from queries to the image.
+
+        Args:
+          queries: Tokens with their positional encoding.
+          image: Pixels, one image for all objects if its n is 1.
+          image_pe: Positional encoding of the pixels.
 
         Returns:
-          'b n t c', and the image: what is done with it later should be done with this one, whose
-          gradients kernels add to their own.
+          The attended values, and `image`, which later operations must use instead of the argument:
+          kernels accumulate its cotangents.
         """
         t, c = queries.shape[-2:]
         q = split_heads(linear(c, c // CROSS_DOWNSAMPLE, self.dtype, "q")(queries), self.num_heads)
         q = q * q.shape[-1] ** -0.5
         k_kernel, _ = head_weights(c, "k", self.num_heads, self.dtype)
         v_kernel, v_bias = head_weights(c, "v", self.num_heads, self.dtype)
-        if absorbs(t, c, self.num_heads):
+        if should_fold_projections(t, c, self.num_heads):
             q = rearrange(jnp.einsum("bnthd,chd->bnhtc", q, k_kernel), "b n h t c -> b n (h t) c")
-            context, image = attend_to_image(q, image, image_pe)
+            context, image = dispatch.attend_to_image(q, image, image_pe)
             context = rearrange(context, "b n (h t) c -> b n h t c", h=self.num_heads)
             out = jnp.einsum("bnhtc,chd->bnthd", context, v_kernel)
         else:
             k = jnp.einsum("bnpc,chd->bnphd", image + image_pe, k_kernel)
             v = jnp.einsum("bnpc,chd->bnphd", image, v_kernel)
-            weights, total = exponentials(jnp.einsum("bnthd,bnphd->bnhtp", q, k))
+            weights, total = unnormalized_softmax(jnp.einsum("bnthd,bnphd->bnhtp", q, k))
             out = jnp.einsum("bnhtp,bnphd->bnhtd", weights.astype(self.dtype), v) / total
             out = rearrange(out.astype(self.dtype), "b n h t d -> b n t h d")
         out = merge_heads(out + v_bias)
         return linear(c // CROSS_DOWNSAMPLE, c, self.dtype, "out")(out), image
 
 
-def attend_to_image(queries, image, image_pe):
-    """softmax(queries (image + image_pe)^T) image, of 'b n q c', 'b n p c' and 'p c'; and image."""
-    if has_kernels(image):
-        attend = lambda queries, image: token_to_image.attend(queries, image, image_pe)
-        attended, images = over_objects(attend, queries, image)
-        return attended, images if images.shape == image.shape else image
-    logits = jnp.einsum("bnqc,bnpc->bnqp", queries, image + image_pe)
-    weights, total = exponentials(logits)
-    return ((weights.astype(image.dtype) @ image) / total).astype(image.dtype), image
+class ProjectedTokens(NamedTuple):
+    """Keys and values of tokens by head, and the projections of the image that meet them.
+
+    Attributes:
+      keys: 'b n t h d', scaled.
+      values: 'b n t h d'.
+      q_kernel: 'c h d', projects pixels to queries.
+      q_bias: 'h d'.
+      out_kernel: 'h d c', projects attended values to the channels of the image.
+    """
+
+    keys: Array
+    values: Array
+    q_kernel: Array
+    q_bias: Array
+    out_kernel: Array
 
 
 class ImageToToken(nn.Module):
-    """Attention of the image to the tokens that are present."""
+    """Attention of the image to the tokens that are present.
+
+    Attributes:
+      channels: Channels of image and tokens.
+      num_heads: Attention heads.
+      dtype: Compute type.
+    """
 
     channels: int
     num_heads: int
     dtype: str
 
-    def setup(self):
+    def setup(self) -> None:
+        """Creates the projections."""
         c, inner = self.channels, self.channels // CROSS_DOWNSAMPLE
         self.q, self.out = Projection(c, inner), Projection(inner, c)
         self.k, self.v = linear(c, inner, self.dtype), linear(c, inner, self.dtype)
 
-    @property
-    def bias(self):
-        """'c', of what is attended."""
-        return self.out()[1].astype(self.dtype)
+    def __call__(
+        self,
+        queries: Float[Array, " b #n p c"],
+        keys: Float[Array, "b n t c"],
+        values: Float[Array, "b n t c"],
+        token_mask: Bool[Array, "b n t"],
+    ) -> Float[Array, "b n p c"]:
+        """Attends from projected pixels to tokens, without folding the projections.
 
-    def project(self, keys, values):
-        """Keys and values 'b n t c' by head, 'b n t h d', the keys scaled; and their kernels.
+        Args:
+          queries: Pixels with their positional encoding.
+          keys: Tokens with their positional encoding.
+          values: Tokens.
+          token_mask: True for tokens that are present.
 
         Returns:
-          keys, values; 'c h d' and 'h d', the weights of queries; 'h d c' those of the output.
+          The attended values in the channels of the image.
         """
-        k, v = (split_heads(x, self.num_heads) for x in (self.k(keys), self.v(values)))
-        of_queries = (split_heads(x.astype(self.dtype), self.num_heads) for x in self.q())
-        out_kernel = self.out()[0].astype(self.dtype)
-        out_kernel = rearrange(out_kernel, "(h d) c -> h d c", h=self.num_heads)
-        return k * k.shape[-1] ** -0.5, v, *of_queries, out_kernel
+        k, v, q_kernel, q_bias, out_kernel = self.project(keys, values)
+        q = jnp.einsum("bnpc,chd->bnhdp", queries, q_kernel) + q_bias[..., None]
+        logits = jnp.einsum("bnthd,bnhdp->bnhtp", k, q)
+        mask = token_mask[:, :, None, :, None]
+        weights, total = unnormalized_softmax(logits, mask, axis=-2)
+        out = jnp.einsum("bnhtp,bnthd->bnhdp", weights.astype(self.dtype), v) / total
+        return jnp.einsum("bnhdp,hdc->bnpc", out.astype(self.dtype), out_kernel) + self.out_bias
 
-    def absorb(self, keys, values, present):
-        """Keys and values 'b n t c' with the image's projections, k = (h t).
+    def fold(
+        self,
+        keys: Float[Array, "b n t c"],
+        values: Float[Array, "b n t c"],
+        token_mask: Bool[Array, "b n t"],
+    ) -> tuple[
+        Float[Array, "b n k c"], Float[Array, "b n k"], Float[Array, "b n k c"], Float[Array, " c"]
+    ]:
+        """Folds the projections of the image into the tokens.
+
+        Args:
+          keys: Tokens with their positional encoding.
+          values: Tokens.
+          token_mask: True for tokens that are present.
 
         Returns:
-          'b n k c' keys, 'b n k' float32 to be added to their logits, 'b n k c' values.
+          The keys, offsets, values and bias of `FoldedTokens`, with k = heads x tokens.
         """
         k, v, q_kernel, q_bias, out_kernel = self.project(keys, values)
         offsets = jnp.einsum("bnthd,hd->bnht", k, q_bias).astype(jnp.float32)
-        offsets = jnp.where(present[:, :, None], offsets, NEVER)
+        offsets = jnp.where(token_mask[:, :, None], offsets, MASKED_LOGIT)
         k = rearrange(jnp.einsum("bnthd,chd->bnhtc", k, q_kernel), "b n h t c -> b n (h t) c")
         v = rearrange(jnp.einsum("bnthd,hdc->bnhtc", v, out_kernel), "b n h t c -> b n (h t) c")
-        return k, rearrange(offsets, "b n h t -> b n (h t)"), v
+        return k, rearrange(offsets, "b n h t -> b n (h t)"), v, self.out_bias
 
-    def __call__(self, queries, keys, values, present):
-        """Attends image queries 'b n p c' to keys and values 'b n t c' -> 'b n p c'."""
-        if absorbs(keys.shape[2], self.channels, self.num_heads):
-            k, offsets, v = self.absorb(keys, values, present)
-            logits = jnp.einsum("bnkc,bnpc->bnkp", k, queries) + offsets[..., None]
-            logits = rearrange(logits, "b n (h t) p -> b n h t p", h=self.num_heads)
-            weights = jax.nn.softmax(logits, axis=-2).astype(self.dtype)
-            weights = rearrange(weights, "b n h t p -> b n (h t) p")
-            out = jnp.swapaxes(weights, -1, -2) @ v
-        else:
-            k, v, q_kernel, q_bias, out_kernel = self.project(keys, values)
-            q = jnp.einsum("bnpc,chd->bnhdp", queries, q_kernel) + q_bias[..., None]
-            logits = jnp.einsum("bnthd,bnhdp->bnhtp", k, q)
-            weights, total = exponentials(logits, present[:, :, None, :, None], axis=-2)
-            out = jnp.einsum("bnhtp,bnthd->bnhdp", weights.astype(self.dtype), v) / total
-            out = jnp.einsum("bnhdp,hdc->bnpc", out.astype(self.dtype), out_kernel)
-        return out + self.bias
+    @property
+    def out_bias(self) -> Float[Array, " c"]:
+        """The bias of the output projection."""
+        return self.out()[1].astype(self.dtype)
+
+    def project(
+        self, keys: Float[Array, "b n t c"], values: Float[Array, "b n t c"]
+    ) -> ProjectedTokens:
+        """Projects the tokens, and splits the heads of all projections."""
+        k, v = (split_heads(x, self.num_heads) for x in (self.k(keys), self.v(values)))
+        q_kernel, q_bias = (split_heads(x.astype(self.dtype), self.num_heads) for x in self.q())
+        out_kernel = self.out()[0].astype(self.dtype)
+        out_kernel = rearrange(out_kernel, "(h d) c -> h d c", h=self.num_heads)
+        return ProjectedTokens(k * k.shape[-1] ** -0.5, v, q_kernel, q_bias, out_kernel)
 
 
-def absorbs(t, c, num_heads):
-    """Whether absorbed projections are less arithmetic: few (head, token) pairs, many channels."""
+def should_fold_projections(t: int, c: int, num_heads: int) -> bool:
+    """Returns True if folding the projections takes fewer FLOPs than projecting every pixel."""
     return num_heads * t <= c // CROSS_DOWNSAMPLE
 
 
-def exponentials(logits, present=True, axis=-1):
-    """Softmax in float32 over the entries that are present, before its division.
-
-    Returns:
-      The numerators, and the denominators, their axis kept: to divide what they weigh is less.
-    """
-    logits = jnp.where(present, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-    highest = jax.lax.stop_gradient(jnp.max(logits, axis=axis, keepdims=True))
-    weights = jnp.exp(logits - highest)
-    return weights, jnp.sum(weights, axis=axis, keepdims=True)
-
-
-def masked_softmax(logits, present, axis):
-    """Softmax in float32 over the entries that are present, in the logits' dtype."""
-    masked = jnp.where(present, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(masked, axis=axis).astype(logits.dtype)
-
-
-def head_weights(c, name, num_heads, dtype):
-    """The kernel 'c h d' and bias 'h d' of a projection to the inner channels, by head."""
+def head_weights(
+    c: int, name: str, num_heads: int, dtype: DTypeLike
+) -> tuple[Float[Array, "c h d"], Float[Array, "h d"]]:
+    """Returns the kernel and bias of a projection to the inner channels, by head."""
     kernel, bias = Projection(c, c // CROSS_DOWNSAMPLE, name=name)()
-    return tuple(split_heads(x.astype(dtype), num_heads) for x in (kernel, bias))
+    return split_heads(kernel.astype(dtype), num_heads), split_heads(bias.astype(dtype), num_heads)
 
 
-def split_heads(x, num_heads):
-    """'... (h d)' -> '... h d'."""
+def split_heads(x: Float[Array, "*batch _"], num_heads: int) -> Float[Array, "*batch h d"]:
+    """Splits channels '(h d)' into heads."""
     return rearrange(x, "... (h d) -> ... h d", h=num_heads)
 
 
-def merge_heads(x):
-    """'... h d' -> '... (h d)'."""
+def merge_heads(x: Float[Array, "*batch h d"]) -> Float[Array, "*batch _"]:
+    """Merges heads into channels '(h d)'."""
     return rearrange(x, "... h d -> ... (h d)")

@@ -1,12 +1,16 @@
-"""Times SAM on the accelerator that is here: `python -m tests.benchmarks.accelerator`.
+"""Times SAM on the local accelerator: `python -m tests.benchmarks.accelerator`.
 
-What the chip reaches in a plain product and a copy comes first, as a scale; then, in bfloat16 and
-with random weights: the image encoder, beside transformers' with PyTorch's fused attention, eager
-and compiled, in turns, where PyTorch sees the chip too; 64 prompts on one embedding; everything in
-a photo from 1024 points, with thresholds as in `tests.benchmarks.everything`, run lengths included,
-two photos at a time as `sam-jax everything` has them; and a whole training step of 64 masks and
-eleven rounds. Medians. Model FLOPs utilisation (MFU) counts the reference's operations
-(`train.flops`) over the chip's peak.
+It first times a plain matrix product and a copy, as a scale. Then it times, in bfloat16 and with
+random weights:
+- the image encoder, in turns with that of transformers with PyTorch's fused attention, eager and
+  compiled, if PyTorch supports the chip;
+- 64 prompts on one embedding;
+- everything mode on a photo with 1024 points, two photos at a time as in `sam-jax everything`, with
+  thresholds as in `tests.benchmarks.everything`, and with run lengths;
+- a training step of 64 masks and eleven rounds.
+
+All figures are medians. Model FLOPs utilization (MFU) is the operation count of the reference
+(`train.flops`) over the time and the peak of the chip.
 """
 
 import argparse
@@ -37,6 +41,9 @@ PROMPT_TOKENS = 2
 REPEATS = 5
 
 
+print_now = functools.partial(print, flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
@@ -49,9 +56,9 @@ def main():
     args = parser.parse_args()
 
     kind = jax.devices()[0].device_kind
-    say(f"{kind}, jax {jax.__version__}")
-    product, bandwidth = scale()
-    say(f"product 8192^3 {product / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
+    print_now(f"{kind}, jax {jax.__version__}")
+    product, bandwidth = measure_scale()
+    print_now(f"product 8192^3 {product / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
     peak = peak_flops(kind) or product
     for size in args.sizes:
         for batch in args.batches:
@@ -64,31 +71,30 @@ def main():
             time_step(size, args.train_images, chunk, peak)
 
 
-def say(line):
-    print(line, flush=True)
+def median_seconds(functions, repeats=REPEATS):
+    """Returns {name: median seconds} of functions that block until their results are ready.
 
-
-def median_of(contestants, repeats=REPEATS):
-    """{name: median seconds} of functions that wait for their results, taking turns."""
-    for f in contestants.values():
+    The functions take turns.
+    """
+    for f in functions.values():
         f()
-    times = {name: [] for name in contestants}
+    times = {name: [] for name in functions}
     for _ in range(repeats):
-        for name, f in contestants.items():
-            began = time.perf_counter()
+        for name, f in functions.items():
+            start = time.perf_counter()
             f()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def scale():
-    """FLOP/s of a product of random bfloat16 matrices, and bytes/s of a copy, read and written."""
+def measure_scale():
+    """Returns the FLOP/s of a bfloat16 matrix product, and the bytes/s of a copy, both ways."""
     n, runs = 8192, 10
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     products = jax.jit(lambda a, b: jax.lax.fori_loop(0, runs, lambda _, x: (x @ b) / 90, a))
     x = jnp.zeros((2**29,), jnp.float32)
     copy = jax.jit(lambda x: x + 1)
-    seconds = median_of(
+    seconds = median_seconds(
         {
             "product": lambda: products(a, b).block_until_ready(),
             "copy": lambda: copy(x).block_until_ready(),
@@ -98,31 +104,31 @@ def scale():
 
 
 @functools.cache
-def model_of(size):
+def make_model(size):
     model = SIZES[size](dtype="bfloat16")
     return model, jax.jit(init_variables, static_argnums=(0, 1))(model, 0)
 
 
-def time_encoder(size, batch, rivals, peak):
-    model, variables = model_of(size)
+def time_encoder(size, batch, torch_modes, peak):
+    model, variables = make_model(size)
     image = jnp.zeros((batch, *model.image_size, 3))
     encode = jax.jit(functools.partial(model.apply, method="encode"))
-    contestants = {"ours": lambda: encode(variables, image).block_until_ready()}
-    for rival in rivals:
+    functions = {"sam_jax": lambda: encode(variables, image).block_until_ready()}
+    for mode in torch_modes:
         try:
-            contestants[f"transformers {rival}"] = transformers_encoder(size, batch, rival)
-        except Exception as error:  # no PyTorch, no chip for it, no room: we are timed alone
-            say(f"  transformers {rival}: {str(error).splitlines()[0]}")
-    for name, seconds in median_of(contestants).items():
+            functions[f"transformers {mode}"] = transformers_encoder(size, batch, mode)
+        except Exception as error:  # no PyTorch, no support for the chip, or no memory
+            print_now(f"  transformers {mode}: {str(error).splitlines()[0]}")
+    for name, seconds in median_seconds(functions).items():
         mfu = batch * encoder_flops(model) / seconds / peak
-        say(
+        print_now(
             f"encoder {size}, {batch} images, {name}: {1e3 * seconds:.1f} ms, "
             f"{batch / seconds:.1f} images/s, MFU {mfu:.1%}"
         )
 
 
 @functools.cache
-def transformers_model(size, rival):
+def transformers_model(size, mode):
     import torch
     import transformers
 
@@ -135,13 +141,13 @@ def transformers_model(size, rival):
         attn_implementation="sdpa",
     )
     encoder = transformers.SamVisionModel(config).to("cuda", torch.bfloat16).eval()
-    return torch.compile(encoder) if rival == "compiled" else encoder
+    return torch.compile(encoder) if mode == "compiled" else encoder
 
 
-def transformers_encoder(size, batch, rival):
+def transformers_encoder(size, batch, mode):
     import torch
 
-    encoder = transformers_model(size, rival)
+    encoder = transformers_model(size, mode)
     image = torch.zeros(batch, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
 
     def run():
@@ -154,25 +160,25 @@ def transformers_encoder(size, batch, rival):
 
 
 def time_decoder(size, peak, n=64):
-    model, variables = model_of(size)
+    model, variables = make_model(size)
     gh, gw = (side // model.patch_size for side in model.image_size)
     embedding = jnp.zeros((1, gh, gw, model.embedding_dim))
     prompts = Prompts(
         points=jnp.ones((1, n, PROMPT_TOKENS, 2)), labels=jnp.ones((1, n, PROMPT_TOKENS), int)
     )
     decode = jax.jit(functools.partial(model.apply, method="decode"))
-    seconds = median_of(
-        {"ours": lambda: jax.block_until_ready(decode(variables, embedding, prompts))}
-    )["ours"]
+    seconds = median_seconds(
+        {"sam_jax": lambda: jax.block_until_ready(decode(variables, embedding, prompts))}
+    )["sam_jax"]
     mfu = n * decoder_flops(model, PROMPT_TOKENS) / seconds / peak
-    say(
+    print_now(
         f"decoder {size}, {n} prompts: {1e3 * seconds:.1f} ms, {n / seconds:.0f} prompts/s, "
         f"MFU {mfu:.1%}"
     )
 
 
 def time_everything(size, photos=8):
-    model, variables = model_of(size)
+    model, variables = make_model(size)
     photo = np.random.default_rng(0).integers(0, 256, (1500, 2250, 3), np.uint8)
     iou, stability = thresholds_of(model, variables, photo)
     generator = sam_jax.SamAutomaticMaskGenerator(
@@ -189,8 +195,8 @@ def time_everything(size, photos=8):
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(generator.generate, [photo] * photos))
 
-    seconds = median_of({"ours": run})["ours"] / photos
-    say(
+    seconds = median_seconds({"sam_jax": run})["sam_jax"] / photos
+    print_now(
         f"everything {size}, 1024 points, {count} masks: {1e3 * seconds:.0f} ms, "
         f"{1 / seconds:.1f} images/s"
     )
@@ -202,13 +208,12 @@ def time_step(size, images, chunk, peak):
     config = Interactive(masks_per_chunk=chunk)
     optimizer = make_optimizer(Optimizer(), model.image_encoder.depth)
     mesh = make_mesh(images, devices=jax.devices()[:1])
-    make = lambda: init_state(init_variables(model, 0), optimizer)
-    state = init_sharded(mesh, make)
+    state = init_sharded(mesh, lambda: init_state(init_variables(model, 0), optimizer))
     step = make_step(InteractiveObjective(model, config), optimizer, 0, mesh, state, model.dtype)
     batch = random_batch(model, images, config.masks_per_image)
-    began = time.perf_counter()
+    start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
-    compiling = time.perf_counter() - began
+    compile_seconds = time.perf_counter() - start
     states = [state]
 
     def run():
@@ -216,19 +221,20 @@ def time_step(size, images, chunk, peak):
         jax.block_until_ready(values)
         states.append(state)
 
-    seconds = median_of({"ours": run})["ours"]
+    seconds = median_seconds({"sam_jax": run})["sam_jax"]
     memory = compiled.memory_analysis()
-    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    num_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     mfu = images * step_flops(model, config) / seconds / peak
-    say(
-        f"training step {size}, {images} images of {config.masks_per_image} masks by {chunk}: "
+    print_now(
+        f"training step {size}, {images} images of {config.masks_per_image} masks, "
+        f"chunks of {chunk}: "
         f"{1e3 * seconds:.0f} ms, {images / seconds:.2f} images/s, MFU {mfu:.1%}, "
-        f"{held / 2**30:.1f} GiB, compiled in {compiling:.0f} s"
+        f"{num_bytes / 2**30:.1f} GiB, compiled in {compile_seconds:.0f} s"
     )
 
 
 def random_batch(model, images, masks):
-    """A `Batch` of discs on noise."""
+    """Returns a `Batch` of discs on noise."""
     from sam_jax.data.segmentation_batch import Batch
 
     rng = np.random.default_rng(0)

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for TPU pods."""
+"""Ahead-of-time compilation of programs for TPU pods that are not attached."""

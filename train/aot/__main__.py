@@ -1,17 +1,18 @@
-"""python -m train.compile configs/X.py --topology v5e:16x16 [--what step|encode|decode] [--json]
+"""Compiles a program for a TPU pod that is not attached, and reports memory and estimated time.
 
-Compiles for a TPU pod that is not here, and says whether it fits, and what the compiler expects of
-it. Needs the extra [tpu], and no TPU.
+    python -m train.compile configs/X.py --topology v5e:16x16 [--what step|encode|decode] [--json]
+
+Needs the extra [tpu], and no TPU.
 """
 
 import os
 
 if __name__ == "__main__":  # before JAX is imported
     os.environ |= {
-        "JAX_PLATFORMS": "cpu",  # of arrays; the compiler needs no device
-        "TPU_SKIP_MDS_QUERY": "1",  # or it asks the network what machine this is
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or one process at a time could compile
-        "TPU_STDERR_LOG_LEVEL": "3",  # it also says at length that it is not on a TPU
+        "JAX_PLATFORMS": "cpu",  # for arrays; the compiler needs no device
+        "TPU_SKIP_MDS_QUERY": "1",  # otherwise it queries the network for the type of machine
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise only one process at a time could compile
+        "TPU_STDERR_LOG_LEVEL": "3",  # otherwise it reports at length that there is no TPU
         "TPU_MIN_LOG_LEVEL": "3",
     }
 
@@ -31,71 +32,94 @@ from sam_jax.data.open import open_source
 from sam_jax.model.image_encoder import Remat
 from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.sam import Sam, replace_fields
-from train.aot.hlo_cost import CHIPS, GIB
-from train.aot.lower import LOWER, analyse, devices_of
+from train.aot.chips import CHIPS, GIB
+from train.aot.lower import LOWER, compile_report, devices_of
 from train.config import ConfigError, TrainConfig, is_reconstruction
 from train.overrides import load_config, override
-from train.tasks.base import task_of
+from train.tasks.base import make_task
 
-FSDP = (1, 8, 16)  # that a sweep tries
-MOST_IMAGES = 16  # a chip, likewise
-NEGLIGIBLE = 1e-3  # of the time; phases of less are not printed
+SWEEP_FSDP = (1, 8, 16)  # values of `fsdp` that a sweep tries
+MAX_IMAGES_PER_CHIP = 16  # that a sweep tries
+MIN_PRINTED_SHARE = 1e-3  # of the time; shorter phases are not printed
 
 
-def schedule(config: TrainConfig, report: dict[str, Any]) -> dict[str, float]:
-    """What the whole run would cost at the modelled time, and what a host has to read."""
-    hours = config.num_steps * report["modelled_seconds"] / 3600
-    per_host = config.batch_size / report["modelled_seconds"] / report["hosts"]
+def schedule_cost(config: TrainConfig, report: dict[str, Any]) -> dict[str, float]:
+    """Returns the hours and chip-hours of all steps, and the images/s that a host must read."""
+    hours = config.num_steps * report["estimated_seconds"] / 3600
+    per_host = config.batch_size / report["estimated_seconds"] / report["hosts"]
     return {"hours": hours, "chip_hours": hours * report["chips"], "images_per_host": per_host}
 
 
-def reading_rate(config: TrainConfig, seconds: float = 3.0) -> float | None:
-    """Images/s that one core reads here, of the config's source; None if it is not here."""
+def measure_loading_rate(config: TrainConfig, seconds: float = 3.0) -> float | None:
+    """Measures the images/s that one core of this machine reads from the source of a config.
+
+    Args:
+      config: The config of the run.
+      seconds: Time to measure for.
+
+    Returns:
+      Images/s; None if the source is not on this machine.
+    """
     try:
         source = open_source(config.data.source, masks=not is_reconstruction(config))
     except (SourceError, FileNotFoundError):
         return None
-    loader = Loader(source, np.arange(len(source)), task_of(config).transform, 1, config.seed)
+    loader = Loader(source, np.arange(len(source)), make_task(config).transform, 1, config.seed)
     loader.batch(0)
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        done += 1
-        loader.batch(done)
-    return done / (time.perf_counter() - began)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        count += 1
+        loader.batch(count)
+    return count / (time.perf_counter() - start)
 
 
 def sweep(config: TrainConfig, topology: str) -> Iterator[dict[str, Any]]:
-    """The largest batch that fits, for a few meshes and ways to recompute."""
+    """Finds the largest batch that fits, for several meshes and rematerialization policies.
+
+    Args:
+      config: The config of the run.
+      topology: A name, as in `devices_of`.
+
+    Yields:
+      {"fsdp", "remat", "images", "report"} with the images of a chip and their report.
+    """
     count = len(devices_of(topology)[0])
-    for fsdp in (n for n in FSDP if count % n == 0):
+    for fsdp in (n for n in SWEEP_FSDP if count % n == 0):
         for remat in get_args(Remat):
             model = with_remat(config.model, remat)
+            variant = dataclasses.replace(config, model=model, fsdp=fsdp)
 
-            def compile_with(images, model=model, fsdp=fsdp):
-                tried = dataclasses.replace(
-                    config, model=model, fsdp=fsdp, batch_size=images * count
-                )
-                return analyse(tried, topology)
+            def compile_with(images: int, variant: TrainConfig = variant) -> dict[str, Any]:
+                batch = dataclasses.replace(variant, batch_size=images * count)
+                return compile_report(batch, topology)
 
-            images, report = most_images(compile_with)
+            images, report = largest_batch(compile_with)
             yield {"fsdp": fsdp, "remat": remat, "images": images, "report": report}
 
 
 def with_remat(model: Sam | MaskedAutoencoder, remat: Remat) -> Sam | MaskedAutoencoder:
-    """Returns a model that recomputes what `remat` says."""
+    """Returns the model with another way to recompute."""
     if isinstance(model, Sam):
         return replace_fields(model, remat=remat)
     return model.clone(remat=remat)
 
 
-def most_images(compile_with: Callable[[int], dict]) -> tuple[int, dict | None]:
-    """The most images a chip that fit, up to MOST_IMAGES, and their report; or 0 and None.
+def largest_batch(
+    compile_with: Callable[[int], dict[str, Any]],
+) -> tuple[int, dict[str, Any] | None]:
+    """Finds the largest number of images of a chip that fits, up to `MAX_IMAGES_PER_CHIP`.
 
-    Memory grows by about as much with every image: after a fit the next try follows the line
-    through the last two, after a failure it halves what is left.
+    Memory grows by about as much with every image. After a fit the next try extrapolates from the
+    last two fits; after a failure it halves the remaining interval.
+
+    Args:
+      compile_with: Returns the report for a number of images.
+
+    Returns:
+      The number of images and their report; 0 and None if not even one image fits.
     """
-    fitting: dict[int, dict] = {}
-    low, high, images = 0, MOST_IMAGES + 1, 1
+    fitting: dict[int, dict[str, Any]] = {}
+    low, high, images = 0, MAX_IMAGES_PER_CHIP + 1, 1
     while high - low > 1:
         report = compile_with(images)
         if not report["fits"]:
@@ -107,104 +131,121 @@ def most_images(compile_with: Callable[[int], dict]) -> tuple[int, dict | None]:
         if len(fitting) > 1:
             before, last = sorted(fitting)[-2:]
             peaks = [fitting[n]["peak_hbm_bytes"] for n in (before, last)]
-            each = max(1, (peaks[1] - peaks[0]) // (last - before))
-            images = last + int((report["hbm_bytes"] - peaks[1]) // each)
+            bytes_per_image = max(1, (peaks[1] - peaks[0]) // (last - before))
+            images = last + int((report["hbm_bytes"] - peaks[1]) // bytes_per_image)
         images = min(max(images, low + 1), high - 1)
     return low, fitting.get(low)
 
 
-def describe(report: dict[str, Any]) -> str:
-    """A report for people."""
-    gib = lambda n: f"{n / GIB:.2f} GiB"
+def format_report(report: dict[str, Any]) -> str:
+    """Formats a report as text."""
     head = f"{report['what']} on {report['topology']}: {report['chips']} chips"
     if not report["fits"]:
         return f"{head}\ndoes not fit: {report['reason']}"
     lines = [
         head,
-        f"memory    {gib(report['peak_hbm_bytes'])} of {gib(report['hbm_bytes'])} a chip: fits",
-        f"time      {1e3 * report['modelled_seconds']:.2f} ms modelled, "
-        f"{1e3 * report['of_which_bounded']:.2f} ms of it bounded*, "
-        f"MFU {report['modelled_mfu']:.1%} of "
+        f"memory    {_gib(report['peak_hbm_bytes'])} of {_gib(report['hbm_bytes'])} a chip: fits",
+        f"time      {1e3 * report['estimated_seconds']:.2f} ms estimated, "
+        f"{1e3 * report['kernel_seconds_bound']:.2f} ms of it in kernels*, "
+        f"MFU {report['estimated_mfu']:.1%} of "
         f"{report['reference_flops'] / 1e12:.2f} TFLOP",
     ]
     lines += [
         f"  {name:14}{1e3 * seconds:8.2f} ms"
         for name, seconds in report["phases"].items()
-        if seconds > NEGLIGIBLE * report["modelled_seconds"]
+        if seconds > MIN_PRINTED_SHARE * report["estimated_seconds"]
     ]
     for kind, found in report["collectives"].items():
         lines.append(
-            f"{kind:14}{found['count']:5} of {gib(found['bytes'])} in all, "
+            f"{kind:14}{found['count']:5}, {_gib(found['bytes'])} in total, "
             f"{found['asynchronous']} asynchronous"
         )
-    if report["unbounded"]:
-        lines.append(f"not counted at all: {', '.join(report['unbounded'])}")
+    if report["unmodelled_kernels"]:
+        lines.append(f"kernels not counted: {', '.join(report['unmodelled_kernels'])}")
     lines.append(f"compiled in {report['compile_seconds']:.0f} s")
     if "hours" in report:
+        lines += _format_schedule(report)
+    if report["kernel_seconds_bound"]:
         lines.append(
-            f"schedule  {report['hours']:.1f} hours, {report['chip_hours']:.0f} chip-hours; each "
-            f"of {report['hosts']} hosts has to read {report['images_per_host']:.0f} images/s"
-        )
-        rate = report["images_per_core"]
-        lines.append(
-            "          one core here reads "
-            + (f"{rate:.1f}" if rate else "none: data.source is not here")
-        )
-    if report["of_which_bounded"]:
-        lines.append(
-            "* kernels, which the compiler does not model: by their schedules, products or traffic"
+            "* a lower bound from schedules, matrix products or memory traffic; the compiler does "
+            "not estimate kernels"
         )
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Compiles and prints -> the exit code: 0 it fits, 1 it does not or cannot be compiled."""
+def _format_schedule(report: dict[str, Any]) -> list[str]:
+    rate = report["images_per_core"]
+    return [
+        f"schedule  {report['hours']:.1f} hours, {report['chip_hours']:.0f} chip-hours; each "
+        f"of {report['hosts']} hosts must read {report['images_per_host']:.0f} images/s",
+        "          one core of this machine reads "
+        + (f"{rate:.1f}" if rate else "none: data.source is not on this machine"),
+    ]
+
+
+def format_sweep_row(found: dict[str, Any]) -> str:
+    """Formats one result of a sweep as text."""
+    name = f"fsdp={found['fsdp']} model.remat={found['remat']}:"
+    if not found["report"]:
+        return f"{name} not even one image a chip fits"
+    report = found["report"]
+    return (
+        f"{name} {found['images']} images a chip, {_gib(report['peak_hbm_bytes'])}, "
+        f"MFU {report['estimated_mfu']:.1%}"
+    )
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.compile",
-        description="Compile for a TPU pod that is not here: does it fit, and what will it cost?",
+        description="Compile for a TPU pod that is not attached: does it fit, what will it cost?",
     )
     parser.add_argument("config", help="a Python file that assigns a TrainConfig to `config`")
     parser.add_argument(
-        "--topology", required=True, help=f"one of {', '.join(CHIPS)}, e.g. v5e:16x16"
+        "--topology", required=True, help=f"one of {', '.join(CHIPS)} and a shape, e.g. v5e:16x16"
     )
     parser.add_argument(
-        "--what", choices=LOWER, default="step", help="the training step, or a part"
+        "--what", choices=LOWER, default="step", help="the training step, or a part of the model"
     )
-    parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
     parser.add_argument(
-        "--sweep", action="store_true", help="find the largest batch, by mesh and recomputation"
+        "--sweep",
+        action="store_true",
+        help="find the largest batch for several meshes and rematerialization policies",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="replace fields of the config, e.g. batch_size=512 fsdp=16",
     )  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Compiles a program and prints the report.
+
+    Returns:
+      The exit code: 0 if it fits; 1 if it does not fit or cannot be compiled.
+    """
+    args = parse_arguments()
     try:
         config = override(load_config(args.config), args.set)
         if args.sweep:
             for found in sweep(config, args.topology):
-                print(json.dumps(found) if args.json else describe_found(found), flush=True)
+                print(json.dumps(found) if args.json else format_sweep_row(found), flush=True)
             return 0
-        report = analyse(config, args.topology, args.what)
+        report = compile_report(config, args.topology, args.what)
     except ConfigError as error:
         print(f"train.compile: {error}", file=sys.stderr)
         return 1
     if args.what == "step" and report["fits"]:
-        report |= schedule(config, report) | {"images_per_core": reading_rate(config)}
-    print(json.dumps(report, indent=2) if args.json else describe(report))
+        report |= schedule_cost(config, report) | {"images_per_core": measure_loading_rate(config)}
+    print(json.dumps(report, indent=2) if args.json else format_report(report))
     return 0 if report["fits"] else 1
-
-
-def describe_found(found: dict[str, Any]) -> str:
-    """A line of a sweep for people."""
-    name = f"fsdp={found['fsdp']} remat={found['remat']}:"
-    if not found["report"]:
-        return f"{name} not one image a chip fits"
-    report = found["report"]
-    return (
-        f"{name} {found['images']} images a chip, {report['peak_hbm_bytes'] / GIB:.1f} GiB, "
-        f"MFU {report['modelled_mfu']:.1%}"
-    )
 
 
 if __name__ == "__main__":

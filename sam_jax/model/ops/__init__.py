@@ -1,1 +1,1 @@
-"""Kernels for TPUs, in Pallas; each stands for plain products, which tests hold it to."""
+"""Operations with several implementations: plain JAX and kernels, chosen in `dispatch.py`."""

@@ -1,4 +1,4 @@
-"""Which kind of device a program is traced for, where an implementation depends on it."""
+"""The platform that a program is traced for."""
 
 import contextlib
 import contextvars
@@ -10,10 +10,10 @@ _traced_for: contextvars.ContextVar[str] = contextvars.ContextVar("traced_for")
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": as `traced_for` says, or else that of the default device.
+    """Returns "cpu", "gpu" or "tpu": the one of `traced_for`, or else that of the default device.
 
-    `jax.lax.platform_dependent` would choose later, but keeps for the backward pass what any of its
-    branches would need, zeros included.
+    `jax.lax.platform_dependent` would choose later, but its backward pass keeps the residuals of
+    every branch, filled with zeros for the branches that did not run.
     """
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # set on import
     return _traced_for.get(getattr(device, "platform", device) or jax.default_backend())
@@ -21,7 +21,7 @@ def platform() -> str:
 
 @contextlib.contextmanager
 def traced_for(name: str) -> Iterator[None]:
-    """Within it, programs are traced for devices that need not be here."""
+    """Makes `platform` return `name`, so that programs can be traced for absent devices."""
     token = _traced_for.set(name)
     try:
         yield

@@ -5,14 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.model.attention import (
-    QUERIES_PER_STEP,
-    Attention,
-    join_windows,
-    relative_positions,
-    split_windows,
-    weigh,
-)
+from sam_jax.model.attention import Attention
+from sam_jax.model.ops.global_attention import QUERIES_PER_STEP
 from sam_jax.model.ops.platform import traced_for
 
 TOLERANCE = 1e-5  # of the largest magnitude
@@ -23,37 +17,37 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
-def interpolated(table, rows, xp):
-    """A table of other rows, linearly, pixel centres at +0.5, ends repeated."""
+def interpolate_table(table, rows, xp):
+    """Resizes a table linearly, with pixel centres at +0.5 and repeated ends."""
     position = np.clip((np.arange(rows) + 0.5) * len(table) / rows - 0.5, 0, len(table) - 1)
     below = np.minimum(position.astype(int), len(table) - 2)
     share = (position - below)[:, None]
     return xp.asarray((1 - share) * table[below] + share * table[below + 1])
 
 
-def of_one_window(params, x, heads, xp, present=None):
-    """The definition, on all tokens of 'h w c'."""
+def attend_one_window(params, x, heads, xp, mask=None):
+    """Attends among all tokens of 'h w c', by the definition."""
     height, width, c = x.shape
     qkv = x.reshape(height * width, c) @ params["qkv"]["kernel"] + params["qkv"]["bias"]
     q, k, v = (part.reshape(-1, heads, c // heads) for part in xp.split(qkv, 3, axis=-1))
-    rel_h = interpolated(params["rel_pos_h"], 2 * height - 1, xp)
-    rel_w = interpolated(params["rel_pos_w"], 2 * width - 1, xp)
+    rel_h = interpolate_table(params["rel_pos_h"], 2 * height - 1, xp)
+    rel_w = interpolate_table(params["rel_pos_w"], 2 * width - 1, xp)
     row, column = np.divmod(np.arange(height * width), width)
     dy = row[:, None] - row + height - 1
     dx = column[:, None] - column + width - 1
     logits = xp.einsum("qad,kad->aqk", q, k) * (c // heads) ** -0.5
     logits += xp.einsum("qad,qkd->aqk", q, rel_h[dy])  # of unscaled queries
     logits += xp.einsum("qad,qkd->aqk", q, rel_w[dx])
-    if present is not None:
-        logits = xp.where(present.reshape(-1), logits, -1e30)
+    if mask is not None:
+        logits = xp.where(mask.reshape(-1), logits, -1e30)
     weights = xp.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     out = xp.einsum("aqk,kad->qad", weights, v).reshape(height, width, c)
     return out @ params["proj"]["kernel"] + params["proj"]["bias"]
 
 
-def direct(params, x, heads, window, xp=np, masked=False):
-    """The definition, on 'b gh gw c': windows are padded with zeros, which are attended."""
+def reference(params, x, heads, window, xp=np, masked=False):
+    """Attends on 'b gh gw c', by the definition: windows are padded with zeros, which count."""
     gh, gw = x.shape[1:3]
     side = (window, window) if window else (gh, gw)
     inside = np.pad(np.ones((gh, gw), bool), [(0, -gh % side[0]), (0, -gw % side[1])])
@@ -63,15 +57,15 @@ def direct(params, x, heads, window, xp=np, masked=False):
         row = []
         for left in range(0, x.shape[2], side[1]):
             here = np.s_[top : top + side[0], left : left + side[1]]
-            present = inside[here] if masked else None
-            outs = [of_one_window(params, image[here], heads, xp, present) for image in x]
+            mask = inside[here] if masked else None
+            outs = [attend_one_window(params, image[here], heads, xp, mask) for image in x]
             row.append(xp.stack(outs))
         rows.append(xp.concatenate(row, axis=2))
     return xp.concatenate(rows, axis=1)[:, :gh, :gw]
 
 
 def make(grid, window, table_size=None, heads=2, c=8, b=2, seed=0):
-    """A module, random parameters of which all matter, and an input."""
+    """A module, random parameters that all matter, and an input."""
     table_size = table_size or ((window, window) if window else grid)
     module = Attention(heads, table_size, window)
     rng = np.random.default_rng(seed)
@@ -100,36 +94,36 @@ def run(module, params, x):
     ids=str,
 )
 @pytest.mark.parametrize("device", ["cpu", "tpu"])
-def test_in_windows(jit, grid, window, device):
+def test_attention_in_windows_follows_the_definition(jit, grid, window, device):
     module, params, x = make(grid, window)
     with traced_for(device):
         actual = jit(lambda p, x: run(module, p, x))(params, x)
     assert actual.shape == x.shape
-    assert_close(actual, direct(precise(params), x.astype(float), 2, window))
+    assert_close(actual, reference(precise(params), x.astype(float), 2, window))
 
 
 @pytest.mark.parametrize(
     "grid", [(3, 5), (5, 3), (1, 6), (6, 1), (20, 17), (19, 15), (2, 300)], ids=str
 )
-def test_over_the_whole_grid(jit, grid):
-    """In one step, in several, a row at a time, and where a row is more than a step."""
+def test_global_attention_follows_the_definition(jit, grid):
+    """In one step, in several, one row at a time, and with rows longer than a step."""
     module, params, x = make(grid, 0, b=1)
     assert_close(
         jit(lambda p, x: run(module, p, x))(params, x),
-        direct(precise(params), x.astype(float), 2, 0),
+        reference(precise(params), x.astype(float), 2, 0),
     )
 
 
-def test_grids_above_take_one_step_and_several():
+def test_the_grids_above_need_one_step_and_several():
     assert 3 * 5 < QUERIES_PER_STEP < 19 * 15 < 2 * 300
 
 
 @pytest.mark.parametrize("grid", [(3, 9), (6, 4), (11, 2)], ids=str)
-def test_tables_of_another_grid_are_interpolated(jit, grid):
+def test_tables_of_other_grids_are_interpolated(jit, grid):
     module, params, x = make(grid, 0, table_size=(5, 4))
     assert_close(
         jit(lambda p, x: run(module, p, x))(params, x),
-        direct(precise(params), x.astype(float), 2, 0),
+        reference(precise(params), x.astype(float), 2, 0),
     )
 
 
@@ -140,66 +134,31 @@ def test_tables_of_another_grid_are_interpolated(jit, grid):
 )
 def test_gradients_are_those_of_the_definition(jit, grid, window, device):
     module, params, x = make(grid, window, b=1)
-    weight = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
-    ours = lambda p, x: jnp.sum(weight * run(module, p, x))
-    theirs = lambda p, x: jnp.sum(weight * direct(p, x, 2, window, jnp))
+    weights = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+    loss = lambda p, x: jnp.sum(weights * run(module, p, x))
+    reference_loss = lambda p, x: jnp.sum(weights * reference(p, x, 2, window, jnp))
     with traced_for(device):
-        actual = jit(jax.grad(ours, argnums=(0, 1)))(params, x)
+        actual = jit(jax.grad(loss, argnums=(0, 1)))(params, x)
     with jax.enable_x64(True):
-        expected = jit(jax.grad(theirs, argnums=(0, 1)))(precise(params), x.astype(float))
+        expected = jit(jax.grad(reference_loss, argnums=(0, 1)))(precise(params), x.astype(float))
     jax.tree.map(assert_close, actual, expected)
 
 
-def test_padding_is_attended(jit):
-    """With it masked out, what the definition gives is far from what it is."""
+def test_padding_is_attended_to(jit):
+    """If padding is masked in the definition, the result differs much."""
     module, params, x = make((4, 5), 3)
-    masked = direct(precise(params), x.astype(float), 2, 3, masked=True)
+    masked = reference(precise(params), x.astype(float), 2, 3, masked=True)
     actual = jit(lambda p, x: run(module, p, x))(params, x)
     assert np.abs(actual - masked).max() > 0.1
-    # Where windows fit, there is none to mask.
+    # Where windows fit, there is no padding.
     module, params, x = make((3, 6), 3)
-    masked = direct(precise(params), x.astype(float), 2, 3, masked=True)
+    masked = reference(precise(params), x.astype(float), 2, 3, masked=True)
     assert_close(jit(lambda p, x: run(module, p, x))(params, x), masked)
 
 
-def test_windows_are_cut_in_rows_and_padded_with_the_fill():
-    x = jnp.arange(1, 7.0).reshape(1, 2, 3, 1)  # 1 2 3 / 4 5 6
-    windows = split_windows(x, 2, fill=jnp.array([-1.0]))
-    np.testing.assert_array_equal(windows[..., 0], [[[1, 2], [4, 5]], [[3, -1], [6, -1]]])
-    np.testing.assert_array_equal(join_windows(windows, 2, 3), x)
-
-
-@pytest.mark.parametrize("grid", [(6, 9), (5, 7), (1, 10), (3, 3), (2, 2)], ids=str)
-def test_joining_undoes_splitting(grid):
-    x = np.random.default_rng(0).standard_normal((2, *grid, 4)).astype(np.float32)
-    windows = split_windows(jnp.asarray(x), 3, fill=jnp.full(4, np.nan))
-    assert windows.shape == (2 * -(-grid[0] // 3) * -(-grid[1] // 3), 3, 3, 4)
-    np.testing.assert_array_equal(join_windows(windows, *grid), x)
-
-
-def test_relative_positions_by_hand():
-    table = jnp.array([[0.0], [3.0], [6.0]])  # of offsets -1, 0, 1
-    np.testing.assert_array_equal(relative_positions(table, 2, "float32")[..., 0], [[3, 0], [6, 3]])
-    # Five rows: centres at -0.2 (kept at 0), 0.4, 1, 1.6 and 2.2 (kept at 2) of the three.
-    np.testing.assert_allclose(
-        relative_positions(table, 3, "float32")[..., 0],
-        [[3, 1.2, 0], [4.8, 3, 1.2], [6, 4.8, 3]],
-        atol=1e-6,
-    )
-    # One row, without antialias: the middle one alone.
-    np.testing.assert_allclose(relative_positions(table, 1, "float32"), [[[3]]], atol=1e-6)
-    assert relative_positions(table, 3, "bfloat16").dtype == jnp.bfloat16
-
-
-def test_softmax_of_large_logits_is_finite():
-    logits = jnp.array([[1e4, 1e4, -1e4], [-3e38, -3e38, -3e38]])
-    values = jnp.array([[1.0], [3.0], [8.0]])
-    np.testing.assert_allclose(weigh(logits, values), [[2], [4]], rtol=1e-6)
-
-
-def test_bfloat16_in_and_out():
+def test_bfloat16_is_supported():
     module, params, x = make((4, 5), 3)
     half = module.clone(dtype="bfloat16")
-    out = half.apply({"params": jax.tree.map(jnp.asarray, params)}, x.astype(jnp.bfloat16))
+    out = half.apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x, jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
-    assert_close(out.astype(np.float32), direct(precise(params), x.astype(float), 2, 3), 0.02)
+    assert_close(out.astype(np.float32), reference(precise(params), x.astype(float), 2, 3), 0.02)

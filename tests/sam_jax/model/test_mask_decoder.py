@@ -15,8 +15,8 @@ from sam_jax.model.mask_decoder import (
     Masks,
     Upscaling,
     choose_masks,
-    deconvolve,
 )
+from sam_jax.model.ops.upscaling import deconvolve
 from sam_jax.model.prompt_encoder import PromptFeatures
 from sam_jax.model.two_way_transformer import TwoWayTransformer
 from sam_jax.weights.names import DECONV

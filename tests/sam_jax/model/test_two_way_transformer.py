@@ -1,21 +1,21 @@
 """The two-way transformer against its textbook form, every projection made, in float64."""
 
+import functools
+
 import flax.linen as nn
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.model import two_way_transformer
 from sam_jax.model.ops import image_to_token
+from sam_jax.model.ops.image_to_token import FoldedTokens
 from sam_jax.model.two_way_transformer import (
     ImageToToken,
     SelfAttention,
     TokenToImage,
     TwoWayTransformer,
-    absorbs,
-    masked_softmax,
+    should_fold_projections,
 )
 
 HEADS = 8
@@ -29,8 +29,9 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 
 def random_like(module, *args, **kwargs):
-    """Parameters of a module, none of them zero or alike."""
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+    """Random parameters of a module, all of them different from zero."""
+    init = functools.partial(module.init, jax.random.key(0), **kwargs)
+    shapes = jax.eval_shape(init, *args)["params"]
     rng = np.random.default_rng(0)
 
     def draw(path, x):
@@ -57,37 +58,37 @@ def norm(params, x, epsilon=1e-5):
     return x * params["scale"] + params["bias"]
 
 
-def attention(params, queries, keys, values, present=None, heads=HEADS):
-    """The textbook's: project queries, keys and values, attend by head, project."""
+def attention(params, queries, keys, values, token_mask=None, heads=HEADS):
+    """Textbook attention: project queries, keys and values, attend by head, project."""
     split = lambda x: x.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
     q, k = split(dense(params["q"], queries)), split(dense(params["k"], keys))
     v = split(dense(params["v"], values))
     logits = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
-    if present is not None:
-        logits = np.where(present[..., None, None, :], logits, -np.inf)
+    if token_mask is not None:
+        logits = np.where(token_mask[..., None, None, :], logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     out = (weights @ v).swapaxes(-2, -3)
     return dense(params["out"], out.reshape(*out.shape[:-2], -1))
 
 
-def transformer(params, tokens, present, image, image_pe, depth, epsilon=1e-5):
+def transformer(params, tokens, token_mask, image, image_pe, depth, epsilon=1e-5):
     """segment-anything's `TwoWayTransformer`, on 'b n t c' and 'b n p c'."""
     token_pe = tokens
     for i in range(depth):
         p = params[f"layer_{i}"]
         if i == 0:  # replaces the tokens, and adds no positions
-            tokens = attention(p["self_attention"], tokens, tokens, tokens, present)
+            tokens = attention(p["self_attention"], tokens, tokens, tokens, token_mask)
         else:
             q = tokens + token_pe
-            tokens = tokens + attention(p["self_attention"], q, q, tokens, present)
+            tokens = tokens + attention(p["self_attention"], q, q, tokens, token_mask)
         tokens = norm(p["norm1"], tokens, epsilon)
         q, k = tokens + token_pe, image + image_pe
         tokens = norm(p["norm2"], tokens + attention(p["token_to_image"], q, k, image), epsilon)
         hidden = np.maximum(dense(p["mlp"]["lin1"], tokens), 0)
         tokens = norm(p["norm3"], tokens + dense(p["mlp"]["lin2"], hidden), epsilon)
         q, k = image + image_pe, tokens + token_pe
-        attended = attention(p["image_to_token"], q, k, tokens, present)
+        attended = attention(p["image_to_token"], q, k, tokens, token_mask)
         image = norm(p["norm4"], image + attended, epsilon)
     attended = attention(params["final_attention"], tokens + token_pe, image + image_pe, image)
     return norm(params["final_norm"], tokens + attended, epsilon), image
@@ -95,12 +96,12 @@ def transformer(params, tokens, present, image, image_pe, depth, epsilon=1e-5):
 
 @pytest.fixture(scope="module")
 def inputs():
-    """Two images, three objects with seven tokens, some absent; twelve places; 16 channels."""
+    """Two images, three objects with seven tokens, some absent; twelve pixels; 16 channels."""
     rng = np.random.default_rng(1)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    present = np.ones((2, 3, 7), bool)
-    present[0, 0, 5:] = present[1, 1, 6] = present[1, 2, 5] = False
-    return normal(2, 3, 7, 16), present, normal(2, 3, 12, 16), normal(12, 16)
+    token_mask = np.ones((2, 3, 7), bool)
+    token_mask[0, 0, 5:] = token_mask[1, 1, 6] = token_mask[1, 2, 5] = False
+    return normal(2, 3, 7, 16), token_mask, normal(2, 3, 12, 16), normal(12, 16)
 
 
 def run(jit, module, params, *args, **kwargs):
@@ -109,22 +110,22 @@ def run(jit, module, params, *args, **kwargs):
 
 
 def test_self_attention_masks_absent_keys(jit, inputs):
-    tokens, present, *_ = inputs
+    tokens, token_mask, *_ = inputs
     values = tokens[:, :, ::-1]
     module = SelfAttention(HEADS, "float32")
-    params = random_like(module, tokens, values, present)
-    actual = run(jit, module, params, tokens, values, present)
+    params = random_like(module, tokens, values, token_mask)
+    actual = run(jit, module, params, tokens, values, token_mask)
     p = precise(params)
-    assert_close(actual, attention(p, tokens, tokens, values, present))
+    assert_close(actual, attention(p, tokens, tokens, values, token_mask))
 
 
-# With 16 channels, the projections are absorbed for one head and computed for eight.
+# With 16 channels, the projections are folded for one head and computed for eight.
 @pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("n", [1, 3])
 def test_attention_of_tokens_to_image(jit, inputs, n, heads):
     tokens, _, image, pe = inputs
     module = TokenToImage(heads, "float32")
-    assert absorbs(*tokens.shape[-2:], heads) is (heads == 1)
+    assert should_fold_projections(*tokens.shape[-2:], heads) is (heads == 1)
     params = random_like(module, tokens, image, pe)
     image = image[:, :n]
     actual, same = run(jit, module, params, tokens, image, pe)
@@ -132,18 +133,28 @@ def test_attention_of_tokens_to_image(jit, inputs, n, heads):
     assert_close(actual, attention(precise(params), tokens, image + pe, image, heads=heads))
 
 
+@pytest.mark.parametrize("is_folded", [True, False])
 @pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("n", [1, 3])
-def test_attention_of_image_to_tokens(jit, inputs, n, heads):
-    tokens, present, image, _ = inputs
+def test_attention_of_image_to_tokens(jit, inputs, n, heads, is_folded):
+    tokens, token_mask, image, _ = inputs
     values = tokens[:, :, ::-1]
     module = ImageToToken(16, heads, "float32")
-    assert absorbs(*tokens.shape[-2:], heads) is (heads == 1)
-    params = random_like(module, image, tokens, values, present)
+    params = random_like(module, image, tokens, values, token_mask)
     image = image[:, :n]
-    actual = run(jit, module, params, image, tokens, values, present)
+    if is_folded:
+
+        def attend(params, image, *tokens):
+            folded = module.apply({"params": params}, *tokens, method="fold")
+            folded = FoldedTokens(*folded, norm_scale=None, norm_bias=None)
+            return image_to_token.attend_xla(image, folded, heads)
+
+        with jax.default_matmul_precision("highest"):
+            actual = jit(attend)(params, image, tokens, values, token_mask)
+    else:
+        actual = run(jit, module, params, image, tokens, values, token_mask)
     assert actual.shape == (2, 3, 12, 16)
-    assert_close(actual, attention(precise(params), image, tokens, values, present, heads))
+    assert_close(actual, attention(precise(params), image, tokens, values, token_mask, heads))
 
 
 def transformer_of(inputs, depth, **kwargs):
@@ -153,10 +164,10 @@ def transformer_of(inputs, depth, **kwargs):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_whole_is_the_reference(jit, inputs, depth, n):
-    tokens, present, image, pe = inputs
+def test_the_transformer_follows_the_reference(jit, inputs, depth, n):
+    tokens, token_mask, image, pe = inputs
     module, params = transformer_of(inputs, depth)
-    inputs = (tokens, present, image[:, :n], pe)
+    inputs = (tokens, token_mask, image[:, :n], pe)
     actual = run(jit, module, params, *inputs, num_outputs=5, train=False)
     expected = transformer(precise(params), *precise(inputs), depth)
     assert_close(actual[0], expected[0][:, :, :5])
@@ -164,15 +175,15 @@ def test_the_whole_is_the_reference(jit, inputs, depth, n):
 
 
 def test_norms_add_1e_5(jit, inputs):
-    """Seen where what they normalise is as small as that."""
+    """This shows where the normalized values are as small as that."""
     module, params = transformer_of(inputs, 2)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     small = ("scale", "norm1/bias", "norm2/bias", "norm3/bias", "norm4/bias", "out/kernel")
     small += ("out/bias", "lin2/kernel", "lin2/bias")
     flat = {path: 0.003 * x if path.endswith(small) else x for path, x in flat.items()}
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
-    tokens, present, image, pe = inputs
-    inputs = (0.003 * tokens, present, 0.003 * image, pe)
+    tokens, token_mask, image, pe = inputs
+    inputs = (0.003 * tokens, token_mask, 0.003 * image, pe)
     tokens, image = run(jit, module, params, *inputs, num_outputs=5, train=False)
     expected = transformer(precise(params), *precise(inputs), 2)
     assert_close(tokens, expected[0][:, :, :5])
@@ -182,65 +193,57 @@ def test_norms_add_1e_5(jit, inputs):
 
 
 def test_absent_tokens_never_matter(jit, inputs):
-    tokens, present, image, pe = inputs
+    tokens, token_mask, image, pe = inputs
     module, params = transformer_of(inputs, 2)
     apply = jit(lambda *x: module.apply({"params": params}, *x, num_outputs=5, train=False))
-    expected = apply(tokens, present, image, pe)
+    expected = apply(tokens, token_mask, image, pe)
     rng = np.random.default_rng(2)
     garbage = rng.uniform(-1e4, 1e4, tokens.shape).astype(np.float32)
-    garbled = np.where(present[..., None], tokens, garbage)
-    # Some more of them, after the others.
+    garbled = np.where(token_mask[..., None], tokens, garbage)
+    # More absent tokens follow.
     more = np.concatenate([garbled, garbage[:, :, :4]], axis=2)
-    more_present = np.concatenate([present, np.zeros((2, 3, 4), bool)], axis=2)
-    for t, p in [(garbled, present), (more, more_present)]:
-        actual = apply(t, p, image, pe)
+    longer_mask = np.concatenate([token_mask, np.zeros((2, 3, 4), bool)], axis=2)
+    for t, mask in [(garbled, token_mask), (more, longer_mask)]:
+        actual = apply(t, mask, image, pe)
         jax.tree.map(assert_close, actual, expected)
-    # A token that is there does matter.
-    all_present = apply(garbled, np.ones_like(present), image, pe)
-    assert np.abs(all_present[1] - expected[1]).max() > 0.1
+    # A present token does matter.
+    all_tokens = apply(garbled, np.ones_like(token_mask), image, pe)
+    assert np.abs(all_tokens[1] - expected[1]).max() > 0.1
 
 
-def test_objects_share_an_image_until_they_change_it(jit, inputs):
-    tokens, present, image, pe = inputs
+def test_objects_share_an_image_until_they_update_it(jit, inputs):
+    tokens, token_mask, image, pe = inputs
     module, params = transformer_of(inputs, 2)
     one = image[:, :1]
-    shared = run(jit, module, params, tokens, present, one, pe, num_outputs=5, train=False)
+    shared = run(jit, module, params, tokens, token_mask, one, pe, num_outputs=5, train=False)
     copies = np.repeat(one, 3, axis=1)
-    apart = run(jit, module, params, tokens, present, copies, pe, num_outputs=5, train=False)
+    apart = run(jit, module, params, tokens, token_mask, copies, pe, num_outputs=5, train=False)
     jax.tree.map(assert_close, shared, apart)
-
-
-def test_masked_softmax_by_hand():
-    logits = jnp.array([[0.0, np.log(3), 50], [7, 7, 7]])
-    present = jnp.array([[True, True, False], [False, True, False]])
-    weights = masked_softmax(logits, present, axis=-1)
-    np.testing.assert_allclose(weights, [[0.25, 0.75, 0], [0, 1, 0]], atol=1e-7)
-    nobody = masked_softmax(logits, jnp.zeros((2, 3), bool), axis=-1)
-    assert np.isfinite(nobody).all()
-    assert masked_softmax(logits.astype(jnp.bfloat16), present, axis=-1).dtype == jnp.bfloat16
 
 
 def test_dropout_follows_every_attention_and_mlp(inputs, monkeypatch):
     module, _ = transformer_of(inputs, 2)
     dropped = []
 
-    def look_at_image(words, rate):
-        assert rate == 0.1
-        kept = image_to_token.kept_by(words, rate)
-        dropped.append(kept.shape)
-        return kept
+    keep_mask = image_to_token.keep_mask
 
-    def look(call, args, kwargs, context):
+    def record_image(words, rate):
+        assert rate == 0.1
+        keep = keep_mask(words, rate)
+        dropped.append(keep.shape)
+        return keep
+
+    def record_tokens(call, args, kwargs, context):
         if isinstance(context.module, nn.Dropout):
             assert context.module.rate == 0.1
             dropped.append(args[0].shape)
         return call(*args, **kwargs)
 
-    monkeypatch.setattr(two_way_transformer, "kept_by", look_at_image)
-    with nn.intercept_methods(look):
+    monkeypatch.setattr(image_to_token, "keep_mask", record_image)
+    with nn.intercept_methods(record_tokens):
         init = module.clone(dropout=0.1).init
         keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        jax.eval_shape(lambda: init(keys, *inputs, num_outputs=5, train=True))
+        jax.eval_shape(lambda *x: init(keys, *x, num_outputs=5, train=True), *inputs)
     # Self-attention, tokens to image, MLP, image to tokens in each layer; then the last attention.
     token, image = (2, 3, 7, 16), (2, 3, 12, 16)
     assert dropped == 2 * [token, token, token, image] + [(2, 3, 5, 16)]

@@ -1,4 +1,4 @@
-"""The decoder's kernels, as TPUs would run them, against the plain products they stand for."""
+"""The TPU kernels of the decoder, interpreted, against the same arithmetic in plain JAX."""
 
 import functools
 
@@ -10,11 +10,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sam_jax.model.mask_decoder import MaskDecoder
 from sam_jax.model.ops import image_to_token, token_to_image, upscaling
-from sam_jax.model.ops.blocks import over_objects, pixels_at_once
+from sam_jax.model.ops.blocks import num_steps, pixels_per_step, vmap_objects
 from sam_jax.model.ops.platform import traced_for
 from sam_jax.model.prompt_encoder import PromptFeatures
 
-PIXELS, CHANNELS, HEADS, TOKENS = 1024, 16, 2, 5  # four steps; tokens do not fill a tile
+PIXELS, CHANNELS, HEADS, TOKENS = 1024, 16, 2, 5  # four steps; tokens do not fill a register
 OBJECTS = 2
 RATE = 0.1
 
@@ -26,10 +26,10 @@ def draw():
 
 
 def values_and_gradients(jit, f, args):
-    """Of f for objects 'b n ...': its results, and gradients of a sum with changing weights."""
+    """Results of f for objects 'b n ...', and gradients of a sum with varying weights."""
 
     def total(args):
-        results = over_objects(f, *args)
+        results = vmap_objects(f, *args)
         leaves = jax.tree.leaves(results)
         return sum(
             jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) for x in leaves
@@ -38,7 +38,7 @@ def values_and_gradients(jit, f, args):
     return jit(jax.value_and_grad(total, has_aux=True))(args)
 
 
-def assert_alike(jit, kernel, plain, args):
+def assert_same(jit, kernel, plain, args):
     with pltpu.force_tpu_interpret_mode():
         found = values_and_gradients(jit, kernel, args)
     expected = values_and_gradients(jit, plain, args)
@@ -47,7 +47,7 @@ def assert_alike(jit, kernel, plain, args):
 
 
 @pytest.mark.parametrize("images", [1, OBJECTS])
-def test_attention_to_the_image(jit, draw, images):
+def test_attention_of_tokens_to_the_image(jit, draw, images):
     def plain(queries, image, positions):
         weights = jax.nn.softmax(queries @ (image + positions).T, axis=-1)
         return weights @ image, (image if images > 1 else 0.0)
@@ -58,7 +58,7 @@ def test_attention_to_the_image(jit, draw, images):
 
     image = draw(1, images, PIXELS, CHANNELS)
     args = draw(1, OBJECTS, HEADS * TOKENS, CHANNELS), image, draw(1, 1, PIXELS, CHANNELS)
-    assert_alike(jit, kernel, plain, args)
+    assert_same(jit, kernel, plain, args)
 
 
 @pytest.mark.parametrize("is_dropped", [False, True])
@@ -71,24 +71,24 @@ def test_update_of_the_image(jit, draw, is_dropped):
         weights = jax.nn.softmax(logits.reshape(HEADS, TOKENS, PIXELS), axis=1)
         attended = weights.reshape(-1, PIXELS).T @ tokens.values + tokens.bias
         if is_dropped:
-            kept = image_to_token.kept_by(words[index.astype(int)], RATE)
-            attended = jnp.where(kept, attended / (1 - rate), 0)
+            keep = image_to_token.keep_mask(words[index.astype(int)], RATE)
+            attended = jnp.where(keep, attended / (1 - rate), 0)
         x = image + attended
         x = x - jnp.mean(x, axis=1, keepdims=True)
         x = x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True) + 1e-5)
         return x * tokens.norm_scale + tokens.norm_bias
 
     def kernel(image, positions, tokens, index):
-        mine = words[index.astype(int)] if is_dropped else None
-        return image_to_token.update(image, positions, tokens, mine, HEADS, RATE)
+        object_words = words[index.astype(int)] if is_dropped else None
+        return image_to_token.update(image, positions, tokens, object_words, HEADS, RATE)
 
     rows, vectors = (1, OBJECTS, HEADS * TOKENS, CHANNELS), (1, 1, CHANNELS)
-    tokens = image_to_token.Tokens(
+    tokens = image_to_token.FoldedTokens(
         draw(*rows), draw(*rows[:3]), draw(*rows), draw(*vectors), draw(*vectors), draw(*vectors)
     )
     image = draw(1, OBJECTS, PIXELS, CHANNELS)
     index = jnp.arange(OBJECTS, dtype=jnp.float32)[None]
-    assert_alike(jit, kernel, plain, (image, draw(1, 1, PIXELS, CHANNELS), tokens, index))
+    assert_same(jit, kernel, plain, (image, draw(1, 1, PIXELS, CHANNELS), tokens, index))
 
 
 def test_upscaling(jit, draw):
@@ -106,18 +106,23 @@ def test_upscaling(jit, draw):
     shapes = [(CHANNELS, 2, 2, o), (o,), (o,), (o,), (o, 2, 2, e), (e,)]
     image, hyper = draw(1, OBJECTS, PIXELS, CHANNELS), draw(1, OBJECTS, masks, e)
     weights = [draw(1, 1, *shape) for shape in shapes]
-    assert_alike(jit, upscaling.paint, plain, (image, *weights, hyper))
+
+    def kernel(image, *weights):
+        *weights, hyper = weights
+        return upscaling.upscale(image, upscaling.UpscalingWeights(*weights), hyper)
+
+    assert_same(jit, kernel, plain, (image, *weights, hyper))
 
 
-def test_fitted_error_function():
+def test_fitted_error_function_is_accurate():
     x = np.linspace(-12, 12, 10001, dtype=np.float32)
     np.testing.assert_allclose(upscaling.erf(x), jax.lax.erf(x), rtol=0, atol=5e-6)
 
 
-def test_decoder_is_as_near_to_float32_with_kernels_as_without(jit, draw):
-    """In bfloat16, in which TPUs take the kernels; with the same entries dropped.
+def test_decoder_is_as_close_to_float32_with_kernels_as_without(jit, draw):
+    """In bfloat16, for which the table chooses the kernels, with the same entries dropped.
 
-    The image is one for all objects until the first block has changed it.
+    All objects share one image until the first block updates it.
     """
     c, gh, gw = 64, 16, 32
     decoder = MaskDecoder(
@@ -165,15 +170,18 @@ def test_decoder_is_as_near_to_float32_with_kernels_as_without(jit, draw):
         assert 0 < jnp.linalg.norm(a - exact) < 1.25 * jnp.linalg.norm(b - exact)
 
 
-def test_dropout_is_a_byte_an_entry():
+def test_dropout_uses_one_byte_for_each_entry():
     words = jax.random.bits(jax.random.key(0), (5, 64, 32))
-    kept = np.asarray(image_to_token.kept_by(words, RATE))
-    assert kept.shape == (5, 256, 32)
-    np.testing.assert_allclose(np.mean(kept), 1 - 26 / 256, atol=0.005)
-    assert image_to_token.growth(RATE) == 256 / 230
-    by_quarter = kept.reshape(5, 4, -1).astype(float)  # independent, though of the same words
+    keep = np.asarray(image_to_token.keep_mask(words, RATE))
+    assert keep.shape == (5, 256, 32)
+    np.testing.assert_allclose(np.mean(keep), 1 - 26 / 256, atol=0.005)
+    assert image_to_token.inverse_keep_prob(RATE) == 256 / 230
+    by_quarter = keep.reshape(5, 4, -1).astype(float)  # independent, though from the same words
     assert np.abs(np.corrcoef(by_quarter[0]) - np.eye(4)).max() < 0.1
 
 
 def test_steps_divide_a_quarter_of_the_pixels():
-    assert [pixels_at_once(p) for p in (4096, 1024, 2560, 4900)] == [1024, 256, 128, None]
+    assert [pixels_per_step(p) for p in (4096, 1024, 2560, 4900)] == [1024, 256, 128, None]
+    assert num_steps(2560) == 20
+    with pytest.raises(ValueError, match="multiple of 512; got 4900"):
+        num_steps(4900)

@@ -1,0 +1,58 @@
+"""Fused attention of accelerators against plain matrix products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.model.ops import global_attention
+from sam_jax.model.ops.relative_positions import attend_plain
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    draw = lambda channels: rng.standard_normal((2, 384, channels)).astype(np.float32)
+    return draw(20) / 2, draw(20), draw(12)
+
+
+def values_and_gradients(attend, inputs):
+    """The result, and the gradients of a sum in which every entry has another weight."""
+    weights = np.random.default_rng(1).standard_normal((2, 384, 12)).astype(np.float32)
+
+    def total(*inputs):
+        out = attend(*inputs)
+        return jnp.sum(out * weights), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*inputs)
+    return out, *gradients
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_splash_attention_has_the_values_and_gradients_of_plain_products(inputs):
+    kernel = functools.partial(global_attention.splash_attention, interpret=True)
+    assert_same(
+        values_and_gradients(kernel, inputs),
+        values_and_gradients(attend_plain, inputs),
+    )
+
+
+def test_cudnn_attention_has_the_values_and_gradients_of_plain_products(inputs, monkeypatch):
+    """There is no GPU here: plain JAX computes what cuDNN is asked for."""
+    calls = []
+
+    def attend(q, k, v, *, implementation, scale):
+        calls.append((implementation, q.shape, k.shape, v.shape))
+        logits = scale * jnp.einsum("qhd,khd->hqk", q, k)
+        return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits, axis=-1), v)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    found = values_and_gradients(global_attention.cudnn_attention, inputs)
+    assert_same(found, values_and_gradients(attend_plain, inputs))
+    assert set(calls) == {("cudnn", *[(384, 2, 24)] * 3)}
