@@ -99,18 +99,18 @@ def _read_checkpoint(config: TrainConfig) -> Checkpoint | None:
 
 def _encoder_params(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, jax.Array]:
     """Converts an autoencoder's encoder to parameters of the image encoder, by path."""
-    autoencoder, encoder = checkpoint.model, config.model.image_encoder
-    grid = None
+    model: Any = config.model
+    autoencoder, grid = checkpoint.model, None
     if isinstance(autoencoder, MaskedAutoencoder):
         grid = autoencoder.grid
-        if autoencoder.num_heads != encoder.num_heads:
+        if autoencoder.num_heads != model.image_encoder.num_heads:
             raise ConfigError(
                 f"init_from={config.init_from!r} holds an encoder of {autoencoder.num_heads} "
-                f"heads; model.image_encoder.num_heads is {encoder.num_heads}"
+                f"heads; model.image_encoder.num_heads is {model.image_encoder.num_heads}"
             )
     notes: list[str] = []
     try:
-        params = mae.encoder_for(config.model, checkpoint.tensors, notes, grid)
+        params = mae.encoder_for(model, checkpoint.tensors, notes, grid)
     except WeightsError as error:
         raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
     for note in notes:

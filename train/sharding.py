@@ -20,6 +20,7 @@ from train.config import ConfigError
 from train.objectives.sums import Sums
 
 Objective = Callable[..., Sums]  # a function of (params, constants, batch, key)
+CompiledStep = jax.stages.Wrapped  # a function of (state, batch), which can also be lowered
 
 DATA, FSDP = "data", "fsdp"
 BATCH_SPEC = PartitionSpec((DATA, FSDP))  # the images of a batch are split over all devices
@@ -127,9 +128,7 @@ def sync_hosts(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def compile_step(
-    mesh: Mesh, step: Callable[..., Any], state: Any
-) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+def compile_step(mesh: Mesh, step: Callable[..., Any], state: Any) -> CompiledStep:
     """Compiles a step f(state, batch) -> (state, values); the state is donated.
 
     Args:

@@ -1,6 +1,6 @@
 """One training step: the state is updated by the gradient of one batch."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from train.sharding import Objective, compile_step, make_sharded_grad_fn
+from train.sharding import CompiledStep, Objective, compile_step, make_sharded_grad_fn
 from train.state import TrainState
 
 
@@ -19,7 +19,7 @@ def make_step(
     mesh: Mesh,
     state: TrainState,
     dtype: DTypeLike = "float32",
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+) -> CompiledStep:
     """Builds the compiled step.
 
     Args:
@@ -31,8 +31,8 @@ def make_step(
       dtype: The type of all-gathered parameters and reduce-scattered gradients.
 
     Returns:
-      A function of (state, batch) that returns the next state and a dict of float32 values. The
-      state is donated.
+      The step, a function of (state, batch) that returns the next state and a dict of float32
+      values. The state is donated.
     """
     grad_fn = make_sharded_grad_fn(mesh, objective, state.params, dtype)
 
@@ -41,7 +41,8 @@ def make_step(
         (loss, values), gradients = grad_fn(state.params, state.constants, batch, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            state = state.replace(
+            state = dataclasses.replace(
+                state,
                 step=state.step + 1,
                 params=optax.apply_updates(state.params, updates),
                 opt_state=opt_state,

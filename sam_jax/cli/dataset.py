@@ -90,7 +90,7 @@ def run_check(args: argparse.Namespace) -> int:
 def run_stats(args: argparse.Namespace) -> int:
     """Runs `dataset stats` and returns the exit code."""
     save_plots = import_plots() if args.out else None
-    images = select(open_source(args.source, reduce_to=MASKS_ONLY), args.index)
+    images = select(open_source(args.source, decode_size=MASKS_ONLY), args.index)
     comparisons = start_comparison(images, args.compare_to) if args.compare_to else None
 
     result = {"source": args.source, "index": args.index, **measure_masks(images)}
@@ -116,7 +116,7 @@ def measure_masks(images: Subset) -> dict[str, Any]:
 
 def start_comparison(images: Subset, other: str) -> Iterator[quality.Comparison]:
     """Opens another source of the same images, to be compared image by image."""
-    second = open_source(other, reduce_to=MASKS_ONLY)
+    second = open_source(other, decode_size=MASKS_ONLY)
     return quality.compare(images.source, second, images.indices.tolist())
 
 

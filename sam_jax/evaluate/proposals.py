@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """See `Evaluation`."""
-    ground_truth = select(open_source(args.source, reduce_to=MASKS_ONLY), args.index)
-    proposals = open_source(args.proposals, reduce_to=MASKS_ONLY)
+    ground_truth = select(open_source(args.source, decode_size=MASKS_ONLY), args.index)
+    proposals = open_source(args.proposals, decode_size=MASKS_ONLY)
     pairs = pair_images(proposals, ground_truth)
     print(f"{len(pairs)} of {len(ground_truth)} images have proposals")
     progress = tqdm(pairs, unit=" images", disable=None)

@@ -191,7 +191,7 @@ def reconstruct(
     losses = reconstruction_loss(output, inputs, model.patch_size, normalized)
     patches = output.patches
     if normalized:
-        patches = unnormalize_patches(patches, patchify(inputs, model.patch_size))
+        patches = unnormalize_patches(patches, jnp.asarray(patchify(inputs, model.patch_size)))
     gh, _ = model.grid
     p = model.patch_size
     pixels = rearrange(patches, "b (gh gw) (i j c) -> b (gh i) (gw j) c", gh=gh, i=p, j=p)

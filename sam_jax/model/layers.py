@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 from jax.typing import DTypeLike
@@ -86,7 +87,8 @@ class NormWeights(nn.Module):
     def __call__(self) -> tuple[Float32[Array, " c"], Float32[Array, " c"]]:
         """Returns the scale and the bias."""
         scale = self.param("scale", nn.initializers.ones, (self.channels,))
-        return scale, self.param("bias", nn.initializers.zeros, (self.channels,))
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        return jnp.asarray(scale), jnp.asarray(bias)
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -139,8 +141,8 @@ class Projection(nn.Module):
         init = fan_in_uniform(self.in_features)
         patch = (1, 1) if self.is_conv else ()
         kernel = self.param("kernel", init, (*patch, self.in_features, self.features))
-        kernel = kernel.reshape(self.in_features, self.features)
-        return kernel, self.param("bias", init, (self.features,))
+        bias = self.param("bias", init, (self.features,))
+        return jnp.asarray(kernel).reshape(self.in_features, self.features), jnp.asarray(bias)
 
 
 class PatchConv(nn.Module):
@@ -164,12 +166,14 @@ class PatchConv(nn.Module):
     bias_init: Initializer | None = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch gh gw o"]:
+    def __call__(
+        self, x: Float[Array | np.ndarray, "*batch h w c"]
+    ) -> Float[Array, "*batch gh gw o"]:
         """Convolves images whose sides the patch divides."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         patches = "... (h i) (w j) c -> ... h w (i j c)"
-        x = rearrange(x.astype(self.dtype), patches, i=self.size, j=self.size)
+        x = rearrange(jnp.asarray(x, self.dtype), patches, i=self.size, j=self.size)
         x = x @ rearrange(kernel, "i j c o -> (i j c) o")
         if self.bias_init is None:
             return x

@@ -157,8 +157,8 @@ class MaskDecoder(nn.Module):
         tokens, image = self.transformer(
             tokens,
             token_mask,
-            image + features.dense,
-            image_pe,
+            jnp.asarray(image + features.dense),
+            jnp.asarray(image_pe),
             num_outputs=num_outputs,
             train=train,
         )
@@ -195,7 +195,7 @@ class Upscaling(nn.Module):
         weights = UpscalingWeights(
             kernel1, bias1, *NormWeights(c // 4, name="norm")(), kernel2, bias2
         )
-        return dispatch.upscale_masks(image, weights, hypernetwork_out)
+        return dispatch.upscale_masks(jnp.asarray(image), weights, jnp.asarray(hypernetwork_out))
 
 
 class Deconvolution(nn.Module):
@@ -207,8 +207,9 @@ class Deconvolution(nn.Module):
     @nn.compact
     def __call__(
         self,
-    ) -> tuple[Float[Array | np.ndarray, "c 2 2 o"], Float[Array | np.ndarray, " o"]]:
+    ) -> tuple[Float[Array, "c 2 2 o"], Float[Array, " o"]]:
         """Returns the kernel and the bias."""
         init = fan_in_uniform(4 * self.features)
         kernel = self.param("kernel", init, (self.in_features, 2, 2, self.features))
-        return kernel, self.param("bias", init, (self.features,))
+        bias = self.param("bias", init, (self.features,))
+        return jnp.asarray(kernel), jnp.asarray(bias)

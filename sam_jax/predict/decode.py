@@ -86,8 +86,9 @@ def decode_objects(
         start += size
     masks = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *groups)
     masks = choose_masks(masks, multimask_output)
+    logits, iou = np.asarray(masks.logits), np.asarray(masks.iou)
     counts = [len(image_objects) for image_objects in objects]
-    return [(masks.logits[i, :n], masks.iou[i, :n]) for i, n in enumerate(counts)]
+    return [(logits[i, :n], iou[i, :n]) for i, n in enumerate(counts)]
 
 
 def group_sizes(n: int) -> list[int]:

@@ -34,7 +34,7 @@ from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.sam import Sam, replace_fields
 from train.aot.chips import CHIPS, GIB
 from train.aot.lower import LOWER, compile_report, devices_of
-from train.config import ConfigError, TrainConfig, is_reconstruction
+from train.config import ConfigError, TrainConfig
 from train.overrides import load_config, override
 from train.tasks.base import make_task
 
@@ -60,11 +60,12 @@ def measure_loading_rate(config: TrainConfig, seconds: float = 3.0) -> float | N
     Returns:
       Images/s; None if the source is not on this machine.
     """
+    task = make_task(config)
     try:
-        source = open_source(config.data.source, masks=not is_reconstruction(config))
+        source = open_source(config.data.source, masks=task.needs_masks)
     except (SourceError, FileNotFoundError):
         return None
-    loader = Loader(source, np.arange(len(source)), make_task(config).transform, 1, config.seed)
+    loader = Loader(source, np.arange(len(source)), task.transform, 1, config.seed)
     loader.batch(0)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

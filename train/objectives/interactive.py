@@ -289,7 +289,7 @@ class InteractiveObjective:
 
                 def run_round(differentiable: Any, state: PromptState, index: Array) -> Any:
                     params, embedding = differentiable
-                    changed = inputs.replace(params=params, embedding=embedding)
+                    changed = dataclasses.replace(inputs, params=params, embedding=embedding)
                     return self.run_round(changed, targets, state, index)
 
                 if not self.config.detach_mask:
@@ -356,12 +356,12 @@ def has_click(config: Interactive, key: Key[Array, ""], index: Int[Array, ""]) -
       index: The round.
     """
     is_last = (config.num_extra_rounds > 0) & (index == num_rounds(config) - 1)
-    is_inserted = False
+    is_inserted = jnp.zeros((), bool)
     if config.num_extra_rounds == 2:
         insertion_key = jax.random.fold_in(key, INSERTION)
         clicks_before = jax.random.randint(insertion_key, (), 0, config.num_clicks)
         is_inserted = index == 1 + clicks_before
-    return (index > 0) & ~is_last & ~jnp.asarray(is_inserted)
+    return (index > 0) & ~is_last & ~is_inserted
 
 
 def fold_key(key: Key[Array, ""], index: int | Int[Array, ""], purpose: int) -> Key[Array, ""]:

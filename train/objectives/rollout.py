@@ -73,7 +73,7 @@ def rollout(
     inputs, targets, state = _prepare(objective, variables, batch, key)
     rounds = []
     for index in range(num_rounds(config)):
-        clicks, masks = _predict(objective, inputs, targets, state, index)
+        clicks, masks = _predict(objective, inputs, targets, state, jnp.int32(index))
         multimask = objective.is_multimask(clicks.count, jnp.int32(index)).item()
         masks = choose_masks(masks, multimask)
         chosen = int(jnp.argmax(masks.iou))
@@ -106,7 +106,7 @@ def _predict(
     inputs: DecoderInputs,
     targets: Targets,
     state: PromptState,
-    index: int | Int[Array, ""],
+    index: Int[Array, ""],
 ) -> tuple[Clicks, Masks]:
     return objective.predict_round(inputs, targets, state, index)
 
@@ -118,13 +118,13 @@ def _to_round(
     grid = objective.model.grid
     logits = upsample(masks.logits, objective.config.loss_scale)
     iou = mask_iou(logits > 0, to_image_layout(targets.target, grid)[:, :, None])
-    clicks, masks, iou = jax.tree.map(lambda x: np.asarray(x[0, 0]), (clicks, masks, iou))
-    is_given = clicks.labels >= BACKGROUND  # neither absent nor the padding point
+    labels = np.asarray(clicks.labels[0, 0])
+    is_given = labels >= BACKGROUND  # neither absent nor the padding point
     return Round(
-        points=clicks.points[is_given],
-        labels=clicks.labels[is_given],
-        logits=masks.logits,
-        predicted=masks.iou,
-        iou=iou,
+        points=np.asarray(clicks.points[0, 0])[is_given],
+        labels=labels[is_given],
+        logits=np.asarray(masks.logits[0, 0]),
+        predicted=np.asarray(masks.iou[0, 0]),
+        iou=np.asarray(iou[0, 0]),
         chosen=chosen,
     )

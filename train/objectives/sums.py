@@ -1,12 +1,14 @@
 """The result of an objective: sums and their count."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
+import flax.struct
 import jax
 from jaxtyping import Array, Float, Int
 
 
-class Sums(NamedTuple):
+@flax.struct.dataclass
+class Sums:
     """Sums over the valid masks, or the images, of a batch.
 
     An objective returns sums instead of means, because the devices hold different numbers of valid

@@ -1,10 +1,12 @@
 """The true masks of a batch, prepared for the rounds of the objective."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, reduce
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
@@ -18,12 +20,28 @@ from train.objectives.token_layout import to_token_layout
 class PromptableModel(Protocol):
     """The part of `Sam` that the objective uses."""
 
-    image_size: tuple[int, int]
-    patch_size: int
-    grid: tuple[int, int]
-    low_res: tuple[int, int]
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """As in `Sam`."""
+        ...
 
-    def apply(self, variables: Any, *args: Any, rngs: Any, method: str) -> Any:
+    @property
+    def patch_size(self) -> int:
+        """As in `Sam`."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """As in `Sam`."""
+        ...
+
+    @property
+    def low_res(self) -> tuple[int, int]:
+        """As in `Sam`."""
+        ...
+
+    @property
+    def apply(self) -> Callable[..., Any]:
         """Applies a method of the model, see `flax.linen.Module.apply`."""
         ...
 
@@ -85,7 +103,7 @@ def split_masks(config: Interactive, batch: Batch) -> dict[str, Any]:
 def prepare_targets(
     model: PromptableModel,
     config: Interactive,
-    size: Int[Array, "b 2"],
+    size: Int[Array | np.ndarray, "b 2"],
     keys: Key[Array, " b"],
     chunk: dict[str, Any],
 ) -> Targets:
@@ -121,7 +139,9 @@ def prepare_targets(
     )
 
 
-def _inside(size: Int[Array, "b 2"], shape: tuple[int, int], stride: int) -> Bool[Array, "b h w"]:
+def _inside(
+    size: Int[Array | np.ndarray, "b 2"], shape: tuple[int, int], stride: int
+) -> Bool[Array, "b h w"]:
     """Returns True for pixels at the loss's resolution whose centre is in the image."""
     covered = (2 * size + stride) // (2 * stride)
     rows = jnp.arange(shape[0]) < covered[:, :1]

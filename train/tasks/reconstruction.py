@@ -3,21 +3,24 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
 from sam_jax.data.crop_batch import ImageBatch, RandomResizedCrop
+from sam_jax.data.loader import Transform
 from sam_jax.data.open import Subset
 from sam_jax.evaluate.reconstruction import evaluate_reconstruction
 from sam_jax.model.init import init_variables
-from train.config import ConfigError, TrainConfig
+from sam_jax.model.mae import MaskedAutoencoder
+from train.config import ConfigError, PretrainData, Reconstruction, TrainConfig
 from train.flops import reconstruction_flops
-from train.initialization import autoencoder_variables
+from train.initialization import InitFn, autoencoder_variables
 from train.objectives.reconstruction import ReconstructionObjective
 from train.report.reconstruction import write_reconstruction_report
+from train.sharding import Objective
 
 
 class ReconstructionTask:
@@ -36,19 +39,20 @@ class ReconstructionTask:
                 "mimetic_init_scale must be 0, because a masked autoencoder has no prompts; got "
                 f"{config.mimetic_init_scale}"
             )
-        model: Any = config.model
-        data: Any = config.data
+        # The table of tasks says which classes these are.
+        model, data = cast(MaskedAutoencoder, config.model), cast(PretrainData, config.data)
         self.config = config
         self.model = model
-        self.transform = RandomResizedCrop(
+        self.objective_config = cast(Reconstruction, config.objective)
+        self.transform: Transform = RandomResizedCrop(
             model.image_size, model.patch_size, data.min_area, data.flips, data.rot90
         )
         height, width = (int(side * data.min_area**-0.5) for side in model.image_size)
-        self.decode_size = (height, width) if data.half_size_jpeg else None
-        self.init_fn = functools.partial(init_variables, model, config.seed)
-        self.objective = ReconstructionObjective(model, config.objective)
+        self.decode_size: tuple[int, int] | None = (height, width) if data.half_size_jpeg else None
+        self.init_fn: InitFn = functools.partial(init_variables, model, config.seed)
+        self.objective: Objective = ReconstructionObjective(model, self.objective_config)
         self.encoder_depth = model.depth
-        self.flops = reconstruction_flops(model)
+        self.flops: float | None = reconstruction_flops(model)
 
     def initial_variables(self) -> dict[str, Any]:
         """Returns the variables of `init_from`, or initialized ones."""
@@ -58,8 +62,8 @@ class ReconstructionTask:
         """Returns the shapes of a batch of all hosts."""
         b = self.config.batch_size
         return ImageBatch(
-            image=jax.ShapeDtypeStruct((b, *self.model.image_size, 3), jnp.uint8),
-            image_id=jax.ShapeDtypeStruct((b,), jnp.int32),
+            image=_struct((b, *self.model.image_size, 3), jnp.uint8),
+            image_id=_struct((b,), jnp.int32),
         )
 
     def batch_transform(
@@ -77,7 +81,7 @@ class ReconstructionTask:
     def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
         """Computes the mean loss; see `evaluate_reconstruction`."""
         indices = tqdm(eval_split.indices.tolist(), "evaluation", unit="image", leave=False)
-        normalized = self.config.objective.normalized
+        normalized = self.objective_config.normalized
         return evaluate_reconstruction(
             self.model, variables["params"], normalized, eval_split.source, indices
         )
@@ -90,6 +94,10 @@ class ReconstructionTask:
         evaluation: dict[str, Any],
     ) -> None:
         """Writes the report and prints the evaluation."""
-        objective, params = self.config.objective, variables["params"]
+        objective, params = self.objective_config, variables["params"]
         write_reconstruction_report(workdir, self.model, params, objective, eval_split, evaluation)
         print(f"loss of {evaluation['images']} held-out images: {evaluation['loss']:.4f}")
+
+
+def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)

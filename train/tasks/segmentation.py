@@ -4,24 +4,26 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from sam_jax.data.loader import Transform
 from sam_jax.data.open import Subset
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.evaluate.clicks import evaluate_clicks, format_table
 from sam_jax.model.init import init_variables
-from sam_jax.model.sam import UPSCALING
+from sam_jax.model.sam import UPSCALING, Sam
 from sam_jax.predict.predictor import SamPredictor
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError, Interactive, TrainConfig
 from train.embedding_cache import Embeddings
 from train.flops import step_flops
-from train.initialization import sam_variables
+from train.initialization import InitFn, sam_variables
 from train.objectives.interactive import InteractiveObjective
 from train.report.segmentation import write_report
+from train.sharding import Objective
 
 
 class SegmentationTask:
@@ -36,16 +38,17 @@ class SegmentationTask:
           ConfigError: If a SAM cannot be trained with the values of some fields.
         """
         check_config(config)
-        model: Any = config.model
-        data, objective = config.data, config.objective
+        # The table of tasks says which classes these are.
+        model, objective = cast(Sam, config.model), cast(Interactive, config.objective)
+        data = config.data
         self.config = config
         self.model = model
-        self.transform = SegmentationTransform(
+        self.transform: Transform = SegmentationTransform(
             model.image_size, objective.masks_per_image, data.flips, data.rot90
         )
-        self.decode_size = model.image_size if data.half_size_jpeg else None
-        self.init_fn = functools.partial(init_variables, model, config.seed)
-        self.objective = InteractiveObjective(model, objective)
+        self.decode_size: tuple[int, int] | None = model.image_size if data.half_size_jpeg else None
+        self.init_fn: InitFn = functools.partial(init_variables, model, config.seed)
+        self.objective: Objective = InteractiveObjective(model, objective)
         self.encoder_depth = model.image_encoder.depth
         self.flops = step_flops(model, objective) if trains_encoder(config) else None
 
@@ -55,15 +58,16 @@ class SegmentationTask:
 
     def batch_spec(self) -> Batch:
         """Returns the shapes of a batch of all hosts."""
-        b, n = self.config.batch_size, self.config.objective.masks_per_image
+        b = self.config.batch_size
+        n = cast(Interactive, self.config.objective).masks_per_image
         h, w = self.model.image_size
         return Batch(
-            image=jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8),
-            size=jax.ShapeDtypeStruct((b, 2), jnp.int32),
-            image_id=jax.ShapeDtypeStruct((b,), jnp.int32),
-            masks=jax.ShapeDtypeStruct((b, n, h, -(-w // 8)), jnp.uint8),
-            mask_id=jax.ShapeDtypeStruct((b, n), jnp.int32),
-            valid=jax.ShapeDtypeStruct((b, n), bool),
+            image=_struct((b, h, w, 3), jnp.uint8),
+            size=_struct((b, 2), jnp.int32),
+            image_id=_struct((b,), jnp.int32),
+            masks=_struct((b, n, h, -(-w // 8)), jnp.uint8),
+            mask_id=_struct((b, n), jnp.int32),
+            valid=_struct((b, n), bool),
         )
 
     def batch_transform(
@@ -105,7 +109,7 @@ def check_config(config: TrainConfig) -> None:
             "data.flips and data.rot90 must be False if the image encoder is not trained, because "
             f"its embeddings are computed once; got trainable={config.trainable}"
         )
-    patch, scale = config.model.patch_size, config.objective.loss_scale
+    patch, scale = config.model.patch_size, cast(Interactive, config.objective).loss_scale
     if patch % (UPSCALING * scale):
         raise ConfigError(
             f"model.image_encoder.patch_size must be divisible by {UPSCALING} x "
@@ -118,3 +122,7 @@ def trains_encoder(config: TrainConfig) -> bool:
     """Returns True if any part of the image encoder is trained."""
     parts = (part.split("/")[0] for part in config.trainable)
     return not config.trainable or "image_encoder" in parts
+
+
+def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
