@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -195,7 +196,8 @@ def test_norms_add_1e_5(jit, inputs):
 def test_absent_tokens_never_matter(jit, inputs):
     tokens, token_mask, image, pe = inputs
     module, params = transformer_of(inputs, 2)
-    apply = jit(lambda *x: module.apply({"params": params}, *x, num_outputs=5, train=False))
+    variables = {"params": jax.tree.map(jnp.asarray, params)}
+    apply = jit(lambda *x: module.apply(variables, *x, num_outputs=5, train=False))
     expected = apply(tokens, token_mask, image, pe)
     rng = np.random.default_rng(2)
     garbage = rng.uniform(-1e4, 1e4, tokens.shape).astype(np.float32)
