@@ -43,7 +43,10 @@ class Transform(Protocol):
       batch_type: The class of the batch. Its fields are the arrays, and image_id.
     """
 
-    batch_type: Any
+    @property
+    def batch_type(self) -> type:
+        """The class of a batch."""
+        ...
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the arrays of a row, without image_id.
