@@ -1,1 +1,1 @@
-"""What is minimised."""
+"""Objectives: the functions whose values runs minimise."""

@@ -71,7 +71,7 @@ class PromptState:
 
 @flax.struct.dataclass
 class DecoderInputs:
-    """What a round's predictions are computed from, besides the prompts.
+    """The inputs of a round's predictions, except the prompts.
 
     Attributes:
       params: Parameters of the prompt encoder and the mask decoder.

@@ -1,1 +1,1 @@
-"""What a run learns."""
+"""The tasks that runs learn, one a file."""

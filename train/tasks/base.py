@@ -20,7 +20,7 @@ from train.tasks.segmentation import SegmentationTask
 
 @runtime_checkable
 class Task(Protocol):
-    """What a run learns. The constructor takes the `TrainConfig`.
+    """A task that a run learns. The constructor takes the `TrainConfig`.
 
     Attributes:
       needs_masks: Whether the masks of examples are read.
