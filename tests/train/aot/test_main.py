@@ -119,6 +119,12 @@ def test_an_unknown_chip_is_an_error(topology):
         devices_of(topology)
 
 
+def test_jax_is_not_imported_before_the_environment_is_set():
+    """`python -m train.compile` imports these packages before it runs `train.aot.__main__`."""
+    code = "import sys, train.compile, train.aot; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.skipif(HAS_COMPILER, reason="the compiler is installed")
 def test_without_the_compiler_the_error_names_the_extra():
     done = compile_for("configs/sam_tiny.py", "--topology", "v5e:2x2")
