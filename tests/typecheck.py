@@ -5,11 +5,14 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import beartype
 import jaxtyping
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # As for static type checkers, an int is a float.
 CONF = beartype.BeartypeConf(is_pep484_tower=True)
@@ -20,8 +23,17 @@ def is_on() -> bool:
     return os.environ.get("SAM_JAX_TYPECHECK", "1") != "0"
 
 
-def install(modules: Sequence[str] = ("sam_jax", "train")) -> None:
-    """Checks the calls of all functions of modules that are imported afterwards."""
+def install() -> None:
+    """Checks the calls of all functions of the project that are imported afterwards.
+
+    The `__init__.py` of a package stays as it is, since the hook adds a name to what it imports.
+    """
+    modules = [
+        f"{package}.{path.stem}"
+        for package in ("sam_jax", "train")
+        for path in sorted((ROOT / package).iterdir())
+        if path.stem not in ("__init__", "__pycache__")
+    ]
     if is_on():
         jaxtyping.install_import_hook(modules, "tests.typecheck.typecheck")
 
