@@ -77,7 +77,7 @@ def random_words(
     return jax.random.bits(key, (*objects, -(-p // PIXELS_PER_WORD), c))
 
 
-def keep_mask(words: UInt32[Array, "*batch words c"], rate: float) -> Bool[Array, "*batch p c"]:
+def keep_mask(words: Integer[Array, "*batch words c"], rate: float) -> Bool[Array, "*batch p c"]:
     """Returns True for the entries that dropout keeps, one for each byte of the words."""
     drawn = [(words >> (8 * n)) & 0xFF for n in range(PIXELS_PER_WORD)]
     return jnp.concatenate(drawn, axis=-2) >= round(DROPOUT_LEVELS * rate)

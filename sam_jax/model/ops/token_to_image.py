@@ -7,8 +7,8 @@ and the output (`two_way_transformer.py`), so that the image itself is both keys
 
 The TPU kernel processes the pixels in steps. As in flash attention, the forward pass keeps the
 highest logit so far and sums relative to it, and the backward pass computes the weights again from
-the logarithm of their total. Returns `image` unchanged so that its downstream cotangents flow back
-through this kernel and are accumulated in VMEM.
+the logarithm of their total. The kernel returns `image` unchanged, so that its downstream
+cotangents flow back through the kernel and are accumulated in VMEM.
 """
 
 from collections.abc import Mapping

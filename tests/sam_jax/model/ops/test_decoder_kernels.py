@@ -115,7 +115,7 @@ def test_upscaling(jit, draw):
 
 
 def test_fitted_error_function_is_accurate():
-    x = np.linspace(-12, 12, 10001, dtype=np.float32)
+    x = jnp.linspace(-12, 12, 10001, dtype=jnp.float32)
     np.testing.assert_allclose(upscaling.erf(x), jax.lax.erf(x), rtol=0, atol=5e-6)
 
 
