@@ -5,6 +5,7 @@ was killed does not count. A damaged checkpoint is skipped in favour of the one 
 """
 
 import logging
+import os
 from typing import Any
 
 import jax
@@ -25,10 +26,10 @@ class Checkpoints:
       manager: Orbax's manager of the folder.
     """
 
-    def __init__(self, folder: epath.Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Opens a folder: an absolute path, or a URL of an object store."""
         options = ocp.CheckpointManagerOptions(max_to_keep=MAX_TO_KEEP, create=True)
-        self.manager = ocp.CheckpointManager(folder, options=options)
+        self.manager = ocp.CheckpointManager(epath.Path(folder), options=options)
 
     def restore(self, state: TrainState) -> TrainState | None:
         """Restores the newest readable checkpoint.

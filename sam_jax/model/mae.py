@@ -260,7 +260,10 @@ def mean_and_deviation(
 
 
 def reconstruction_loss(
-    output: ReconstructedPatches, image: Float[Array, "b h w 3"], patch_size: int, normalized: bool
+    output: ReconstructedPatches,
+    image: Float[Array | np.ndarray, "b h w 3"],
+    patch_size: int,
+    normalized: bool,
 ) -> Float[Array, " b"]:
     """Computes the mean squared error of the masked patches of each image.
 
