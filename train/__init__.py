@@ -1,1 +1,1 @@
-"""How the model learns: python -m train CONFIG --workdir DIR."""
+"""Training: `python -m train CONFIG --workdir DIR`."""

@@ -1,130 +1,155 @@
-"""What a run says of itself while it runs: JSON lines, TensorBoard events, a progress bar."""
+"""The log of a run: JSON lines, TensorBoard events and a progress bar."""
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
+from sam_jax.io.atomic import write_bytes
+
+T = TypeVar("T")
+
 
 class Metrics:
-    """Writes the values of logged steps, and of evaluations on the way.
+    """Writes the values of logged steps, and of evaluations during the run.
 
-    `metrics.jsonl` holds one object a logged step, `evaluations.jsonl` one an evaluation. A run
-    that goes on from a checkpoint first drops what came after it: every step stands there once.
+    `metrics.jsonl` has one object per logged step, `evaluations.jsonl` one per evaluation. A
+    resumed run first drops the rows after its checkpoint, so that no step occurs twice.
     """
 
     def __init__(
-        self, workdir: Path, start: int, stop: int, batch_size: int, ideal: float | None = None
+        self,
+        workdir: Path,
+        start: int,
+        stop: int,
+        batch_size: int,
+        peak_step_seconds: float | None = None,
     ) -> None:
-        """Starts to write.
+        """Opens the files.
 
         Args:
-          workdir: of the run.
-          start, stop: steps done, and to be done.
-          batch_size: images a step.
-          ideal: seconds of a step at the devices' peak, if that is known.
+          workdir: The folder of the run.
+          start: The number of steps done.
+          stop: The number of steps of the run.
+          batch_size: Images per step.
+          peak_step_seconds: Seconds per step at the devices' peak FLOP/s, if that is known.
         """
         from tensorboardX import SummaryWriter
 
         self.path = workdir / "metrics.jsonl"
         self.evaluations = workdir / "evaluations.jsonl"
         for path in (self.path, self.evaluations):
-            cut(path, start)
+            drop_rows_after(path, start)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
-        self.batch_size, self.ideal = batch_size, ideal
-        self.since, self.waited = (time.perf_counter(), start), 0.0
+        self.batch_size, self.peak_step_seconds = batch_size, peak_step_seconds
+        self._last_log = (time.perf_counter(), start)
+        self._waited = 0.0
 
-    def timed(self, batches: Iterable) -> Iterator:
-        """The batches, with the time noted that they are waited for."""
-        stream = iter(batches)
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields the batches and measures the time spent waiting for them."""
+        iterator = iter(batches)
         while True:
-            began = time.perf_counter()
+            start = time.perf_counter()
             try:
-                batch = next(stream)
+                batch = next(iterator)
             except StopIteration:
                 return
-            self.waited += time.perf_counter() - began
+            self._waited += time.perf_counter() - start
             yield batch
 
     def advance(self) -> None:
-        """Moves the bar by a step."""
+        """Moves the progress bar by one step."""
         self.bar.update()
 
-    def log(self, step: int, values: dict) -> None:
-        """Writes the values of a step: numbers, or lists of one a round."""
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Writes the values of a step.
+
+        Args:
+          step: The number of steps done.
+          values: Numbers, or lists of one number per round.
+        """
         now = time.perf_counter()
-        passed = now - self.since[0]
-        seconds = passed / (step - self.since[1])
-        rate = self.batch_size / seconds
+        last_time, last_step = self._last_log
+        step_seconds = (now - last_time) / (step - last_step)
+        images_per_second = self.batch_size / step_seconds
         speed = {
-            "images_per_second": round(rate, 2),
-            "step_seconds": round(seconds, 5),
-            "waiting_for_data": round(self.waited / passed, 4),  # share of the time
+            "images_per_second": round(images_per_second, 2),
+            "step_seconds": round(step_seconds, 5),
+            "waiting_for_data": round(self._waited / (now - last_time), 4),  # fraction of the time
         }
-        if self.ideal:
-            speed["mfu"] = round(self.ideal / seconds, 4)
-        self.since, self.waited = (now, step), 0.0
-        append(self.path, {"step": step} | values | speed)
+        bar = {"loss": values["loss"], "mIoU": values.get("miou"), "images/s": images_per_second}
+        if self.peak_step_seconds:
+            speed["mfu"] = round(self.peak_step_seconds / step_seconds, 4)
+            bar["MFU"] = speed["mfu"]
+        self._last_log, self._waited = (now, step), 0.0
+        append_row(self.path, {"step": step} | values | speed)
         for name, value in (values | speed).items():
             if isinstance(value, float):
                 self.board.add_scalar(name, value, step)
-        bar = {"loss": values["loss"], "mIoU": values.get("miou"), "images/s": rate}
-        if self.ideal:
-            bar["MFU"] = speed["mfu"]
         self.board.flush()
-        known = {name: f"{value:.3g}" for name, value in bar.items() if value is not None}
-        self.bar.set_postfix(known)
+        self.bar.set_postfix({k: f"{v:.3g}" for k, v in bar.items() if v is not None})
 
-    def log_evaluation(self, step: int, evaluation: dict) -> None:
-        """Writes an evaluation on the way: numbers by name, nested or not, beside other things."""
-        append(self.evaluations, {"step": step} | evaluation)
+    def log_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
+        """Writes an evaluation.
+
+        Args:
+          step: The number of steps done.
+          evaluation: Values by name, which may be nested. TensorBoard gets the floats.
+        """
+        append_row(self.evaluations, {"step": step} | evaluation)
         for name, value in flatten_dict(evaluation, sep="/").items():
             if isinstance(value, float):
                 self.board.add_scalar(f"evaluation/{name}", value, step)
 
     def close(self) -> None:
+        """Closes the files and the progress bar."""
         self.board.close()
         self.bar.close()
 
 
-def append(path: Path, row: dict) -> None:
-    """Adds a row to a JSON lines file."""
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends a row to a JSON lines file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def cut(path: Path, step: int) -> None:
-    """Drops the rows of later steps from a JSON lines file, if there is one."""
-    rows = read_rows(path)
-    if kept := [row for row in rows if row["step"] <= step]:
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
+def drop_rows_after(path: Path, step: int) -> None:
+    """Removes the rows of later steps from a JSON lines file, if there is one."""
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    if rows:
+        write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     else:
         path.unlink(missing_ok=True)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON lines file, without a last one cut short; none if it is missing."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads a JSON lines file; a missing file has no rows, and a truncated last row is skipped."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
-def summarize(values: dict) -> dict:
-    """Means over rounds of 'round' arrays, and every round's mIoU where there is one.
+def summarize(values: dict[str, Any]) -> dict[str, Any]:
+    """Averages the values of a step over rounds.
 
     Args:
-      values: numpy arrays: of the objective, 'round' each or '', and of the step, ''.
+      values: Numpy arrays: one number per round for those of the objective, single numbers for
+        those of the step.
+
+    Returns:
+      Means by name. "loss" is the loss of the step, and "miou_of_rounds" lists the mean IoU of each
+      round, if there is one.
     """
-    row = {name: float(np.mean(value)) for name, value in values.items() if name != "total"}
+    row: dict[str, Any] = {
+        name: float(np.mean(value)) for name, value in values.items() if name != "total"
+    }
     row["loss"] = float(values["total"])
     if "miou" in values:
         row["miou_of_rounds"] = [round(float(x), 4) for x in values["miou"]]

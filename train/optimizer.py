@@ -1,16 +1,22 @@
-"""AdamW with warm-up, step drops, and a learning rate that falls with the encoder's depth.
+"""AdamW with warm-up, step drops, and a learning rate that depends on the encoder block.
 
-Source: Kirillov et al. 2023, appendix A; the rule of the layer-wise decay is that of ViTDet
-(`get_vit_lr_decay_rate`). The paper leaves unsaid what is not decayed: here biases, norms,
-embeddings, tokens and positions.
+Source: Kirillov et al. 2023, appendix A. Layer-wise decay follows ViTDet (`get_vit_lr_decay_rate`).
+The paper does not say which parameters have no weight decay: here biases, norms, embeddings, tokens
+and positions.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from train.config import ConfigError, Optimizer
 
+# Last parts of the paths of parameters without weight decay.
 NOT_DECAYED = (
     "bias",
     "scale",
@@ -25,20 +31,22 @@ NOT_DECAYED = (
     "no_mask",
     "iou_token",
     "mask_tokens",
-)  # last part of a parameter's path
+)
 
 
-def make_optimizer(config: Optimizer, depth: int, trainable: tuple[str, ...] = ()):
-    """Builds the gradient transformation.
+def make_optimizer(
+    config: Optimizer, depth: int, trainable: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
+    """Builds the gradient transformation of a tree of parameters.
 
     Args:
-      config: `Optimizer`.
-      depth: blocks of the image encoder.
-      trainable: paths of what learns, e.g. ("mask_decoder",); empty for all.
+      config: The optimizer's configuration.
+      depth: Blocks of the image encoder.
+      trainable: Paths of the parts to train, e.g. ("mask_decoder",); empty for all parts. Other
+        parameters have no moments.
 
     Returns:
-      `optax.GradientTransformation` over the tree of parameters. What does not learn has no
-      moments.
+      The gradient transformation.
     """
     adam = optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),
@@ -48,40 +56,47 @@ def make_optimizer(config: Optimizer, depth: int, trainable: tuple[str, ...] = (
     )
     if not trainable:
         return adam
-    label = lambda params: map_paths(
-        lambda path: "learns" if learns(path, trainable) else "fixed", params
+
+    def label(path: str) -> str:
+        return "trained" if is_trainable(path, trainable) else "frozen"
+
+    return optax.partition(
+        {"trained": adam, "frozen": optax.set_to_zero()}, lambda params: map_paths(label, params)
     )
-    return optax.partition({"learns": adam, "fixed": optax.set_to_zero()}, label)
 
 
-def make_schedule(config):
-    """Learning rate by step: linear from `peak / warmup` to the peak, then drops and cosine."""
+def make_schedule(config: Optimizer) -> Callable[[int | Int[Array, ""]], float | Float[Array, ""]]:
+    """Builds the learning rate by step: a linear warm-up, then drops and a half-cosine.
 
-    def schedule(count):
-        warmup = jax.numpy.minimum(1.0, (count + 1) / max(1, config.warmup_steps))
-        drops = sum(count >= step for step in config.lr_boundaries)
-        rate = config.peak_lr * warmup * config.lr_decay_factor**drops
+    The warm-up starts at peak / warmup_steps. optax's warm-ups start at a given value that they
+    interpolate from, which rounds differently; the product of three factors is as short.
+    """
+
+    def schedule(count: int | Int[Array, ""]) -> float | Float[Array, ""]:
+        warmup = jnp.minimum(1.0, (count + 1) / max(1, config.warmup_steps))
+        num_drops = sum(count >= step for step in config.lr_boundaries)
+        rate = config.peak_lr * warmup * config.lr_decay_factor**num_drops
         if not config.cosine_steps:
             return rate
-        done = (count - config.warmup_steps) / (config.cosine_steps - config.warmup_steps)
-        return rate * (1 + jax.numpy.cos(jax.numpy.pi * jax.numpy.clip(done, 0, 1))) / 2
+        progress = (count - config.warmup_steps) / (config.cosine_steps - config.warmup_steps)
+        return rate * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))) / 2
 
     return schedule
 
 
-def is_decayed(params):
-    """The tree of whether weight decay applies."""
+def is_decayed(params: Any) -> Any:
+    """Returns a tree that is True for parameters with weight decay."""
     return map_paths(lambda path: path.split("/")[-1] not in NOT_DECAYED, params)
 
 
-def scale_by_depth(layer_decay, depth):
-    """Multiplies each update by `lr_multiplier` of its path."""
+def scale_by_depth(layer_decay: float, depth: int) -> optax.GradientTransformation:
+    """Multiplies each update by the `lr_multiplier` of its path."""
 
-    def scale(keys, update):
+    def scale(keys: Any, update: Any) -> Any:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         return update * lr_multiplier(path, layer_decay, depth)
 
-    def update(updates, params=None):
+    def update(updates: Any, params: Any = None) -> Any:
         del params
         return jax.tree.map_with_path(scale, updates)
 
@@ -89,8 +104,15 @@ def scale_by_depth(layer_decay, depth):
 
 
 def lr_multiplier(path: str, layer_decay: float, depth: int) -> float:
-    """`layer_decay ** (depth - i)` for block i, one power more for the embeddings before block 0,
-    and 1 for all that comes after the blocks.
+    """Returns the factor of a parameter's learning rate.
+
+    It is `layer_decay ** (depth - i)` for block i of the image encoder, one power more for the
+    embeddings before block 0, and 1 for everything after the blocks.
+
+    Args:
+      path: The path of the parameter.
+      layer_decay: The base.
+      depth: Blocks of the image encoder.
     """
     part, name = [*path.split("/"), ""][:2]
     if part != "image_encoder" or name == "neck":
@@ -100,24 +122,32 @@ def lr_multiplier(path: str, layer_decay: float, depth: int) -> float:
     return layer_decay ** (depth + 1)
 
 
-def learns(path: str, trainable: tuple[str, ...]) -> bool:
-    """Whether a parameter lies in one of the parts that learn."""
+def is_trainable(path: str, trainable: tuple[str, ...]) -> bool:
+    """Returns True if a parameter is in one of the parts to train."""
     return not trainable or any(f"{path}/".startswith(f"{part}/") for part in trainable)
 
 
-def check_trainable(params, trainable: tuple[str, ...]) -> None:
-    """Raises ConfigError for a part that no parameter lies in."""
+def check_trainable(params: Any, trainable: tuple[str, ...]) -> None:
+    """Checks that every part to train has parameters.
+
+    Args:
+      params: The parameters.
+      trainable: Paths of the parts to train.
+
+    Raises:
+      ConfigError: If there is no parameter in a part.
+    """
     paths = flax.traverse_util.flatten_dict(params, sep="/")
     for part in trainable:
-        if not any(learns(path, (part,)) for path in paths):
-            tops = sorted({"/".join(path.split("/")[:2]) for path in paths})
+        if not any(is_trainable(path, (part,)) for path in paths):
+            parts = sorted({"/".join(path.split("/")[:2]) for path in paths})
             raise ConfigError(
                 f"trainable names {part!r}, where there is no parameter; there are e.g. "
-                f"{', '.join(tops)}"
+                f"{', '.join(parts)}"
             )
 
 
-def map_paths(f, tree):
-    """Replaces each leaf by f of its path 'a/b/c'."""
+def map_paths(f: Callable[[str], Any], tree: Any) -> Any:
+    """Replaces each leaf of nested dicts by f of its path 'a/b/c'."""
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
     return flax.traverse_util.unflatten_dict({path: f(path) for path in flat}, sep="/")

@@ -1,9 +1,10 @@
 """The folder of a run, on a disk or in an object store.
 
 Object stores (gs://...) can neither append to a file, nor lock or rename one. A run whose workdir
-is in one writes into a folder of its machine as any other does, and sends whole files before each
-checkpoint and at its end: what comes after the last checkpoint is dropped by a run that goes on
-from there anyway. Checkpoints are written to the store itself.
+is in one writes to a temporary folder on its machine as any other run does, and uploads entire
+files before each checkpoint and at its end. Rows of a file that are newer than the last checkpoint
+are lost with the machine, but a resumed run would drop them anyway. Checkpoints are written
+directly to the store.
 """
 
 import fnmatch
@@ -11,34 +12,38 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
+from types import TracebackType
 
 from etils import epath
 
-from sam_jax.data.example import SourceError
 from sam_jax.io import storage
 from train.config import ConfigError
 
-# What a run that goes on needs, or replaces.
-FETCHED = ("config.json", "metrics.jsonl", "evaluations.jsonl", "bad_samples*.jsonl")
-CACHES = "embeddings*.npy"  # which stay on their machine
+# Files that a resumed run reads or replaces.
+PULLED = ("config.json", "metrics.jsonl", "evaluations.jsonl", "bad_samples*.jsonl")
+LOCAL_ONLY = "embeddings*.npy"  # caches, which are never uploaded
 
 log = logging.getLogger("train")
 
 
 class RemoteWorkdir:
-    """A run's files, and where they are sent to, if they are. A context, which ends with the run.
+    """The files of a run, and their copies in an object store if the workdir is there.
+
+    It is a context manager that is left when the run ends.
 
     Attributes:
-      address: of the workdir, as given.
-      folder: on this machine: the workdir itself, or one that is removed when all has been sent.
-      checkpoints: the folder of the checkpoints.
+      address: The workdir as it was given.
+      is_remote: Whether it is in an object store.
+      folder: The folder on this machine: the workdir itself, or a temporary folder that is removed
+        once everything is uploaded.
+      checkpoints: The folder of the checkpoints.
     """
 
     def __init__(self, workdir: str | Path) -> None:
         """Chooses the folder.
 
         Raises:
-          ConfigError: if the workdir is in a store of an unknown kind.
+          ConfigError: If the workdir is in a store of an unknown kind.
         """
         self.address = str(workdir).rstrip("/")
         self.is_remote = storage.is_url(self.address)
@@ -50,13 +55,13 @@ class RemoteWorkdir:
         else:
             self.folder = Path(workdir)
             self.checkpoints = epath.Path(self.folder.absolute() / "checkpoints")
-        self._sent: dict[str, tuple[int, int]] = {}
+        self._pushed: dict[str, tuple[int, int]] = {}
 
     def pull(self) -> None:
-        """Gets what a run goes on from.
+        """Downloads the files that a resumed run needs.
 
         Raises:
-          ConfigError: if the store cannot be read, or what is there is no run.
+          ConfigError: If the store cannot be read, or the workdir holds something else than a run.
         """
         if not self.is_remote:
             return
@@ -67,53 +72,61 @@ class RemoteWorkdir:
                     f"{self.address} is neither empty nor a run's: choose another --workdir"
                 )
             for name in names:
-                if any(fnmatch.fnmatch(name, pattern) for pattern in FETCHED):
+                if any(fnmatch.fnmatch(name, pattern) for pattern in PULLED):
                     path = self.folder / name
                     path.write_bytes(storage.read_range(f"{self.address}/{name}"))
-                    self._sent[name] = state_of(path)
-        except (OSError, SourceError) as error:
+                    self._pushed[name] = file_state(path)
+        except OSError as error:
             raise ConfigError(f"--workdir {self.address} cannot be read: {error}") from error
 
     def push(self) -> None:
-        """Copies files that are new or have changed to the store, and removes those that are gone.
+        """Uploads files that are new or have changed, and removes those that no longer exist.
 
         Raises:
-          OSError: if the store cannot be written to.
+          OSError: If the store cannot be written to.
         """
         if not self.is_remote:
             return
-        there = set()
+        found = set()
         for path in sorted(self.folder.rglob("*")):
-            if not path.is_file() or path.name.startswith(".") or path.match(CACHES):
+            if not path.is_file() or path.name.startswith(".") or path.match(LOCAL_ONLY):
                 continue
             name = path.relative_to(self.folder).as_posix()
-            there.add(name)
-            state = state_of(path)
-            if self._sent.get(name) != state:
+            found.add(name)
+            state = file_state(path)
+            if self._pushed.get(name) != state:
                 storage.upload(str(path), f"{self.address}/{name}")
-                self._sent[name] = state
-        for name in set(self._sent) - there:
+                self._pushed[name] = state
+        for name in set(self._pushed) - found:
             storage.remove(f"{self.address}/{name}")
-            del self._sent[name]
+            del self._pushed[name]
 
     def __enter__(self) -> "RemoteWorkdir":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        """Sends what is left, and removes what has been sent; if that fails, all stays here."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Uploads the remaining files and removes the temporary folder.
+
+        If the upload fails, the folder is kept, and the failure is logged.
+        """
         if not self.is_remote:
             return
         try:
             self.push()
         except OSError as failure:
-            log.warning("%s could not be sent to %s: %s", self.folder, self.address, failure)
+            log.warning("%s could not be uploaded to %s: %s", self.folder, self.address, failure)
             if error is None:
                 raise
         else:
             shutil.rmtree(self.folder)
 
 
-def state_of(path: Path) -> tuple[int, int]:
-    """What changes with a file."""
+def file_state(path: Path) -> tuple[int, int]:
+    """Returns the modification time and the size, one of which changes with the content."""
     status = path.stat()
     return status.st_mtime_ns, status.st_size

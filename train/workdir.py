@@ -1,20 +1,19 @@
-"""The folder of a run: whose it is, and what is written into it besides metrics and checkpoints."""
+"""The folder of a run: its config.json, and the list of images that could not be used."""
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from sam_jax.data.loader import SkippedSample
+from sam_jax.io.atomic import write_json
 from sam_jax.io.settings_guard import differences
 from train.config import ConfigError, TrainConfig
 from train.former_names import rename_saved
 from train.overrides import to_dict
 
-# Fields that may differ when a run goes on: they change nothing that has been computed already.
-FREE = (
+# Fields that may differ when a run is resumed, because no earlier step depends on them.
+MAY_CHANGE = (
     "num_steps",
     "fsdp",
     "log_every",
@@ -26,54 +25,54 @@ FREE = (
 
 
 def check_or_create(
-    workdir: Path, config: TrainConfig, needed: int, writes: bool = True, name: str | None = None
+    workdir: Path,
+    config: TrainConfig,
+    num_bytes: int,
+    is_writer: bool = True,
+    name: str | None = None,
 ) -> None:
-    """Makes the folder this run's own, and writes its config.json.
+    """Checks that a folder is free or belongs to this run, and writes its config.json.
 
     Args:
-      workdir: a new or empty folder, or that of a run with the same config.
-      needed: bytes that the run will write.
-      writes: whether to write, or to check alone.
-      name: by which people know the folder, if not by its path.
+      workdir: A new or empty folder, or that of a run with the same configuration.
+      config: The configuration.
+      num_bytes: The size of the files that the run will write.
+      is_writer: Whether to write; otherwise the folder is only checked.
+      name: The name of the folder in error messages; by default its path.
 
     Raises:
-      ConfigError: if it is another's, or has too little room.
+      ConfigError: If the folder belongs to another run, or the disk has too little space.
     """
     name = name or str(workdir)
     path = workdir / "config.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        before = rename_saved(before)
-        if found := differences(before, to_dict(config), ignore=FREE):
+        before = rename_saved(json.loads(path.read_text(encoding="utf-8")))
+        if changed := differences(before, to_dict(config), ignore=MAY_CHANGE):
             raise ConfigError(
-                f"{name} holds a run with another config: {'; '.join(found)}. Choose another "
+                f"{name} holds a run with another config: {'; '.join(changed)}. Choose another "
                 "--workdir, or the same values"
             )
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"{name} is neither empty nor a run's: choose another --workdir")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(parent).free) < needed:
+    if (free := shutil.disk_usage(parent).free) < num_bytes:
         raise ConfigError(
-            f"{name} needs room for {needed / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free"
+            f"{name} needs {num_bytes / 2**20:.0f} MiB of disk space; {free / 2**20:.0f} MiB are "
+            "free"
         )
-    if writes:
+    if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 class BadSamples:
-    """Counts the images that could not be used, names them in a file, and ends a run of too many.
+    """Counts images that could not be used, lists them in a file, and stops a run with too many.
 
     Attributes:
-      path: of a JSON lines file, one image a line; it is there if there is any.
-      limit: the fraction of the `count` images that may be unusable.
+      path: A JSON lines file with one image per line. It exists if there is any such image.
+      limit: The fraction of the images that may be unusable.
+      count: The number of all images.
+      known: The unusable images so far, by index.
     """
 
     def __init__(self, path: Path, limit: float, count: int) -> None:
@@ -81,21 +80,24 @@ class BadSamples:
         self.known: dict[int, SkippedSample] = {}
         path.unlink(missing_ok=True)
 
-    def add(self, problems: list[SkippedSample]) -> None:
-        """Takes note of a step's problems.
+    def add(self, skipped: list[SkippedSample]) -> None:
+        """Adds the samples that were skipped in a step.
+
+        Args:
+          skipped: The samples.
 
         Raises:
-          ConfigError: if too many images are unusable.
+          ConfigError: If too many images are unusable.
         """
-        for problem in problems:
-            if problem.index not in self.known:
-                self.known[problem.index] = problem
+        for sample in skipped:
+            if sample.index not in self.known:
+                self.known[sample.index] = sample
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(dataclasses.asdict(problem)) + "\n")
+                    file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
         if len(self.known) > self.limit * self.count:
             last = list(self.known.values())[-1]
             raise ConfigError(
                 f"{len(self.known)} of {self.count} images are unusable, more than data.max_bad="
                 f"{self.limit} allows; the last was {last.name}: {last.reason}: {last.detail}. "
-                f"{self.path} has them all; `sam-jax dataset check` finds them beforehand"
+                f"{self.path} lists all of them; `sam-jax dataset check` finds them beforehand"
             )

@@ -19,7 +19,7 @@ class Batch:
     """Images on the model's canvas with n masks each.
 
     Attributes:
-      image: RGB pixels, zero outside of the image.
+      image: RGB pixels, zero outside of the image; None where embeddings replace them.
       size: (height, width) of the image on the canvas.
       image_id: Index of the image in the source, which random keys are derived from.
       masks: Eight pixels a byte, the leftmost one in the highest bit.
@@ -28,7 +28,7 @@ class Batch:
       embedding: Image embeddings, where they are already known.
     """
 
-    image: UInt8[Array | np.ndarray, "b h w 3"]
+    image: UInt8[Array | np.ndarray, "b h w 3"] | None
     size: Int32[Array | np.ndarray, "b 2"]
     image_id: Int32[Array | np.ndarray, " b"]
     masks: UInt8[Array | np.ndarray, "b n h w_8"]

@@ -1,4 +1,4 @@
-"""What a run says of its speed."""
+"""The speed in the log of a run."""
 
 import time
 
@@ -10,8 +10,8 @@ VALUES = {"loss": 1.0, "miou": 0.5}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_waiting_is_told_from_working(tmp_path):
-    metrics = Metrics(tmp_path, start=0, stop=4, batch_size=3, ideal=0.01)
+def test_waiting_for_data_is_measured_separately(tmp_path):
+    metrics = Metrics(tmp_path, start=0, stop=4, batch_size=3, peak_step_seconds=0.01)
 
     def slow():
         for i in range(4):
@@ -34,7 +34,7 @@ def test_waiting_is_told_from_working(tmp_path):
         assert row["mfu"] == pytest.approx(0.01 / row["step_seconds"], abs=1e-3)
 
 
-def test_without_a_known_peak_there_is_no_utilisation(tmp_path):
+def test_without_a_known_peak_there_is_no_mfu(tmp_path):
     metrics = Metrics(tmp_path, start=0, stop=1, batch_size=1)
     metrics.log(1, VALUES)
     metrics.close()

@@ -23,9 +23,9 @@ RUN = "gs://bucket/runs/small"
 
 
 @pytest.fixture
-def outbox(bucket):
-    with RemoteWorkdir(RUN) as outbox:
-        yield outbox
+def remote(bucket):
+    with RemoteWorkdir(RUN) as remote:
+        yield remote
 
 
 @pytest.fixture
@@ -33,38 +33,38 @@ def bucket(monkeypatch):
     return object_store.install(monkeypatch)
 
 
-def test_whole_files_are_sent_once_and_again_when_they_change(outbox):
-    outbox.fetch()
-    file, cache = outbox.folder / "report" / "index.html", outbox.folder / "embeddings_1.npy"
+def test_files_are_uploaded_once_and_again_when_they_change(remote):
+    remote.pull()
+    file, cache = remote.folder / "report" / "index.html", remote.folder / "embeddings_1.npy"
     file.parent.mkdir()
     file.write_text("one")
     cache.write_text("stays")
-    (outbox.folder / ".half").write_text("stays")
-    outbox.send()
+    (remote.folder / ".half").write_text("stays")
+    remote.push()
     copy = epath.Path(RUN) / "report" / "index.html"
     assert copy.read_text() == "one"
     assert [path.name for path in epath.Path(RUN).iterdir()] == ["report"]
-    copy.write_text("not sent again")
-    outbox.send()
-    assert copy.read_text() == "not sent again"
+    copy.write_text("not uploaded again")
+    remote.push()
+    assert copy.read_text() == "not uploaded again"
     file.write_text("two, longer")
-    outbox.send()
+    remote.push()
     assert copy.read_text() == "two, longer"
 
 
-def test_what_a_run_goes_on_from_is_fetched(bucket, outbox):
+def test_files_that_a_resumed_run_needs_are_downloaded(bucket, remote):
     (bucket / "runs" / "small" / "config.json").write_text("{}")
     (bucket / "runs" / "small" / "metrics.jsonl").write_text('{"step": 1}\n')
     (bucket / "runs" / "small" / "evaluation.json").write_text("{}")
-    outbox.fetch()
-    assert {path.name for path in outbox.folder.iterdir()} == {"config.json", "metrics.jsonl"}
-    assert (outbox.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    remote.pull()
+    assert {path.name for path in remote.folder.iterdir()} == {"config.json", "metrics.jsonl"}
+    assert (remote.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_what_is_no_run_is_refused(bucket, outbox):
+def test_other_content_is_an_error(bucket, remote):
     (bucket / "runs" / "small" / "thesis.pdf").write_bytes(b"%PDF")
     with pytest.raises(ConfigError, match="gs://bucket/runs/small is neither empty nor a run's"):
-        outbox.fetch()
+        remote.pull()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_what_is_no_run_is_refused(bucket, outbox):
         (RuntimeError("403"), "403"),
     ],
 )
-def test_a_store_that_cannot_be_read_is_said(outbox, monkeypatch, error, said):
+def test_a_store_that_cannot_be_read_is_an_error(remote, monkeypatch, error, said):
     def fail(*_, **__):
         raise error
 
@@ -83,68 +83,70 @@ def test_a_store_that_cannot_be_read_is_said(outbox, monkeypatch, error, said):
     else:
         monkeypatch.setattr(object_store.ObjectStore, "info", fail)
     with pytest.raises(ConfigError, match=f"--workdir {RUN} cannot be read.*{said}"):
-        outbox.fetch()
+        remote.pull()
     monkeypatch.undo()
 
 
-def test_other_stores_are_refused():
+def test_other_kinds_of_stores_are_errors():
     with pytest.raises(ConfigError, match="must be a folder or gs://BUCKET/PATH; got s3://b/run"):
         RemoteWorkdir("s3://b/run")
 
 
-def test_a_folder_made_for_the_run_is_empty(bucket, outbox):
-    """Consoles mark a folder with an object of its name, which stores list in it."""
+def test_a_folder_that_a_console_made_is_empty(bucket, remote):
+    """Consoles mark a folder by an object of the same name, which stores list as its content."""
     (bucket / "runs" / "small" / "x").write_text("")
     listed = object_store.ObjectStore.ls
     with pytest.MonkeyPatch.context() as patch:
         marker = lambda self, path, **kwargs: [path]
         patch.setattr(object_store.ObjectStore, "ls", marker)
-        outbox.fetch()
+        remote.pull()
     assert object_store.ObjectStore.ls is listed
 
 
-def test_what_a_run_removes_is_removed_there(bucket, outbox):
+def test_files_that_a_run_removes_are_removed_from_the_store(bucket, remote):
     for name in ("config.json", "bad_samples.jsonl", "bad_samples_1.jsonl"):
         (bucket / "runs" / "small" / name).write_text("{}")
-    outbox.fetch()
-    (outbox.folder / "bad_samples.jsonl").unlink()
-    outbox.send()
+    remote.pull()
+    (remote.folder / "bad_samples.jsonl").unlink()
+    remote.push()
     names = {path.name for path in epath.Path(RUN).iterdir()}
     assert names == {"config.json", "bad_samples_1.jsonl"}
 
 
-def test_what_cannot_be_sent_stays_here(bucket, monkeypatch, caplog):
+def test_files_that_cannot_be_uploaded_are_kept(bucket, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("503")
 
-    def try_to_send(error):
-        with RemoteWorkdir(RUN) as outbox:
-            (outbox.folder / "weights").write_text("dear")
+    def try_to_upload(error):
+        with RemoteWorkdir(RUN) as remote:
+            (remote.folder / "weights").write_text("dear")
             monkeypatch.setattr(object_store.ObjectStore, "put_file", fail)
             if error:
                 raise error
-        return outbox
+        return remote
 
     for error, expected in ((None, OSError), (KeyError("of the run"), KeyError)):
         caplog.clear()
         with pytest.raises(expected):
-            try_to_send(error)
-        folder = Path(caplog.messages[-1].split(" could not be sent")[0])
+            try_to_upload(error)
+        folder = Path(caplog.messages[-1].split(" could not be uploaded")[0])
         assert (folder / "weights").read_text() == "dear"
         shutil.rmtree(folder)
 
 
-def test_a_folder_is_its_own(tmp_path):
-    with RemoteWorkdir(tmp_path / "run") as outbox:
-        outbox.fetch()
-    assert outbox.folder == tmp_path / "run"
-    assert not outbox.folder.exists()
-    assert str(outbox.checkpoints) == str(tmp_path / "run" / "checkpoints")
+def test_a_local_workdir_is_used_directly(tmp_path):
+    with RemoteWorkdir(tmp_path / "run") as remote:
+        remote.pull()
+    assert remote.folder == tmp_path / "run"
+    assert not remote.folder.exists()
+    assert str(remote.checkpoints) == str(tmp_path / "run" / "checkpoints")
 
 
-def test_a_run_in_a_store_goes_on_and_leaves_everything_there(bucket, monkeypatch, tmp_path):
-    """Its steps change nothing but their number, and the fourth fails once. Its checkpoints, which
-    orbax writes, are on a disk: for it there is no stand-in."""
+def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tmp_path):
+    """The steps only count, and the fourth one fails once.
+
+    The checkpoints are on a disk, because orbax cannot write to the store of the tests.
+    """
     failures = [RuntimeError("a broken chip")]
     config = tmp_path / "small.py"
     config.write_text(CONFIG)
@@ -160,18 +162,18 @@ def test_a_run_in_a_store_goes_on_and_leaves_everything_there(bucket, monkeypatc
         values = dict.fromkeys(("loss", "focal", "dice", "iou", "miou"), np.zeros(5))
         return state.replace(step=state.step + 1), values | {"total": 0.0, "gradient_norm": 0.0}
 
-    def claimed(*_):
+    def make_fake_step(*_):
         assert (epath.Path(RUN) / "config.json").exists()  # before there is a checkpoint
         return next_step
 
-    def conclude(config, task, folder, variables, held_out):
+    def finalize(config, task, folder, variables, eval_split):
         sam_jax.save(folder / "weights", config.model, variables)
         (folder / "report").mkdir()
         (folder / "report" / "index.html").write_text("well")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("train.run.conclude", conclude)
-    monkeypatch.setattr("train.run.make_step", claimed)
+    monkeypatch.setattr("train.run.finalize", finalize)
+    monkeypatch.setattr("train.run.make_step", make_fake_step)
     monkeypatch.setattr("train.run.Checkpoints", StoredOnDisk)
     argv = ["train", str(config), "--workdir", RUN, "--set", "num_steps=5"]
     monkeypatch.setattr(sys, "argv", argv)

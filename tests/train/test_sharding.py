@@ -15,6 +15,7 @@ from sam_jax.model.init import init_variables
 from sam_jax.model.sam import sam_tiny
 from train.config import ConfigError, Interactive, Optimizer
 from train.objectives.interactive import InteractiveObjective
+from train.objectives.sums import Sums
 from train.optimizer import make_optimizer
 from train.sharding import (
     infer_sharding,
@@ -28,12 +29,15 @@ from train.step import make_step
 
 
 def objective(params, constants, batch, key):
-    """A mean over the valid masks, in which every argument counts; 0 where there is none."""
+    """Returns sums over the valid masks, to which every argument contributes."""
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i)))(batch.image_id)
     error = (batch.image @ params["w"] + constants + noise) ** 2
-    weight = batch.valid / jnp.maximum(1, jnp.sum(batch.valid))
-    loss = jnp.sum(error[:, None] * weight)
-    return loss, {"first": loss * jnp.arange(3.0)}
+    loss = jnp.sum(error[:, None] * batch.valid)
+    return Sums(loss, {"first": loss * jnp.arange(3.0)}, jnp.sum(batch.valid))
+
+
+def mean_objective(params, constants, batch, key):
+    return objective(params, constants, batch, key).mean()
 
 
 @pytest.mark.parametrize("counts", [(3, 3, 3, 3), (3, 1, 0, 2), (0, 0, 0, 1), (0, 0, 0, 0)])
@@ -49,7 +53,8 @@ def test_devices_do_not_change_gradients(counts):
     )
     params = {"w": rng.standard_normal(5).astype(np.float32)}
     constants, key = np.float32(0.3), jax.random.key(1)
-    expected = jax.value_and_grad(objective, has_aux=True)(params, constants, batch, key)
+    value_and_grad = jax.value_and_grad(mean_objective, has_aux=True)
+    expected = value_and_grad(params, constants, batch, key)
 
     mesh = make_mesh(4)
     assert mesh.devices.size == 4

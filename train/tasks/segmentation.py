@@ -18,7 +18,7 @@ from sam_jax.model.init import init_variables
 from sam_jax.model.sam import UPSCALING, Sam
 from sam_jax.predict.predictor import SamPredictor
 from train.config import ConfigError, Interactive, TrainConfig
-from train.embedding_cache import Embeddings
+from train.embedding_cache import EmbeddingCache
 from train.flops import step_flops
 from train.initialization import InitFn, sam_variables
 from train.objectives.interactive import InteractiveObjective
@@ -76,7 +76,7 @@ class SegmentationTask:
         """Returns a transform that adds the embeddings of a frozen image encoder."""
         if trains_encoder(self.config):
             return lambda batch: batch
-        return Embeddings(self.model, variables, cache_path, len(train_split.source))
+        return EmbeddingCache(self.model, variables, cache_path, len(train_split.source))
 
     def bytes_on_disk(self, train_split: Subset) -> int:
         """Returns the size of all embeddings."""
