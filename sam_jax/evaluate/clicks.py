@@ -24,6 +24,7 @@ from sam_jax.data.open import open_source, select
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask
 from sam_jax.masks.clicks import center_click, center_click_on_error
+from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights.formats import load
 
@@ -224,15 +225,6 @@ def best_ious(
     iou = mask_iou(predicted, masks[:, None])
     predicted_best = np.take_along_axis(iou, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
     return np.stack([predicted_best, iou.max(axis=1)], axis=1)
-
-
-def mask_iou(
-    first: Bool[np.ndarray, "*#batch h w"], second: Bool[np.ndarray, "*#batch h w"]
-) -> Float[np.ndarray, "*batch"]:
-    """Returns the IoU of masks; 1 for two empty masks, which agree."""
-    intersection = np.count_nonzero(first & second, axis=(-2, -1))
-    union = np.count_nonzero(first | second, axis=(-2, -1))
-    return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))
 
 
 def one_click_upper_bound(masks: Bool[np.ndarray, "n h w"]) -> list[float]:

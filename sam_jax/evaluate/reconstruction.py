@@ -29,8 +29,7 @@ from sam_jax.model.mae import (
     reconstruction_loss,
 )
 from sam_jax.model.sam import PIXEL_MEAN, PIXEL_STD, normalize_colors
-from sam_jax.weights import mae
-from sam_jax.weights.formats import read_autoencoder
+from sam_jax.weights.formats import load_autoencoder
 
 SEED = 0  # of the masks, together with the index of the image
 BATCH_SIZE = 16
@@ -71,18 +70,6 @@ def format_table(scores: dict[str, Any]) -> str:
     if scores["bad_samples"]:
         lines.append(f"{scores['bad_samples']} images could not be used and were left out")
     return "\n".join(lines)
-
-
-def load_autoencoder(path: str) -> tuple[MaskedAutoencoder, dict[str, Any]]:
-    """Loads a masked autoencoder and its variables from a weights directory.
-
-    Raises:
-      ValueError: If it holds other weights.
-    """
-    model, tensors = read_autoencoder(path) or (None, {})
-    if model is None:
-        raise ValueError(f"weights must be a weights directory of an autoencoder; got {path}")
-    return model, mae.from_torch(model, tensors)
 
 
 def evaluate_reconstruction(

@@ -70,7 +70,7 @@ def test_the_published_recipe_of_masked_autoencoders(monkeypatch, size):
     assert config.objective.normalized
     sam = config_of(f"sam_vit_{size}", monkeypatch).model
     for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
-        assert getattr(config.model, name) == getattr(sam, name)
+        assert getattr(config.model, name) == getattr(sam.image_encoder, name)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def this_machine():
 
 
 def test_a_former_run_resumes_with_the_same_losses(tmp_path):
-    """To the last bit on the kind of machine that recorded them; others round differently."""
+    """The losses are equal but for a rounding on the kind of machine that recorded them."""
     workdir = tmp_path / "run"
     shutil.copytree(FORMER_RUN, workdir, ignore=shutil.ignore_patterns("recorded.json"))
     config = tmp_path / "former.py"
@@ -68,7 +68,8 @@ def test_a_former_run_resumes_with_the_same_losses(tmp_path):
     finish(start_run(config, workdir, devices=1, quick=False))
     steps = read_rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in steps] == [5, 6, 7, 8]
-    tolerance = 0 if this_machine() == RECORDED["machine"] else 1e-4
+    # A logged mean is the quotient of sums, where that version summed quotients: one rounding.
+    tolerance = 2e-7 if this_machine() == RECORDED["machine"] else 1e-4
     for row, recorded in zip(steps, RECORDED["steps"], strict=True):
         for name, value in recorded.items():
             assert row[name] == pytest.approx(value, rel=tolerance, abs=0), name

@@ -265,6 +265,8 @@ class InteractiveObjective:
                 0
             ]
 
+        if batch.image is None:
+            raise ValueError("batch must hold images or embeddings; got neither")
         return jax.vmap(encode)(normalize(batch.image, batch.size), keys)
 
     def _sum_rounds(

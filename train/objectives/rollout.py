@@ -64,7 +64,7 @@ def rollout(
     Raises:
       ValueError: If the batch holds more than one image or mask.
     """
-    if batch.valid.shape != (1, 1):
+    if batch.image is None or batch.valid.shape != (1, 1):
         raise ValueError(
             "batch must hold one image with one mask, as from a loader with batch_size=1 and "
             f"masks_per_image=1; got (images, masks) = {batch.valid.shape}"
@@ -89,6 +89,7 @@ def _prepare(
 ) -> tuple[DecoderInputs, Targets, PromptState]:
     """Encodes the image and samples the first prompt."""
     model, config = objective.model, objective.config
+    assert batch.image is not None  # checked by `rollout`
     image = normalize(batch.image, batch.size)
     embedding: Any = model.apply(variables, image, method="encode")
     keys = jax.vmap(lambda image_id: jax.random.fold_in(key, image_id))(batch.image_id)

@@ -1,1 +1,1 @@
-"""The page and the pictures that a run leaves."""
+"""The report of a run: a page with numbers and pictures."""

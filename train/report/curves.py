@@ -1,4 +1,7 @@
-"""Plots of a run: its curves, and what it reached by the number of clicks."""
+"""Plots of a run: loss and mean IoU by step, and mean IoU by the number of clicks."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -7,12 +10,20 @@ from matplotlib.ticker import MaxNLocator
 
 from sam_jax.visualize.style import BLUE, GREY, ORANGE, new_figure, tidy
 
+Row = dict[str, Any]  # a row of metrics.jsonl or of evaluations.jsonl
 
-def draw_curves(rows: list[dict], evaluations: list[dict]) -> Figure:
-    """Loss and mean IoU against steps.
+DARK_ORANGE = "#8A5F00"  # for text
+
+
+def draw_curves(rows: list[Row], evaluations: list[Row]) -> Figure:
+    """Draws loss and mean IoU by step.
 
     Args:
-      rows: of metrics.jsonl; evaluations: of evaluations.jsonl, with the last one.
+      rows: The rows of metrics.jsonl.
+      evaluations: The rows of evaluations.jsonl, and one for the last evaluation.
+
+    Returns:
+      The figure.
     """
     figure = new_figure(8, 7)
     figure.set_layout_engine("constrained")
@@ -25,103 +36,133 @@ def draw_curves(rows: list[dict], evaluations: list[dict]) -> Figure:
     evaluated = [row["step"] for row in evaluations]
     few, *_, many = evaluations[-1]["clicks"]
     for clicks, color, marker in ((few, BLUE, "o"), (many, ORANGE, "s")):
-        iou.plot(
-            evaluated,
-            [row["clicks"][clicks]["chosen"] for row in evaluations],
-            color=color,
-            marker=marker,
-            markersize=8,
-            markeredgecolor="black",
-            linestyle="none",
-            clip_on=False,
-            zorder=3,
-            label=f"held out, {count_of(clicks)}",
-        )
+        values = [row["clicks"][clicks]["chosen"] for row in evaluations]
+        draw_markers(iou, evaluated, values, color, marker, f"held out, {count_clicks(clicks)}")
     loss.set_ylabel("loss")
     loss.set_ylim(bottom=0)
     iou.set_ylabel("mean IoU")
     iou.set_ylim(0, 1)
-    iou.set_xlabel("step")
-    iou.set_xlim(0, 1.02 * max([*steps, *evaluated]))
-    iou.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    label_steps(iou, [*steps, *evaluated])
     for axes in (loss, iou):
         tidy(axes)
     figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
     return figure
 
 
-def draw_loss(rows: list[dict], evaluations: list[dict]) -> Figure:
-    """The loss against steps; rows, evaluations: {"step", "loss"} each."""
+def draw_loss(rows: list[Row], evaluations: list[Row]) -> Figure:
+    """Draws the loss by step.
+
+    Args:
+      rows: The rows of metrics.jsonl; their "step" and "loss" are used.
+      evaluations: The evaluations, with the same keys.
+
+    Returns:
+      The figure.
+    """
     figure = new_figure(8, 4)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     steps = [row["step"] for row in rows]
     draw_curve(axes, steps, [row["loss"] for row in rows], BLUE, "training")
-    axes.plot(
-        [row["step"] for row in evaluations],
-        [row["loss"] for row in evaluations],
-        color=ORANGE,
-        marker="s",
-        markersize=8,
-        markeredgecolor="black",
-        linestyle="none",
-        clip_on=False,
-        zorder=3,
-        label="held out",
-    )
+    evaluated = [row["step"] for row in evaluations]
+    losses = [row["loss"] for row in evaluations]
+    draw_markers(axes, evaluated, losses, ORANGE, "s", "held out")
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("step")
-    axes.set_xlim(0, 1.02 * max([*steps, *(row["step"] for row in evaluations)]))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    label_steps(axes, [*steps, *evaluated])
     tidy(axes)
     figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
     return figure
 
 
-def draw_curve(axes: Axes, steps: list, values: list, color: str, label: str | None) -> None:
-    """A curve of single batches, and over it their moving mean where they are many."""
+def draw_curve(
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    color: str,
+    label: str | None,
+) -> None:
+    """Draws the values of single batches, and over them their moving mean if they are many."""
     window = max(1, len(values) // 15)
     weights = np.ones(window)
     mean = np.convolve(values, weights, "same") / np.convolve(np.ones(len(values)), weights, "same")
     if window > 1:
         axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-    axes.plot(steps, mean, color=color, linewidth=2, marker="." if window == 1 else "", label=label)
+    marker = "." if window == 1 else ""
+    axes.plot(steps, mean, color=color, linewidth=2, marker=marker, label=label)
 
 
-def count_of(clicks: str) -> str:
-    """A number of clicks in words."""
+def draw_markers(
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    color: str,
+    marker: str,
+    label: str,
+) -> None:
+    """Draws the values of evaluations as markers."""
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        marker=marker,
+        markersize=8,
+        markeredgecolor="black",
+        linestyle="none",
+        clip_on=False,
+        zorder=3,
+        label=label,
+    )
+
+
+def label_steps(axes: Axes, steps: Sequence[int]) -> None:
+    """Labels an axis of steps, which begins at 0 and ends behind the last step."""
+    axes.set_xlabel("step")
+    axes.set_xlim(0, 1.02 * max(steps))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def count_clicks(clicks: str) -> str:
+    """Returns "1 click" or, for example, "3 clicks"."""
     return "1 click" if clicks == "1" else f"{clicks} clicks"
 
 
-def draw_clicks(evaluation: dict) -> Figure:
-    """Mean IoU by the number of clicks, and of a box; see `evaluate_clicks`."""
+def draw_clicks(evaluation: dict[str, Any]) -> Figure:
+    """Draws the mean IoU by the number of clicks, and that of a box.
+
+    Args:
+      evaluation: The result of `evaluate_clicks`.
+
+    Returns:
+      The figure.
+    """
     figure = new_figure(8, 5.5)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
-    numbers = list(evaluation["clicks"])
-    places = range(len(numbers))
-    box = len(numbers) + 0.25
+    counts = list(evaluation["clicks"])
+    positions = range(len(counts))
+    box_position = len(counts) + 0.25
     for kind, color, marker, label in (
         ("oracle", ORANGE, "s", "oracle: the best of the outputs"),
         ("chosen", BLUE, "o", "chosen: the output with the highest predicted IoU"),
     ):
-        values = [evaluation["clicks"][number][kind] for number in numbers]
-        style = {"color": color, "marker": marker, "markersize": 8}
-        axes.plot(places, values, **style, linewidth=2, label=label)
-        axes.plot([box], [evaluation["box"][kind]], **style)
-    for place, iou in [*zip(places, evaluation["clicks"].values(), strict=True),
-                       (box, evaluation["box"])]:  # fmt: skip
-        annotate(axes, place, iou["chosen"], BLUE, -1)
+        values = [evaluation["clicks"][count][kind] for count in counts]
+        axes.plot(
+            positions, values, color=color, marker=marker, markersize=8, linewidth=2, label=label
+        )
+        box_iou = evaluation["box"][kind]
+        axes.plot([box_position], [box_iou], color=color, marker=marker, markersize=8)
+    scores = [*evaluation["clicks"].values(), evaluation["box"]]
+    for position, iou in zip([*positions, box_position], scores, strict=True):
+        annotate(axes, position, iou["chosen"], BLUE, is_above=False)
         if iou["oracle"] > iou["chosen"]:
-            annotate(axes, place, iou["oracle"], "#8A5F00", 1)  # orange, dark enough to be read
+            annotate(axes, position, iou["oracle"], DARK_ORANGE, is_above=True)
     ceiling = evaluation["ceiling"]
-    label = f"ceiling of one click, not knowing which object is meant: {ceiling:.3f}"
+    label = f"upper bound for one click, not knowing which object is meant: {ceiling:.3f}"
     axes.axhline(ceiling, color=GREY, linestyle="--", label=label)
-    axes.set_xticks([*places, box], [*numbers, "box"])
-    axes.set_xlim(-0.4, box + 0.4)
-    lowest = min(iou["chosen"] for iou in (*evaluation["clicks"].values(), evaluation["box"]))
-    axes.set_ylim(min(0, lowest - 0.1), 1.1)  # with room for the values
+    axes.set_xticks([*positions, box_position], [*counts, "box"])
+    axes.set_xlim(-0.4, box_position + 0.4)
+    axes.set_ylim(min(0, min(iou["chosen"] for iou in scores) - 0.1), 1.1)  # room for the numbers
     axes.set_xlabel("clicks, or one box")
     axes.set_ylabel(f"mean IoU of {evaluation['objects']} held-out objects")
     tidy(axes)
@@ -129,15 +170,15 @@ def draw_clicks(evaluation: dict) -> Figure:
     return figure
 
 
-def annotate(axes: Axes, x: float, y: float, color: str, side: int) -> None:
-    """Writes a value under its point, or over it where `side` is 1."""
+def annotate(axes: Axes, x: float, y: float, color: str, *, is_above: bool) -> None:
+    """Writes a value below its point, or above it."""
     axes.annotate(
         f"{y:.3f}",
         (x, y),
-        (0, 9 * side),
+        (0, 9 if is_above else -9),
         textcoords="offset points",
         ha="center",
-        va="bottom" if side > 0 else "top",
+        va="bottom" if is_above else "top",
         color=color,
         fontsize=11,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},

@@ -1,9 +1,10 @@
-"""A picture of held-out objects: what the model answers to one click on each, and to more."""
+"""A picture of held-out objects with the model's masks after one click on each, and after more."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -11,75 +12,93 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from sam_jax.data.example import BadSample, Example, Source
-from sam_jax.evaluate.clicks import decode_masks, mask_iou, predict_clicks
+from sam_jax.evaluate.clicks import decode_masks, predict_clicks
 from sam_jax.masks import rle
 from sam_jax.masks.clicks import center_click, center_click_on_error
+from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.visualize.style import BLUE, GREEN, ORANGE, RED, PanelGrid
-from train.report.curves import count_of
+from train.report.curves import count_clicks
 
-EXAMPLES = 8
-SHOWN = (1, 3, 9)  # clicks after which an example is shown
-MIN_AREA = 0.01  # of the image; smaller objects are not shown, unless there are no others
-MAX_SIDE = 600  # pixels of an example's image that are drawn
+NUM_OBJECTS = 8
+CLICK_COUNTS = (1, 3, 9)  # numbers of clicks after which the masks are shown
+MIN_AREA = 0.01  # fraction of the image; smaller objects are shown only if there are no others
+MAX_IMAGE_SIDE = 600  # pixels; larger images are drawn at a lower resolution
 
-# Lengths of the page of examples, in inches.
+# Lengths on the page, in inches.
 PANEL, GAP, MARGIN, TITLE, HEADER = 2.3, 0.12, 0.15, 0.34, 0.8
-SLIMMEST, TALLEST = 0.2, 1.6  # height of a row of panels over their width
+MIN_ASPECT, MAX_ASPECT = 0.2, 1.6  # height of a row of panels over their width
+
+Click = tuple[int, int, int]  # x, y and the label: 1 on the object, 0 off it
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the model answers to some clicks.
+class Prediction:
+    """The model's masks after some clicks.
 
     Attributes:
-      clicks: (x, y, label) each, 1 on the object and 0 off it.
-      masks: 'm h w' bool; predicted, iou: 'm', the IoU it expects of each, and the true one.
+      clicks: The clicks.
+      masks: The predicted masks.
+      predicted: The predicted IoU of each mask.
+      iou: The IoU of each mask with the true mask.
     """
 
-    clicks: list[tuple[int, int, int]]
-    masks: np.ndarray
-    predicted: np.ndarray
-    iou: np.ndarray
+    clicks: list[Click]
+    masks: Bool[np.ndarray, "m h w"]
+    predicted: Float[np.ndarray, " m"]
+    iou: Float[np.ndarray, " m"]
 
     @property
     def best(self) -> int:
-        """The mask that the model would choose."""
+        """The index of the mask with the highest predicted IoU."""
         return int(self.predicted.argmax())
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """An object, 'h w 3' uint8 image and 'h w' bool mask, and the answers after SHOWN clicks."""
+class ShownObject:
+    """An object with the predictions after each of CLICK_COUNTS clicks.
+
+    Attributes:
+      name: The name of the image and the index of the mask.
+      image: The image.
+      mask: The true mask.
+      predictions: The predictions.
+    """
 
     name: str
-    image: np.ndarray
-    mask: np.ndarray
-    answers: list[Answer]
+    image: UInt8[np.ndarray, "h w 3"]
+    mask: Bool[np.ndarray, "h w"]
+    predictions: list[Prediction]
 
 
-def choose_objects(source: Source) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Chooses an object of each of up to EXAMPLES images spread over a source: small and large.
+def choose_objects(
+    source: Source,
+) -> Iterator[tuple[str, UInt8[np.ndarray, "h w 3"], Bool[np.ndarray, "h w"]]]:
+    """Chooses one object of each of up to NUM_OBJECTS images, which are spread over a source.
+
+    Args:
+      source: The source.
 
     Yields:
-      What a person would look for, the image 'h w 3', and the object's mask 'h w'.
+      The name of the image with the index of the mask, the image, and the mask.
     """
-    stretches = np.array_split(np.arange(len(source)), min(EXAMPLES, len(source)))
-    for number, stretch in enumerate(stretches):
-        rank = (0.5 + number * 0.618) % 1  # of its area in the image: spread evenly, in no order
-        for index in map(int, stretch):
+    ranges = np.array_split(np.arange(len(source)), min(NUM_OBJECTS, len(source)))
+    for number, indices in enumerate(ranges):
+        # Multiples of the golden ratio: the ranks by area are spread evenly, in no obvious order.
+        rank = (0.5 + number * 0.618) % 1
+        for index in map(int, indices):
             try:
                 example = source[index]
-                which = choose_mask(example, rank)
-                (mask,) = decode_masks(Example(example.image, [example.masks[which]]))
+                mask_index = choose_mask(example, rank)
+                (mask,) = decode_masks(Example(example.image, [example.masks[mask_index]]))
             except (BadSample, rle.RLEError):
-                continue  # the next one of the stretch
-            yield f"{source.name(index)}, mask {which}", example.image, mask
+                continue  # with the next image of the range
+            yield f"{source.name(index)}, mask {mask_index}", example.image, mask
             break
 
 
 def choose_mask(example: Example, rank: float) -> int:
-    """The index of the mask at a rank, 0 to 1, by area among those that are not tiny."""
+    """Returns the index of the mask at a rank, from 0 to 1, by area among those not too small."""
     areas = np.array([rle.area(mask) for mask in example.masks])
     order = np.argsort(areas, kind="stable")
     height, width = example.image.shape[:2]
@@ -88,26 +107,42 @@ def choose_mask(example: Example, rank: float) -> int:
     return int(order[int(rank * len(order))])
 
 
-def play(predictor: SamPredictor, name: str, image: np.ndarray, mask: np.ndarray) -> Shown:
-    """Clicks on an object as `evaluate_clicks` does."""
+def click_on_object(
+    predictor: SamPredictor,
+    name: str,
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: Bool[np.ndarray, "h w"],
+) -> ShownObject:
+    """Clicks on an object as `evaluate_clicks` does.
+
+    Args:
+      predictor: The predictor; its image is replaced.
+      name: The name to show.
+      image: The image.
+      mask: The true mask.
+
+    Returns:
+      The object with the predictions.
+    """
     predictor.set_image(image)
-    clicks = [(*center_click(mask)[:2], 1)]
-    answers = []
+    x, y, _ = center_click(mask)
+    clicks: list[Click] = [(x, y, 1)]
+    predictions = []
     rounds = predict_clicks(predictor, mask[None])
     for number, ((masks,), (predicted,)) in enumerate(rounds, start=1):
-        answer = Answer(list(clicks), masks, predicted, mask_iou(masks, mask))
-        if number in SHOWN:
-            answers.append(answer)
-        if click := center_click_on_error(masks[answer.best], mask):
+        prediction = Prediction(list(clicks), masks, predicted, mask_iou(masks, mask))
+        if number in CLICK_COUNTS:
+            predictions.append(prediction)
+        if click := center_click_on_error(masks[prediction.best], mask):
             clicks.append(click)
-    return Shown(name, image, mask, answers)
+    return ShownObject(name, image, mask, predictions)
 
 
-def draw_examples(objects: list[Shown]) -> Figure:
-    """A row an object: the first click, its three answers, and the mask after more clicks."""
-    columns = 1 + 3 + len(SHOWN) - 1
+def draw_objects(objects: list[ShownObject]) -> Figure:
+    """Draws one row per object: the first click, its three masks, and masks after more clicks."""
+    columns = 1 + 3 + len(CLICK_COUNTS) - 1
     aspects = [shown.image.shape[0] / shown.image.shape[1] for shown in objects]
-    heights = [PANEL * min(max(aspect, SLIMMEST), TALLEST) for aspect in aspects]
+    heights = [PANEL * min(max(aspect, MIN_ASPECT), MAX_ASPECT) for aspect in aspects]
     grid = PanelGrid(
         columns=columns,
         row_heights=heights,
@@ -120,29 +155,41 @@ def draw_examples(objects: list[Shown]) -> Figure:
     figure = grid.new_figure()
     headings = {
         0: (1, "image, first click"),
-        1: (3, "three answers to the first click, their IoU as predicted and true"),
-    } | {4 + i: (1, f"after {number} clicks") for i, number in enumerate(SHOWN[1:])}
+        1: (3, "three masks after the first click, with predicted and true IoU"),
+    } | {4 + i: (1, f"after {number} clicks") for i, number in enumerate(CLICK_COUNTS[1:])}
     for column, (span, text) in headings.items():
         middle = (grid.left(column) + grid.left(column + span - 1) + PANEL) / 2 / grid.width
         y = 1 - (HEADER - 0.15) / grid.height
         figure.text(middle, y, text, ha="center", va="bottom", fontsize=12, weight="bold")
-    draw_key(figure)
+    draw_legend(figure)
     for i, shown in enumerate(objects):
         row = [grid.add_panel(figure, i, column) for column in range(columns)]
         draw_row(row, i + 1, shown)
     return figure
 
 
-def draw_key(figure: Figure) -> None:
-    """What lines, colours and marks mean, at the top."""
-    dot = {"linestyle": "none", "markeredgecolor": "white", "markersize": 9}
+def draw_legend(figure: Figure) -> None:
+    """Draws the legend of lines, colours and markers at the top."""
+
+    def marker(shape: str, color: str, label: str) -> Line2D:
+        return Line2D(
+            [],
+            [],
+            linestyle="none",
+            markeredgecolor="white",
+            markersize=9,
+            marker=shape,
+            color=color,
+            label=label,
+        )
+
     figure.legend(
         handles=[
             Line2D([], [], color=ORANGE, linewidth=2.5, label="outline of the true mask"),
             Patch(facecolor=BLUE, alpha=0.6, label="predicted mask"),
             Patch(facecolor="none", edgecolor=BLUE, linewidth=3, label="chosen by predicted IoU"),
-            Line2D([], [], **dot, marker="o", color=GREEN, label="click on the object"),
-            Line2D([], [], **dot, marker="X", color=RED, label="click off the object"),
+            marker("o", GREEN, "click on the object"),
+            marker("X", RED, "click off the object"),
         ],
         loc="upper center",
         ncols=5,
@@ -151,9 +198,9 @@ def draw_key(figure: Figure) -> None:
     )
 
 
-def draw_row(row: list[Axes], number: int, shown: Shown) -> None:
-    """Fills the panels of an object, of the number by which the page lists it."""
-    first, *later = shown.answers
+def draw_row(row: list[Axes], number: int, shown: ShownObject) -> None:
+    """Draws the panels of an object, with its number in the list of the page."""
+    first, *later = shown.predictions
     draw_panel(row[0], shown, None, first.clicks)
     row[0].set_title(f"{number}: {shown.mask.mean():.1%} of the image", fontsize=11)
     for i, axes in enumerate(row[1:4]):
@@ -163,17 +210,23 @@ def draw_row(row: list[Axes], number: int, shown: Shown) -> None:
         axes.set_title(text, fontsize=11, weight="bold" if is_best else "normal")
         if is_best:
             axes.spines[:].set(visible=True, color=BLUE, linewidth=4)
-    for axes, asked, answer in zip(row[4:], SHOWN[1:], later, strict=True):
-        draw_panel(axes, shown, answer.masks[answer.best], answer.clicks)
-        enough = len(answer.clicks) < asked  # as nothing was wrong any more
-        text = f", {count_of(str(len(answer.clicks)))} enough" if enough else ""
-        axes.set_title(f"IoU {answer.iou[answer.best]:.2f}{text}", fontsize=11)
+    for axes, count, prediction in zip(row[4:], CLICK_COUNTS[1:], later, strict=True):
+        draw_panel(axes, shown, prediction.masks[prediction.best], prediction.clicks)
+        title = f"IoU {prediction.iou[prediction.best]:.2f}"
+        if len(prediction.clicks) < count:  # the mask was perfect before
+            title += f", {count_clicks(str(len(prediction.clicks)))} sufficed"
+        axes.set_title(title, fontsize=11)
 
 
-def draw_panel(axes: Axes, shown: Shown, mask: np.ndarray | None, clicks=()) -> None:
-    """Draws the image with the true outline; grey under a predicted mask, if there is one."""
+def draw_panel(
+    axes: Axes,
+    shown: ShownObject,
+    mask: Bool[np.ndarray, "h w"] | None,
+    clicks: Sequence[Click] = (),
+) -> None:
+    """Draws the image with the true outline, in grey under a predicted mask if there is one."""
     height, width = shown.mask.shape
-    step = -(-max(height, width) // MAX_SIDE)
+    step = -(-max(height, width) // MAX_IMAGE_SIDE)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     image = shown.image[::step, ::step]
     if mask is not None:
@@ -182,12 +235,11 @@ def draw_panel(axes: Axes, shown: Shown, mask: np.ndarray | None, clicks=()) -> 
         image = np.where(mask[::step, ::step, None], 0.4 * image + 0.6 * np.array(tint), image)
     axes.imshow(image.astype(np.uint8), extent=extent)
     draw_outline(axes, shown.mask[::step, ::step], extent)
-    for wanted, color, marker in ((1, GREEN, "o"), (0, RED, "X")):
-        points = [(x, y) for x, y, label in clicks if label == wanted]
+    for click_label, color, marker in ((1, GREEN, "o"), (0, RED, "X")):
+        points = [(x, y) for x, y, label in clicks if label == click_label]
         if points:
-            axes.scatter(
-                *np.transpose(points), s=50, c=color, marker=marker, edgecolors="white", zorder=3
-            )
+            xs, ys = np.transpose(points)
+            axes.scatter(xs, ys, s=50, c=color, marker=marker, edgecolors="white", zorder=3)
     axes.set_xlim(extent[:2])
     axes.set_ylim(extent[2:])
     axes.set_xticks([])
@@ -195,10 +247,12 @@ def draw_panel(axes: Axes, shown: Shown, mask: np.ndarray | None, clicks=()) -> 
     axes.spines[:].set_visible(False)
 
 
-def draw_outline(axes: Axes, mask: np.ndarray, extent: tuple) -> None:
-    """Draws the border of a mask 'h w' that fills the extent (left, right, bottom, top)."""
+def draw_outline(
+    axes: Axes, mask: Bool[np.ndarray, "h w"], extent: tuple[float, float, float, float]
+) -> None:
+    """Draws the border of a mask that fills the extent (left, right, bottom, top)."""
     if not mask.any():
-        return  # thinner than what is drawn of the image
+        return  # it vanishes at the resolution of the picture
     left, right, bottom, top = extent
     height, width = mask.shape
     x = left + (np.arange(-1, width + 1) + 0.5) * (right - left) / width

@@ -1,8 +1,10 @@
-"""What a masked autoencoder makes of held-out images: its error, and pictures to be looked at."""
+"""The report of a masked autoencoder: its loss on held-out images, and pictures of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
 from sam_jax.data.example import BadSample, Source
@@ -12,31 +14,51 @@ from sam_jax.visualize.style import PanelGrid
 from train.config import Reconstruction
 from train.metrics import read_rows
 from train.report.curves import draw_loss
-from train.report.html import items, table, write_page
+from train.report.page import list_items, table_rows, write_page
 
-SHOWN = 8  # images
-GREY = 128  # of what is hidden
+NUM_IMAGES = 8
+REMOVED_GREY = 128  # value of removed pixels
 PANEL, GAP, MARGIN, HEADER = 2.2, 0.1, 0.15, 0.4  # inches
 
 
-def choose_images(source: Source, model: MaskedAutoencoder) -> list[tuple[int, str, np.ndarray]]:
-    """(index, name, image in the frame) of up to SHOWN images that are spread over a source."""
-    found = []
-    for stretch in np.array_split(np.arange(len(source)), min(SHOWN, len(source))):
-        for index in map(int, stretch):
-            try:
-                found.append((index, source.name(index), center_crop(source[index].image, model)))
-            except BadSample:
-                continue  # the next one of the stretch
-            break
-    return found
-
-
-def draw_paintings(images: np.ndarray, hidden: np.ndarray, painted: np.ndarray) -> Figure:
-    """Two images a row: whole, what the autoencoder saw, and what it painted between.
+def choose_images(
+    source: Source, model: MaskedAutoencoder
+) -> list[tuple[int, str, UInt8[np.ndarray, "h w 3"]]]:
+    """Chooses up to NUM_IMAGES images that are spread over a source.
 
     Args:
-      images: 'n h w 3' uint8; hidden: 'n h w' bool; painted: 'n h w 3' float of 0 to 255.
+      source: The source.
+      model: The model that the images are cropped for.
+
+    Returns:
+      The index, the name and the center crop of each image.
+    """
+    chosen = []
+    for indices in np.array_split(np.arange(len(source)), min(NUM_IMAGES, len(source))):
+        for index in map(int, indices):
+            try:
+                image = center_crop(source[index].image, model)
+            except BadSample:
+                continue  # with the next image of the range
+            chosen.append((index, source.name(index), image))
+            break
+    return chosen
+
+
+def draw_reconstructions(
+    images: UInt8[np.ndarray, "n h w 3"],
+    is_removed: Bool[np.ndarray, "n h w"],
+    reconstructed: Float[np.ndarray, "n h w 3"],
+) -> Figure:
+    """Draws two images per row: the image, its visible patches, and its reconstruction.
+
+    Args:
+      images: The images.
+      is_removed: True for pixels of removed patches.
+      reconstructed: The reconstructed pixels, from 0 to 255.
+
+    Returns:
+      The figure.
     """
     columns, rows = 2 if len(images) > 1 else 1, -(-len(images) // 2)
     grid = PanelGrid(
@@ -52,82 +74,90 @@ def draw_paintings(images: np.ndarray, hidden: np.ndarray, painted: np.ndarray) 
     figure = grid.new_figure()
     panels = zip(
         images,
-        np.where(hidden[..., None], GREY, images),
-        np.where(hidden[..., None], painted, images),
+        np.where(is_removed[..., None], REMOVED_GREY, images),
+        np.where(is_removed[..., None], reconstructed, images),
         strict=True,
     )
     for number, pictures in enumerate(panels):
         row, column = divmod(number, columns)
-        for place, picture in enumerate(pictures):
-            axes = grid.add_panel(figure, row, 3 * column + place)
+        for i, picture in enumerate(pictures):
+            axes = grid.add_panel(figure, row, 3 * column + i)
             axes.imshow(picture.astype(np.uint8), interpolation="nearest")
             axes.set_axis_off()
             if row == 0:
-                text = ("image", "visible", "hidden patches painted")[place]
-                axes.set_title(text, fontsize=11)
+                title = ("image", "visible patches", "reconstruction")[i]
+                axes.set_title(title, fontsize=11)
     return figure
 
 
 def write_reconstruction_report(
     workdir: Path,
     model: MaskedAutoencoder,
-    params: dict,
+    params: dict[str, Any],
     config: Reconstruction,
-    held_out: Source,
-    evaluation: dict,
+    eval_split: Source,
+    evaluation: dict[str, Any],
 ) -> Path:
-    """Writes curves.png, paintings.png and then index.html into workdir/report/.
+    """Writes curves.png, reconstructions.png and then index.html into workdir/report/.
 
     Args:
-      workdir: of the run, with its config.json and metrics.jsonl.
-      model, params, config: as for `evaluate_reconstruction`.
-      held_out: the images that were evaluated on; evaluation: what evaluation.json holds.
+      workdir: The folder of the run, with its config.json and metrics.jsonl.
+      model: The model.
+      params: Its parameters.
+      config: The objective's configuration.
+      eval_split: The images of the evaluation.
+      evaluation: The content of evaluation.json.
 
     Returns:
       The path of index.html.
     """
-    chosen = choose_images(held_out, model)[:BATCH_SIZE]
+    chosen = choose_images(eval_split, model)[:BATCH_SIZE]
     index, names, images = zip(*chosen, strict=True)
     batch = pad_batch(index, images)
-    _, hidden, painted = map(np.asarray, reconstruct(model, config.normalized, params, *batch))
+    outputs = reconstruct(model, config.normalized, params, *batch)
+    _, is_removed, reconstructed = map(np.asarray, outputs)
     count = len(chosen)
     rows = read_rows(workdir / "metrics.jsonl")
     evaluations = read_rows(workdir / "evaluations.jsonl")
     last = {"step": rows[-1]["step"] if rows else 0, "loss": evaluation["loss"]}
     figures = {
         "curves.png": draw_loss(rows, [*evaluations, last]),
-        "paintings.png": draw_paintings(np.stack(images), hidden[:count], painted[:count]),
+        "reconstructions.png": draw_reconstructions(
+            np.stack(images), is_removed[:count], reconstructed[:count]
+        ),
     }
     scale = (
-        "each patch by its own mean and deviation, so that 1 is what a plain patch of the right "
-        "colour gets"
+        "each patch normalised by its own mean and deviation, so that a uniform patch of the right "
+        "colour has a loss of 1"
         if config.normalized
         else "in normalised colours"
     )
     summary = (
-        f"Mean squared error of the hidden patches of {evaluation['images']} held-out images: "
+        f"Mean squared error of the removed patches of {evaluation['images']} held-out images: "
         f"{evaluation['loss']:.3f}, {scale}."
     )
     note = NORMALIZED if config.normalized else ""
-    shown = lambda v: f"{v:.4f}" if isinstance(v, float) else v
-    others = [(k.replace("_", " "), shown(v)) for k, v in evaluation.items()]
-    body = BODY.format(others=table(others), note=note, names=items(list(names)))
+    others = [
+        (name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else value)
+        for name, value in evaluation.items()
+    ]
+    body = BODY.format(others=table_rows(others), note=note, names=list_items(names))
     source = evaluation.get("source", "images")
     return write_page(workdir, f"Masked autoencoder of {source}", summary, body, figures)
 
 
-NORMALIZED = """<p>The autoencoder does not learn a hidden patch's mean and deviation: in the
-pictures they are the true ones.</p>"""
+NORMALIZED = """<p>The autoencoder does not predict the mean and the deviation of a removed patch:
+the pictures use the true ones.</p>"""
 
 BODY = """<h2>Evaluation</h2>
 <table>
 {others}
 </table>
 <h2>Training</h2>
-<img src="curves.png" alt="Loss against steps">
+<img src="curves.png" alt="Loss by step">
 <h2>Held-out images</h2>
-<a href="paintings.png"><img src="paintings.png" alt="Images, their visible patches, and the hidden
-ones painted"></a>
+<a href="reconstructions.png"><img src="reconstructions.png" alt="Images, their visible patches, and
+their reconstructions"></a>
 {note}
 <ol>
 {names}

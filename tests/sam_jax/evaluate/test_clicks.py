@@ -11,11 +11,11 @@ from sam_jax.data.open import open_source, select
 from sam_jax.evaluate.clicks import (
     evaluate_clicks,
     format_table,
-    mask_iou,
     one_click_upper_bound,
     predict_clicks,
 )
 from sam_jax.masks import rle
+from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights.formats import load
 from tests.sam_jax.evaluate.toy_sources import ToySource

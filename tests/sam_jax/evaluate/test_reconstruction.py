@@ -11,8 +11,8 @@ from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample
 from sam_jax.data.open import open_source
 from sam_jax.evaluate import reconstruction
+from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny, normalize_patches
-from sam_jax.weights import mae
 from sam_jax.weights.formats import save
 from tests.sam_jax.evaluate.toy_sources import ToySource
 
@@ -22,7 +22,7 @@ SCENES = open_source("scenes:40x40", masks=False)
 
 @pytest.fixture(scope="module")
 def variables():
-    return mae.initialize(MODEL, 0)
+    return init_variables(MODEL, 0)
 
 
 def partly_bad():

@@ -1,4 +1,4 @@
-"""What is said and shown of a masked autoencoder: its error on held-out images, and pictures."""
+"""The report of a masked autoencoder: its loss on held-out images, and pictures."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from sam_jax.data.example import BadSample
 from sam_jax.data.open import open_source, select
 from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
+from tests.sam_jax.evaluate.toy_sources import ToySource
 from train.config import Reconstruction
 from train.overrides import to_dict
 from train.report import reconstruction
@@ -24,18 +25,14 @@ def params():
     return init_variables(MODEL, 0)["params"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Bad:
-    """Scenes of which the second is broken and the third too small."""
+class PartlyBad(ToySource):
+    """Scenes, of which the second is broken and the third too small."""
 
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, index):
-        if index == 1:
-            raise BadSample("broken image", "it fell down")
-        example = SCENES[index]
-        return dataclasses.replace(example, image=example.image[:4]) if index == 2 else example
+    def __init__(self):
+        examples = [SCENES[index] for index in range(5)]
+        examples[1] = BadSample("broken image", "it fell down")
+        examples[2] = dataclasses.replace(examples[2], image=examples[2].image[:4])
+        super().__init__(examples)
 
     def name(self, index):
         return f"<b>{index}</b>"
@@ -49,16 +46,16 @@ def test_the_report(tmp_path, params, normalized):
     (tmp_path / "metrics.jsonl").write_text(rows)
     evaluation = {"source": "scenes<script>", "index": "::9", "images": 4, "loss": 0.4321}
     page = reconstruction.write_reconstruction_report(
-        tmp_path, MODEL, params, Reconstruction(normalized), select(Bad(), ":"), evaluation
+        tmp_path, MODEL, params, Reconstruction(normalized), select(PartlyBad(), ":"), evaluation
     )
     files = {path.name for path in page.parent.iterdir()}
-    assert files == {"index.html", "curves.png", "paintings.png"}
+    assert files == {"index.html", "curves.png", "reconstructions.png"}
     text = page.read_text()
     assert "<script>" not in text
     assert "<b>" not in text
     for said in ("0.432", "scenes&lt;script&gt;", "model.mask_ratio", "&lt;b&gt;3"):
         assert said in text
     assert ("the true ones" in text) == normalized
-    picture = matplotlib.image.imread(page.parent / "paintings.png")
+    picture = matplotlib.image.imread(page.parent / "reconstructions.png")
     assert picture[..., :3].std() > 0.05
     assert picture.shape[1] > 600

@@ -1,4 +1,4 @@
-"""The report is there and whole, holds the numbers, and nothing of its text overlaps or is cut."""
+"""The report is complete, contains the numbers, and none of its texts overlap or are cut off."""
 
 import copy
 import html.parser
@@ -11,13 +11,14 @@ import pytest
 from matplotlib.text import Text
 
 from configs.sam_tiny import config
-from sam_jax.data.example import BadSample, Example
+from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.data.open import select
 from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.masks import rle
-from train import report
+from sam_jax.predict.predictor import SamPredictor
+from tests.sam_jax.evaluate.toy_sources import ToySource
 from train.overrides import to_dict
-from train.report import curves, html, qualitative
+from train.report import curves, page, qualitative, segmentation
 
 EVALUATION = {
     "source": "scenes",
@@ -36,8 +37,11 @@ EVALUATION = {
 }
 
 
-class Stub:
+class Stub(SamPredictor):
     """A predictor whose masks are rows of the image: with k clicks, all but the k-th eighth."""
+
+    def __init__(self):
+        pass
 
     def set_image(self, image):
         self.size = image.shape[:2]
@@ -53,8 +57,8 @@ class Stub:
         return masks, scores, np.zeros((len(prompts), m, 4, 4), np.float32)
 
 
-class Odd:
-    """Images of unlike sizes, the third broken; the mask of the second covers it all."""
+class Odd(Source):
+    """Images of different sizes; the third is broken, and the second's mask covers all of it."""
 
     sizes = ((40, 200), (200, 40), (60, 60), (1300, 700), (64, 48))
 
@@ -81,7 +85,7 @@ def rows(count, every=10):
 
 
 def write(workdir, source, rows, evaluations=(), name="scenes"):
-    """Writes a report -> its folder."""
+    """Writes a report and returns its folder."""
     run = to_dict(config)
     run["data"]["source"] = name
     run["num_steps"] = rows[-1]["step"]
@@ -90,13 +94,13 @@ def write(workdir, source, rows, evaluations=(), name="scenes"):
         if lines:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (workdir / f"{file}.jsonl").write_text(text)
-    written = report.write_report(workdir, Stub(), source, EVALUATION | {"source": name})
+    written = segmentation.write_report(workdir, Stub(), source, EVALUATION | {"source": name})
     assert written == workdir / "report" / "index.html"
     return written.parent
 
 
 class Page(html.parser.HTMLParser):
-    """The tags, links and text of a page."""
+    """A parser that collects the tags, links and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -149,14 +153,17 @@ def test_the_fields_of_the_config_are_there(tmp_path):
     text = (
         write(tmp_path, select(SyntheticScenes((32, 32)), "7"), rows(2)) / "index.html"
     ).read_text()
-    of_autoencoders = {"model.mask_ratio", "data.min_area"}
-    assert {name for name in html.MAIN if f">{name}<" not in text} == of_autoencoders
+    missing = {name for name in page.MAIN_FIELDS if f">{name}<" not in text}
+    assert missing == {
+        *("model.image_size", "model.patch_size", "model.embed_dim", "model.depth"),
+        *("model.dtype", "model.mask_ratio", "data.min_area"),
+    }, "fields of autoencoders"
 
 
 def test_objects_are_of_all_sizes_and_of_different_images():
     source = select(SyntheticScenes((96, 96)), "::500")
     chosen = list(qualitative.choose_objects(source))
-    assert len({name.split(",")[0] for name, _, _ in chosen}) == qualitative.EXAMPLES
+    assert len({name.split(",")[0] for name, _, _ in chosen}) == qualitative.NUM_OBJECTS
     areas = [mask.mean() for _, _, mask in chosen]
     assert min(areas) >= qualitative.MIN_AREA
     assert max(areas) > 4 * min(areas)
@@ -166,34 +173,29 @@ def test_objects_are_of_all_sizes_and_of_different_images():
     dot = np.zeros((100, 100), bool)
     dot[3, 4] = True
     tiny = [Example(np.zeros((100, 100, 3), np.uint8), [rle.encode(dot)])]
-    ((_, _, mask),) = qualitative.choose_objects(select(Listed(tiny), ":"))
+    ((_, _, mask),) = qualitative.choose_objects(select(ToySource(tiny), ":"))
     np.testing.assert_array_equal(mask, dot)
 
 
-class Listed(list):
-    def name(self, index):
-        return str(index)
-
-
-def test_clicks_are_where_the_answer_is_wrong():
+def test_clicks_are_where_the_prediction_is_wrong():
     mask = np.zeros((80, 40), bool)
     mask[10:70] = True
-    shown = qualitative.play(Stub(), "", np.zeros((80, 40, 3), np.uint8), mask)
-    one, three, nine = shown.answers
+    shown = qualitative.click_on_object(Stub(), "", np.zeros((80, 40, 3), np.uint8), mask)
+    one, three, nine = shown.predictions
     assert one.best == 1
     assert one.masks.shape == (3, 80, 40)
     assert one.clicks == [(19, 29, 1)]
-    assert [len(a.clicks) for a in shown.answers] == [1, 3, 9]
+    assert [len(p.clicks) for p in shown.predictions] == [1, 3, 9]
     assert three.clicks[:1] == one.clicks
     assert nine.clicks[:3] == three.clicks
-    for answer in shown.answers:
-        assert all(mask[y, x] == bool(label) for x, y, label in answer.clicks)
-        both, either = answer.masks & mask, answer.masks | mask
-        np.testing.assert_allclose(answer.iou, both.sum((1, 2)) / either.sum((1, 2)))
+    for prediction in shown.predictions:
+        assert all(mask[y, x] == bool(label) for x, y, label in prediction.clicks)
+        both, either = prediction.masks & mask, prediction.masks | mask
+        np.testing.assert_allclose(prediction.iou, both.sum((1, 2)) / either.sum((1, 2)))
 
 
 def boxes_of_texts(figure, monkeypatch):
-    """(text, its box in pixels) of all that is written on a figure."""
+    """Returns (text, its box in pixels) for all texts of a figure."""
     written = []
     draw = Text.draw
     monkeypatch.setattr(Text, "draw", lambda t, *args: (written.append(t), draw(t, *args)))
@@ -203,7 +205,7 @@ def boxes_of_texts(figure, monkeypatch):
 
 
 def scaled(factor, oracle=0.0):
-    """The evaluation with all IoUs times a factor."""
+    """Returns the evaluation with all IoUs multiplied by a factor."""
     result = copy.deepcopy(EVALUATION)
     for iou in (*result["clicks"].values(), result["box"]):
         iou["chosen"] *= factor
@@ -220,12 +222,15 @@ def scaled(factor, oracle=0.0):
         lambda: curves.draw_clicks(scaled(0.0)),
         lambda: curves.draw_clicks(scaled(1.09)),
         lambda: curves.draw_clicks(scaled(0.02, 0.01)),
-        lambda: qualitative.draw_examples(
-            [qualitative.play(Stub(), *chosen) for chosen in qualitative.choose_objects(Odd())]
+        lambda: qualitative.draw_objects(
+            [
+                qualitative.click_on_object(Stub(), *chosen)
+                for chosen in qualitative.choose_objects(Odd())
+            ]
         ),
     ],
 )
-def test_texts_are_whole_and_apart(draw, monkeypatch):
+def test_texts_are_on_the_figure_and_do_not_overlap(draw, monkeypatch):
     figure = draw()
     boxes = boxes_of_texts(figure, monkeypatch)
     assert len(boxes) > 5

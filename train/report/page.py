@@ -1,17 +1,22 @@
-"""The page of a run: one HTML file beside its pictures, with nothing from elsewhere."""
+"""The page of a report: one HTML file next to its pictures, which refers to nothing else."""
 
 import html
 import io
 import json
-import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 
-DPI = 120
+from sam_jax.io.atomic import write_bytes
+from sam_jax.visualize.style import DPI
 
-MAIN = (
+# Fields of the configuration that the page shows, if the task has them.
+MAIN_FIELDS = (
+    *("model.image_encoder.image_size", "model.image_encoder.patch_size"),
+    *("model.image_encoder.embed_dim", "model.image_encoder.depth", "model.image_encoder.dtype"),
     *("model.image_size", "model.patch_size", "model.embed_dim", "model.depth", "model.dtype"),
     *("data.source", "data.held_out", "objective.num_clicks", "objective.num_extra_rounds"),
     *("model.mask_ratio", "data.min_area", "objective.focal", "objective.masks_per_image"),
@@ -19,7 +24,7 @@ MAIN = (
     *("optimizer.cosine_steps", "optimizer.weight_decay"),
     *("optimizer.layer_decay", "batch_size", "num_steps", "init_from"),
     *("mimetic_init_scale", "trainable", "seed"),
-)  # fields of the config on the page
+)
 
 
 def write_page(
@@ -28,10 +33,11 @@ def write_page(
     """Writes pictures, and then index.html, into workdir/report/.
 
     Args:
-      workdir: of the run, with its config.json.
-      title, summary: text.
-      body: HTML between the summary and the configuration, whose text is escaped.
-      figures: by the names of their files.
+      workdir: The folder of the run, with its config.json.
+      title: The title, as plain text.
+      summary: The text under the title, as plain text.
+      body: The HTML between the summary and the configuration.
+      figures: The pictures by file name.
 
     Returns:
       The path of index.html.
@@ -41,42 +47,45 @@ def write_page(
     for name, figure in figures.items():
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=DPI)
-        write_whole(folder / name, png.getvalue())
+        write_bytes(folder / name, png.getvalue())
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     page = folder / "index.html"
-    write_whole(page, make_page(config, title, summary, body).encode("utf-8"))
+    write_bytes(page, make_page(config, title, summary, body).encode("utf-8"))
     return page
 
 
-def make_page(config: dict, title: str, summary: str, body: str) -> str:
-    """The page's HTML."""
+def make_page(config: dict[str, Any], title: str, summary: str, body: str) -> str:
+    """Makes the HTML of a page.
+
+    Args:
+      config: The content of config.json.
+      title: As for `write_page`.
+      summary: As for `write_page`.
+      body: As for `write_page`.
+
+    Returns:
+      The HTML.
+    """
     fields = flatten_dict(config, sep=".")
     return PAGE.format(
         title=html.escape(title),
         summary=html.escape(summary),
         body=body,
-        config=table([(name, fields[name]) for name in MAIN if name in fields]),
+        config=table_rows([(name, fields[name]) for name in MAIN_FIELDS if name in fields]),
     )
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+def table_rows(rows: Iterable[Sequence[Any]]) -> str:
+    """Makes the rows of an HTML table; the first cell of each row is its heading."""
+    lines = []
+    for heading, *cells in rows:
+        data = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{html.escape(str(heading))}</th>{data}</tr>')
+    return "\n".join(lines)
 
 
-def table(rows: list[tuple]) -> str:
-    """Rows of a table, the first cell of each being its heading."""
-    cells = lambda row: "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
-    return "\n".join(
-        f'<tr><th scope="row">{html.escape(str(first))}</th>{cells(rest)}</tr>'
-        for first, *rest in rows
-    )
-
-
-def items(names: list[str]) -> str:
-    """Items of a list."""
+def list_items(names: Iterable[str]) -> str:
+    """Makes the items of an HTML list."""
     return "\n".join(f"<li>{html.escape(name)}</li>" for name in names)
 
 
