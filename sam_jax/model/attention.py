@@ -10,6 +10,7 @@ is projected once.
 """
 
 import flax.linen as nn
+import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
@@ -64,4 +65,4 @@ class Attention(nn.Module):
     def position_table(self, name: str, size: int, channels: int) -> Float[Array, "r d"]:
         """Returns the parameter with the relative positions of an axis of `size` tokens."""
         shape = (2 * size - 1, channels // self.num_heads)
-        return self.param(name, nn.initializers.zeros, shape)
+        return jnp.asarray(self.param(name, nn.initializers.zeros, shape))

@@ -13,7 +13,7 @@ def test_gelu_is_exact():
     """As PyTorch has it: 0.84134 at 1, where the approximation by tanh gives 0.84119."""
     x = np.linspace(-6, 6, 101)
     np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), x * ndtr(x), atol=3e-7)
-    assert gelu(1.0) == pytest.approx(0.8413447, abs=1e-6)
+    assert gelu(jnp.float32(1.0)) == pytest.approx(0.8413447, abs=1e-6)
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
@@ -29,7 +29,7 @@ def test_norms_are_precise_far_from_zero_and_near_it(epsilon):
     variables = {"params": {"norm": {"scale": np.array([2.0, 2, 2, 2]), "bias": np.ones(4)}}}
     far = np.array([4096.0, 4097, 4098, 4099], np.float32)
     by_hand = 1 + 2 * np.array([-1.5, -0.5, 0.5, 1.5]) / (1.25 + epsilon) ** 0.5
-    np.testing.assert_allclose(norm.apply(variables, far), by_hand, rtol=1e-6)
+    np.testing.assert_allclose(norm.apply(variables, jnp.asarray(far)), by_hand, rtol=1e-6)
     near = 1e-3 * np.array([-1.5, -0.5, 0.5, 1.5], np.float32)
     by_hand = 1 + 2 * near / (1.25e-6 + epsilon) ** 0.5
-    np.testing.assert_allclose(norm.apply(variables, near), by_hand, rtol=1e-5)
+    np.testing.assert_allclose(norm.apply(variables, jnp.asarray(near)), by_hand, rtol=1e-5)

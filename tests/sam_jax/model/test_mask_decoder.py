@@ -75,7 +75,8 @@ def conv_transpose(image, official):
 def test_deconvolution_is_a_transposed_convolution_with_official_weights():
     image = normal(1, 4, 5, 6)
     params = random_like(Deconvolution(6, 3))
-    pixels = highest(deconvolve, image.reshape(20, 6), params["kernel"], params["bias"])
+    kernel, bias = jnp.asarray(params["kernel"]), jnp.asarray(params["bias"])
+    pixels = highest(deconvolve, jnp.asarray(image.reshape(20, 6)), kernel, bias)
     official = DECONV.to_torch(params["kernel"])
     assert official.shape == (6, 3, 2, 2)
     expected = conv_transpose(image, official) + params["bias"]

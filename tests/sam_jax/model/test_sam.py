@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.model.image_encoder import ImageEncoder
+from sam_jax.model.fields import check_rules
+from sam_jax.model.image_encoder import ImageEncoder, patch_rules
 from sam_jax.model.init import variable_shapes
 from sam_jax.model.mask_decoder import MaskDecoder
 from sam_jax.model.prompt_encoder import ABSENT, PromptEncoder, Prompts
@@ -184,10 +185,14 @@ def test_the_sizes_are_valid(make):
     make(dtype="bfloat16", drop_path=0.4, dropout=0.1).validate()
 
 
+def test_an_image_size_has_two_sides():
+    with pytest.raises(ValueError, match="image_size must be two multiples of patch_size = 8"):
+        check_rules(patch_rules((64,), 8))
+
+
 INVALID = [
     (dict(patch_size=0), "image_encoder.patch_size must be at least 1; got 0"),
     (dict(image_size=(64, 60)), "image_encoder.image_size must be two multiples of patch_size = 8"),
-    (dict(image_size=(64,)), "image_encoder.image_size must be two multiples"),
     (dict(image_size=(64, 0)), "image_encoder.image_size must be two multiples"),
     (dict(num_heads=3), "image_encoder.embed_dim must be a positive multiple of num_heads = 3"),
     (dict(num_heads=0), "image_encoder.num_heads must be at least 1; got 0"),
