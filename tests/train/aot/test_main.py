@@ -157,18 +157,17 @@ def test_the_step_of_vit_b_fits_and_is_not_slower_than_its_golden_figure():
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_only_sharded_parameters_are_gathered_and_asynchronously(topology):
     report = report_of(
-        "configs/sam_vit_b.py", topology, "batch_size=4", "fsdp=4", "model.depth=4",
-        "model.global_blocks=(1,3)", "objective.num_clicks=0", "objective.num_extra_rounds=0",
-        "objective.masks_per_image=8",
+        "configs/sam_vit_b.py", topology, "batch_size=4", "fsdp=4",
+        "model.image_encoder.depth=4", "model.image_encoder.global_blocks=(1,3)",
+        "objective.num_clicks=0", "objective.num_extra_rounds=0", "objective.masks_per_image=8",
     )  # fmt: skip
     collectives = report["collectives"]
     none = {"count": 0, "asynchronous": 0, "phases": []}
     gathers = collectives.get("all-gather", none)  # except those fused with other work
     assert gathers["asynchronous"] == gathers["count"]
     assert set(gathers["phases"]) <= {"gather"}
-    assert collectives["reduce-scatter"]["phases"] == [
-        "gather"
-    ]  # the gradients of what was gathered
+    # The gradients of gathered parameters.
+    assert collectives["reduce-scatter"]["phases"] == ["gather"]
     assert not {"encoder", "rounds"} & set(collectives["all-reduce"]["phases"])
 
 
