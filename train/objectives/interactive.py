@@ -12,6 +12,7 @@ mask, so that neither the chunks nor the order of a batch change the result.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ from train.objectives.prompt_sampling import (
     sample_click_on_error,
     sample_first_prompt,
 )
-from train.objectives.scan_value_and_grad import scan_value, scan_value_and_grad
+from train.objectives.scan_value_and_grad import scan_value, scan_value_and_grad, with_gradient
 from train.objectives.sums import Sums
 from train.objectives.targets import (
     PromptableModel,
@@ -261,9 +262,10 @@ class InteractiveObjective:
 
         def encode(image: Array, key: Array) -> Array:
             rngs = {"drop_path": jax.random.fold_in(key, DROP_PATH)}
-            return self.model.apply(variables, image[None], self.train, rngs=rngs, method="encode")[
-                0
-            ]
+            embedding = self.model.apply(
+                variables, image[None], self.train, rngs=rngs, method="encode"
+            )
+            return embedding[0]
 
         if batch.image is None:
             raise ValueError("batch must hold images or embeddings; got neither")
@@ -282,44 +284,59 @@ class InteractiveObjective:
         Returns:
           The sum of the losses, and the sums of the values in each round.
         """
-        differentiable = inputs.params, inputs.embedding
-        rounds = jnp.arange(num_rounds(self.config))
+        scan_chunks = functools.partial(self._scan_chunks, inputs, prepare, chunks)
 
-        def sum_chunks(scan: Callable[..., Any], total: Any, differentiable: Any) -> Any:
-            def sum_chunk(total: Any, chunk: Any) -> Any:
-                targets, state = prepare(chunk)
+        def value(differentiable: Any) -> Any:
+            return scan_chunks(scan_value, 0.0, differentiable)
 
-                def run_round(differentiable: Any, state: PromptState, index: Array) -> Any:
-                    params, embedding = differentiable
-                    changed = dataclasses.replace(inputs, params=params, embedding=embedding)
-                    return self.run_round(changed, targets, state, index)
-
-                if not self.config.detach_mask:
-                    run_round = jax.checkpoint(run_round)
-                total, _, values = scan(run_round, differentiable, state, rounds, total)
-                return total, values
-
-            total, values = jax.lax.scan(sum_chunk, total, chunks)
-            # A mask's weight is its share of all rounds; the values are those of single rounds.
-            return total, jax.tree.map(lambda x: jnp.sum(x, axis=0) * len(rounds), values)
-
-        def loss_and_values(differentiable: Any) -> Any:
-            return sum_chunks(scan_value, 0.0, differentiable)
-
-        if not self.config.detach_mask:
-            return loss_and_values(differentiable)
-
-        def forward(differentiable: Any) -> Any:
+        def value_and_grad(differentiable: Any) -> Any:
             zero = 0.0, jax.tree.map(jnp.zeros_like, differentiable)
-            (loss, gradients), values = sum_chunks(scan_value_and_grad, zero, differentiable)
+            (loss, gradients), values = scan_chunks(scan_value_and_grad, zero, differentiable)
             return (loss, values), gradients
 
-        def backward(gradients: Any, cotangents: Any) -> Any:
-            return (jax.tree.map(lambda g: g * cotangents[0], gradients),)
+        sum_rounds = with_gradient(value, value_and_grad) if self.config.detach_mask else value
+        return sum_rounds((inputs.params, inputs.embedding))
 
-        loss_with_gradients = jax.custom_vjp(loss_and_values)
-        loss_with_gradients.defvjp(forward, backward)
-        return loss_with_gradients(differentiable)
+    def _scan_chunks(
+        self,
+        inputs: DecoderInputs,
+        prepare: Callable[..., Any],
+        chunks: dict[str, Any],
+        scan: Callable[..., Any],
+        zero: Any,
+        differentiable: Any,
+    ) -> tuple[Any, dict[str, Float[Array, " round"]]]:
+        """Scans over the chunks, and within each chunk over its rounds.
+
+        Args:
+          inputs: As for `_sum_rounds`.
+          prepare: As for `_sum_rounds`.
+          chunks: As for `_sum_rounds`.
+          scan: `scan_value` or `scan_value_and_grad`, which runs the rounds of a chunk.
+          zero: The initial total of `scan`.
+          differentiable: (params, embedding), which replace those of `inputs`.
+
+        Returns:
+          The total of `scan`, and the sums of the values in each round.
+        """
+        rounds = jnp.arange(num_rounds(self.config))
+
+        def sum_chunk(total: Any, chunk: Any) -> Any:
+            targets, state = prepare(chunk)
+
+            def run_round(differentiable: Any, state: PromptState, index: Array) -> Any:
+                params, embedding = differentiable
+                changed = dataclasses.replace(inputs, params=params, embedding=embedding)
+                return self.run_round(changed, targets, state, index)
+
+            if not self.config.detach_mask:
+                run_round = jax.checkpoint(run_round)
+            total, _, values = scan(run_round, differentiable, state, rounds, total)
+            return total, values
+
+        total, values = jax.lax.scan(sum_chunk, zero, chunks)
+        # A mask's weight is its share of all rounds; the values are those of single rounds.
+        return total, jax.tree.map(lambda x: jnp.sum(x, axis=0) * len(rounds), values)
 
     def _next_clicks(self, targets: Targets, state: PromptState, index: Int[Array, ""]) -> Clicks:
         """Adds a click to each mask, unless this round adds no new point to it."""

@@ -65,3 +65,26 @@ def scan_value_and_grad(
         return (value, gradients), aux
 
     return scan_value(step, params, carry, xs, total)
+
+
+def with_gradient(
+    f: Callable[[Any], tuple[jax.Array, Any]],
+    value_and_grad: Callable[[Any], tuple[tuple[jax.Array, Any], Any]],
+) -> Callable[[Any], tuple[jax.Array, Any]]:
+    """Gives a function a gradient that is computed together with its value.
+
+    Args:
+      f: f(params) -> (value, aux), where value is a scalar.
+      value_and_grad: A function of params that returns ((value, aux), gradients).
+
+    Returns:
+      A function that equals `f`, and whose reverse-mode gradient calls `value_and_grad` instead. No
+      gradient flows through aux.
+    """
+
+    def backward(gradients: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any]:
+        return (jax.tree.map(lambda g: g * cotangents[0], gradients),)
+
+    f_with_gradient = jax.custom_vjp(f)
+    f_with_gradient.defvjp(value_and_grad, backward)
+    return f_with_gradient

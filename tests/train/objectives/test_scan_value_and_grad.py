@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.objectives.scan_value_and_grad import scan_value, scan_value_and_grad
+from train.objectives.scan_value_and_grad import scan_value, scan_value_and_grad, with_gradient
 
 PARAMS = {"a": jnp.array([0.3, -0.2]), "b": jnp.float32(0.7)}
 XS = jnp.array([1.0, 2.0, -1.5, 0.25])
@@ -52,6 +52,22 @@ def test_no_gradient_flows_through_the_carry():
         expected += jnp.sum(carry)  # d/db of carry * b + x with a constant carry
         carry = carry * PARAMS["b"] + x
     np.testing.assert_allclose(gradients["b"], expected, rtol=1e-6)
+
+
+def test_a_given_gradient_is_scaled_by_the_cotangent_of_the_value():
+    def f(params):
+        return params["b"] ** 2, {"aux": params["b"]}
+
+    def value_and_grad(params):
+        return f(params), jax.tree.map(lambda x: 10 * jnp.ones_like(x), params)
+
+    def loss(params):
+        value, aux = with_gradient(f, value_and_grad)(params)
+        return 3 * value + aux["aux"]
+
+    value, gradients = jax.value_and_grad(loss)(PARAMS)
+    np.testing.assert_allclose(value, 3 * PARAMS["b"] ** 2 + PARAMS["b"], rtol=1e-6)
+    jax.tree.map(lambda g, x: np.testing.assert_array_equal(g, 30 + 0 * x), gradients, PARAMS)
 
 
 def test_intermediate_results_are_those_of_one_step():
