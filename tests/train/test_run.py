@@ -152,7 +152,10 @@ def error_of(monkeypatch, capsys, config, workdir, *settings):
         ("optimiser.peak_lr=1", "did you mean optimizer?"),
         ("optimizer.peak_lr=fast", "optimizer.peak_lr must be of type float; got 'fast'"),
         ("batch_size=0", "batch_size must be at least 1; got 0"),
-        ("model.image_size=(50,64)", "model.image_size must be divisible by the patch of 16"),
+        (
+            "model.image_encoder.image_size=(50,64)",
+            "model.image_encoder.image_size must be two multiples of patch_size = 16",
+        ),
         ("data.source=photos:x", "must be sa1b:PATH"),
         ("data.source=coco:/nowhere", "/nowhere"),
         ("data.held_out=1:1", "leaves none"),
@@ -196,7 +199,7 @@ def test_a_full_disk_is_rejected(monkeypatch, capsys, config, tmp_path):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     said = error_of(monkeypatch, capsys, config, tmp_path / "run")
-    assert "needs room for" in said
+    assert "MiB of disk space" in said
     assert not (tmp_path / "run").exists()
 
 
