@@ -89,5 +89,5 @@ def test_the_command_writes_the_loss(variables, tmp_path, capsys):
 def test_the_command_refuses_other_weights(capsys):
     options = ["--weights", "sam_tiny", "--source", "scenes:40x40"]
     assert main(["evaluate", "reconstruction", *options]) == 1
-    message = "weights must be a weights directory of an autoencoder; got sam_tiny"
+    message = "sam_tiny must be the weights directory of a masked autoencoder"
     assert message in capsys.readouterr().err
