@@ -11,6 +11,7 @@ typecheck.install()
 
 import flax.traverse_util  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -148,3 +149,11 @@ def decode(jit):
             variables, embedding, prompts, train, rngs=rngs, method="decode"
         )
     )
+
+
+@pytest.fixture
+def unchecked_types():
+    """Switches off the check of annotations, for tests of how the code handles wrong types."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -132,7 +132,7 @@ def test_a_masked_autoencoder_that_was_killed_ends_the_same(tmp_path):
     (on_the_way,) = read_rows(uninterrupted / "evaluations.jsonl")
     assert (on_the_way["step"], on_the_way["images"]) == (4, 5)
     assert {path.name for path in (uninterrupted / "report").iterdir()} == {
-        *("index.html", "curves.png", "paintings.png"),
+        *("index.html", "curves.png", "reconstructions.png"),
     }
 
 
