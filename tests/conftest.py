@@ -152,7 +152,7 @@ def decode(jit):
 
 
 @pytest.fixture
-def unchecked_types():
+def without_type_checks():
     """Switches off the check of annotations, for tests of how the code handles wrong types."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

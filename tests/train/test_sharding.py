@@ -146,5 +146,5 @@ def test_a_mesh_does_not_change_a_run(fsdp, on_one_device, monkeypatch):
     found, state = losses_of_five_steps(make_mesh(8, fsdp))
     same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(same, found, on_one_device)
-    kernel = state.optimizer[0].mu["image_encoder"]["block_01"]["lin1"]["kernel"]
+    kernel = state.opt_state[0].mu["image_encoder"]["block_01"]["lin1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[0] == kernel.shape[0] // fsdp

@@ -7,7 +7,6 @@ import doctest
 import logging
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -31,14 +30,6 @@ def predictor(tiny):
 def with_image(predictor):
     predictor.set_image(photo((60, 70)))
     return predictor
-
-
-@pytest.fixture
-def without_type_checks():
-    """Disables jaxtyping's checks, which would report a wrong type before the code under test."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def photo(size, seed=0):

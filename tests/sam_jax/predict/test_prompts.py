@@ -1,6 +1,5 @@
 """Prompts become arrays with hand-checked numbers, and invalid ones are errors."""
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -17,14 +16,6 @@ from sam_jax.predict.prompts import (
 SIZE, CANVAS = (50, 100), (64, 64)  # the image becomes 32 by 64: the scale is 0.64
 POINTS = {"point_coords": [[10, 20], [100, 50]], "point_labels": [1, 0]}
 BOX = {"box": [5, 0, 50, 25]}
-
-
-@pytest.fixture
-def without_type_checks():
-    """Disables jaxtyping's checks, which would report a wrong type before the code under test."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def tokens(prompt, size=SIZE, canvas=CANVAS):

@@ -296,14 +296,14 @@ def test_data_is_aligned_and_bytes_repeat(folder):
     ],
     ids=lambda tensors: repr(tensors["bad"]),
 )
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("without_type_checks")
 def test_values_that_cannot_be_written(folder, tensors):
     with pytest.raises(ValueError, match=r"'bad': got .* must be"):
         torch_file.write(folder / "file.pth", tensors)
     assert not list(folder.iterdir())
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("without_type_checks")
 def test_names_that_cannot_be_written(folder):
     with pytest.raises(ValueError, match="7: names must be strings"):
         torch_file.write(folder / "file.pth", {7: np.zeros(2)})
