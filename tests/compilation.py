@@ -1,4 +1,4 @@
-"""How programs are compiled in tests, which wait for the compiler more than for results."""
+"""Compiles programs quickly, as tests wait for the compiler more than for results."""
 
 import atexit
 import os

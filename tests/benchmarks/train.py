@@ -102,7 +102,7 @@ def time_in_turns(folder, images, repeats):
 
 
 def cost(folder, images, rounds):
-    """What a fresh process of ours needs for a step: seconds and MiB."""
+    """Returns the seconds and MiB that a fresh process of sam_jax needs for a step."""
     worker = start("ours", folder)
     answer = ask(worker, (images, rounds), "cost")
     finish(worker)

@@ -202,7 +202,7 @@ def _predict(model, processor, image, given, multimask_output):
 
 
 def _assert_same(loaded, expected):
-    """The same model, and the same variables to the bit."""
+    """Asserts that models are equal, and variables to the last bit."""
     assert loaded[0] == expected[0]
     ours, theirs = (dict(jax.tree_util.tree_leaves_with_path(v)) for _, v in (loaded, expected))
     assert ours.keys() == theirs.keys()

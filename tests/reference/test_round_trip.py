@@ -173,7 +173,7 @@ def test_mae_checkpoint(tmp_path, difference, caplog, size):
 
 
 def _mae_state(width, patch, grid):
-    """What facebookresearch/mae's pre-training saves, with four blocks and a decoder of one."""
+    """A checkpoint of facebookresearch/mae's pre-training: four blocks, and a decoder of one."""
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid**2, width)}
     shapes |= _layer("patch_embed.proj", width, 3, patch, patch) | _layer("norm", width)
     for i in range(4):
@@ -214,7 +214,7 @@ def _read(path):
 
 
 def _assert_same(state, expected):
-    """The same float32 tensors, to the bit."""
+    """Asserts that float32 tensors are equal to the last bit."""
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         assert tensor.dtype == expected[name].dtype == torch.float32, name

@@ -191,7 +191,7 @@ def test_five_steps(ours, theirs, batch, overheard, difference):
 
 
 def test_the_timed_step_is_the_same(theirs, batch, difference):
-    """What `tests.benchmarks.train` times has the loss and gradients of its prompts."""
+    """The step that `tests.benchmarks.train` times has the loss and gradients of its prompts."""
     model, given = twin.use_native(copy.deepcopy(theirs)), for_torch(batch)
     generator = torch.Generator().manual_seed(0)
     loss, rounds = twin.backward(

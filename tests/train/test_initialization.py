@@ -1,4 +1,4 @@
-"""What a run begins with: attention that is matched looks where the prompt is."""
+"""The initial variables of a run: given weights, mimetic attention, an autoencoder's encoder."""
 
 import dataclasses
 

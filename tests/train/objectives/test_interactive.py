@@ -67,7 +67,7 @@ def jit(jit):
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
-    """Of the largest magnitude, leaf by leaf; what is zero but for rounding is below 1e-7."""
+    """Compares trees leaf by leaf, relative to the largest magnitude of each leaf."""
     expected = jax.tree_util.tree_leaves_with_path(expected)
     for a, (path, e) in zip(jax.tree.leaves(actual), expected, strict=True):
         limit = tolerance * float(np.abs(e).max()) + 1e-7
@@ -360,7 +360,7 @@ def test_only_the_best_of_three_learns(jit, fixed, iou_supervision):
 
 @dataclasses.dataclass(frozen=True)
 class Played:
-    """What was shown to the toy, for each mask (image, mask) a list of rounds."""
+    """The prompts that the toy model received: a list of rounds for each (image, mask)."""
 
     notes: dict
     batch: Batch
@@ -394,7 +394,7 @@ def played(jit):
 
 
 def sampled(prompts):
-    """How many clicks were sampled so far; the slots after them are empty."""
+    """Returns the number of sampled clicks; the slots after them are empty."""
     present = prompts.labels[2:] != ABSENT
     assert (present == (np.arange(8) < present.sum())).all()
     return int(present.sum())

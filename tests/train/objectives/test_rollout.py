@@ -1,4 +1,4 @@
-"""What is replayed is what the objective plays, and is told in pixels of the frame."""
+"""A rollout has the rounds of the objective, with points in pixels of the padded image."""
 
 import dataclasses
 
