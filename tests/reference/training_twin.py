@@ -302,7 +302,7 @@ def normalize(model, batch):
 
 
 def to_loss_size(model, mask):
-    """Returns the targets 'n lh lw': pixels of which half is covered, or any part if there is none."""
+    """Returns the targets 'n lh lw': pixels covered by half, or at all if there is none."""
     fraction = functional.avg_pool2d(mask.float(), cell_size(model))
     target = fraction >= 0.5
     vanished = ~target.flatten(1).any(1)
@@ -310,7 +310,7 @@ def to_loss_size(model, mask):
 
 
 def is_inside(model, batch, target):
-    """Returns the pixels 'n lh lw' for clicks: those whose centre is not padding, and the target."""
+    """Returns the pixels 'n lh lw' for clicks: those not centred in padding, and targets."""
     inside, cell = torch.zeros_like(target), cell_size(model)
     for one, owner in zip(inside, batch.owner.tolist(), strict=True):
         height, width = ((2 * side + cell) // (2 * cell) for side in batch.size[owner])
