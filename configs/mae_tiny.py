@@ -1,9 +1,11 @@
-"""A tiny masked autoencoder on generated scenes: what `make pretrain` runs.
+"""A tiny masked autoencoder on synthetic scenes, which `make pretrain` trains.
 
     python -m train configs/mae_tiny.py --workdir runs/mae_tiny
 
-`sam_tiny` can begin with its encoder: `--set init_from=runs/mae_tiny/weights`. Cost: under five
-minutes on two CPU cores. The recipe is that of `mae_vit_b` but for its size and its rate.
+`sam_tiny` can start from its encoder: `--set init_from=runs/mae_tiny/weights`. The recipe is that
+of `mae_vit_b`, with a smaller model, fewer and smaller steps, and a different learning rate.
+
+Cost: less than five minutes on two CPU cores.
 """
 
 from sam_jax.model.mae import mae_tiny

@@ -1,10 +1,12 @@
-"""A tiny masked autoencoder of real microscopy, which `sam_tiny_nuclei` can begin with.
+"""A tiny masked autoencoder on microscopy images, from which `sam_tiny_nuclei` can start.
 
     python -m train configs/mae_tiny_nuclei.py --workdir runs/mae --set data.source=labels:DIR
 
-DIR is that of configs/sam_tiny_nuclei.py, whose patches it has; no mask is looked at. A crop is
-enlarged about as much as images are there. Plain colours are painted: what a nucleus looks like
-within a patch is more than so small an autoencoder learns, where bright and dark are, it does.
+DIR is the folder that configs/sam_tiny_nuclei.py uses. Its masks are not read. The patch size is
+that of `sam_tiny_nuclei`, and crops are enlarged about as much as its images. The autoencoder
+predicts colours that are not normalised per patch: it is too small to learn what a nucleus looks
+like within a patch, but it does learn which patches are bright and which are dark.
+
 Cost: five minutes on two CPU cores.
 """
 

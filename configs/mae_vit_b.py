@@ -2,11 +2,11 @@
 
     python -m train configs/mae_vit_b.py --workdir runs/mae_b --set data.source=images:DIR
 
-DIR is a folder of images, such as ImageNet's train; or `tfds:imagenet2012@FOLDER`. A SAM begins
-with it by `init_from=runs/mae_b/weights`.
+DIR is a folder of images, such as ImageNet's train; `tfds:imagenet2012@FOLDER` works too. A SAM
+starts from the encoder with `--set init_from=runs/mae_b/weights`. The learning rate is 1.5e-4 per
+256 images, after a warm-up of 40 epochs.
 
-Cost: 1600 epochs of 1.28 million images; see the README. The rate is 1.5e-4 for every 256 images,
-after 40 epochs of warm-up. The same, small: configs/mae_tiny.py.
+Cost: 1600 epochs of 1.28 million images, see the README. The same, small: configs/mae_tiny.py.
 """
 
 from sam_jax.model.mae import mae_vit_b

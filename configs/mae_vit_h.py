@@ -2,7 +2,7 @@
 
     python -m train configs/mae_vit_h.py --workdir runs/mae_h --set data.source=images:DIR
 
-As configs/mae_vit_b.py but for the model, whose state is split over eight devices.
+The config of configs/mae_vit_b.py with a larger model, whose state is sharded over eight devices.
 """
 
 import dataclasses

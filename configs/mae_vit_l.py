@@ -2,7 +2,7 @@
 
     python -m train configs/mae_vit_l.py --workdir runs/mae_l --set data.source=images:DIR
 
-As configs/mae_vit_b.py but for the model.
+The config of configs/mae_vit_b.py with a larger model.
 """
 
 import dataclasses

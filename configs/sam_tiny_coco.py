@@ -2,9 +2,9 @@
 
     python -m train configs/sam_tiny_coco.py --workdir runs/coco --set data.source=coco:DIR
 
-DIR holds instances.json beside images/. Every fifth image is held out. A model of this size learns
-what a box and a click are, hardly what objects look like: for that, fine-tune official weights
-(see the README). Its shape is that of `sam_tiny_nuclei`, whose weights it can start from.
+DIR holds instances.json and images/. Every fifth image is held out. A model of this size learns
+what boxes and clicks mean, but hardly what objects look like. For that, fine-tune the official
+weights (see the README). The model is that of `sam_tiny_nuclei`, so it can start from its weights.
 
 Cost: about fifteen minutes on two CPU cores.
 """

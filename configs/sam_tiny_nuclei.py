@@ -1,14 +1,17 @@
-"""A tiny SAM from scratch on real microscopy: the nuclei of the 2018 Data Science Bowl.
+"""A tiny SAM from scratch on microscopy images: the nuclei of the 2018 Data Science Bowl.
 
     python -m train configs/sam_tiny_nuclei.py --workdir runs/nuclei --set data.source=labels:DIR
 
-DIR is the public stage1_train folder (one folder an image), or one of label images with an
+DIR is the public stage1_train folder (one folder per image), or a folder of label maps with an
 index.json. Every fifth image is held out.
 
-Cost: 21 minutes on two CPU cores. Nuclei are small: the frame has three times the tokens a side of
-`sam_tiny` and finer positions, the loss sees halves of the decoder's pixels, and attention starts
-out matched, without which masks stay empty three times as long. Still finer positions find a first
-click sooner and are worse at boxes.
+Nuclei are small. The model therefore has three times as many tokens per side as `sam_tiny` and
+higher frequencies in its position encoding, and the loss is at twice the decoder's resolution.
+With still higher frequencies, the first click is learnt sooner, but boxes are worse. Mimetic
+initialization matches queries and keys in the decoder's cross-attention. Without it, masks stay
+empty three times as long.
+
+Cost: 21 minutes on two CPU cores.
 """
 
 import dataclasses

@@ -2,8 +2,10 @@
 
     python -m train configs/sam_vit_b.py --workdir runs/sam_b --set init_from=mae_vit_b/
 
-Its rate drops where ViT-H's do, in proportion: at 2/3 and 26/27 of the steps, which the paper does
-not say. Cost: 180,000 steps of 128 images. The same, small: configs/sam_tiny.py.
+The paper does not say when the learning rate of this size drops. Here it drops at the same
+fractions of the run as for ViT-H, after 2/3 and 26/27 of the steps.
+
+Cost: 180,000 steps of 128 images. The same, small: configs/sam_tiny.py.
 """
 
 import dataclasses

@@ -2,8 +2,11 @@
 
     python -m train configs/sam_vit_h.py --workdir runs/sam_h --set init_from=mae_vit_h/
 
-`init_from` takes an MAE-pre-trained encoder, which the paper starts from. Cost: 90,000 steps of 256
-images; the paper took 68 hours on 256 A100. The same, small: configs/sam_tiny.py.
+As in the paper, the run starts from an encoder that was pre-trained as a masked autoencoder, which
+`init_from` names.
+
+Cost: 90,000 steps of 256 images. The paper reports 68 hours on 256 A100 GPUs. The same, small:
+configs/sam_tiny.py.
 """
 
 from sam_jax.model.sam import sam_vit_h
