@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 import sam_jax
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import Subset, exclude, open_source, select, with_full_size
-from sam_jax.io.atomic import write_json
 from train.checkpoints import MAX_TO_KEEP, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops
@@ -20,7 +19,7 @@ from train.sharding import init_sharded, make_mesh, process_allgather, shard_bat
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.tasks.base import Task, make_task
-from train.workdir import BadSamples, check_or_create
+from train.workdir import BadSamples, check_or_create, write_evaluation
 
 
 def run(config: TrainConfig, workdir: str | Path) -> None:
@@ -155,7 +154,7 @@ def finalize(
     sam_jax.save(workdir / "weights", config.model, variables)
     where = {"source": config.data.source, "index": config.data.held_out or ":"}
     evaluation = where | task.evaluate(variables, eval_split)
-    write_json(workdir / "evaluation.json", evaluation)
+    write_evaluation(workdir, evaluation)
     task.report(workdir, variables, eval_split, evaluation)
 
 

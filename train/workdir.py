@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sam_jax.data.loader import SkippedSample
 from sam_jax.io.atomic import write_json
@@ -63,6 +65,27 @@ def check_or_create(
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))
+
+
+def write_evaluation(workdir: Path, evaluation: dict[str, Any]) -> None:
+    """Writes evaluation.json.
+
+    NaN and infinity become null, because JSON cannot express them. A run that diverged still gets
+    its evaluation and its report.
+
+    Args:
+      workdir: The folder of the run.
+      evaluation: Values by name, which may be nested.
+    """
+    write_json(workdir / "evaluation.json", _replace_nonfinite(evaluation))
+
+
+def _replace_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _replace_nonfinite(item) for name, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 class BadSamples:

@@ -1,0 +1,21 @@
+"""The files in the folder of a run."""
+
+import json
+
+from train.workdir import write_evaluation
+
+
+def test_an_evaluation_that_is_not_finite_is_written_as_null(tmp_path):
+    evaluation = {
+        "loss": float("nan"),
+        "clicks": {"1": {"chosen": 0.5, "oracle": float("inf")}},
+        "images": 3,
+        "index": ":",
+    }
+    write_evaluation(tmp_path, evaluation)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {
+        "loss": None,
+        "clicks": {"1": {"chosen": 0.5, "oracle": None}},
+        "images": 3,
+        "index": ":",
+    }
