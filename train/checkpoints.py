@@ -6,6 +6,7 @@ was killed does not count. A damaged checkpoint is skipped in favour of the one 
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,17 +32,18 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=MAX_TO_KEEP, create=True)
         self.manager = ocp.CheckpointManager(epath.Path(folder), options=options)
 
-    def restore(self, state: TrainState) -> TrainState | None:
+    def restore(self, make_state: Callable[[int], TrainState]) -> TrainState | None:
         """Restores the newest readable checkpoint.
 
         Args:
-          state: A state with the shapes and shardings to restore to.
+          make_state: A function of the number of steps done that returns a state with the shapes
+            and shardings to restore to.
 
         Returns:
           The restored state, or None if there is none.
         """
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _to_saved(state))
         for step in sorted(self.manager.all_steps(), reverse=True):
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _to_saved(make_state(step)))
             try:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
                 return _from_saved(self.manager.restore(step, args=args)["state"])

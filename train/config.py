@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+from sam_jax.data.jitter import Unit
 from sam_jax.model.fields import Rule, check_rules
 from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.sam import Sam
@@ -76,6 +77,22 @@ class Images:
 class Data(Images):
     """The images with masks that SAM is trained on."""
 
+    jitter: tuple[
+        float, ...
+    ] = ()  # smallest and largest scale of a random window; empty: no window
+    jitter_unit: Unit = "canvas"  # scale 1: the image fits, one "pixel" is one, the "object" fits
+    views: int = 0  # fixed views per image, so that features can be kept; 0: always new ones
+
+    def rules(self) -> Iterator[Rule]:
+        """Yields the rules that the fields must obey."""
+        yield from super().rules()
+        jitter = self.jitter
+        is_range = (
+            len(jitter) in (0, 2) and list(jitter) == sorted(jitter) and min(jitter, default=1) > 0
+        )
+        yield Rule("jitter", jitter, is_range, "a smallest and a largest scale above 0, or ()")
+        yield at_least("views", self.views, 0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainData(Images):
@@ -98,7 +115,8 @@ class Optimizer:
     warmup_steps: int = 250
     lr_boundaries: tuple[int, ...] = (60_000, 86_666)  # steps at which the learning rate drops
     lr_decay_factor: float = 0.1  # factor of each drop
-    cosine_steps: int = 0  # step at which a half-cosine after the warm-up reaches 0; 0: none
+    cosine_steps: int = 0  # step at which a half-cosine reaches 0; 0: none
+    cosine_start: int = 0  # step at which the half-cosine begins; 0: after the warm-up
     weight_decay: float = 0.1  # not applied to biases, norms, embeddings and positions
     layer_decay: float = 0.8  # learning rate of an encoder block, as a fraction of the next one's
     b1: float = 0.9
@@ -112,6 +130,20 @@ class Optimizer:
         is_after_warmup = self.cosine_steps == 0 or self.cosine_steps > self.warmup_steps
         allowed = f"0, or more than optimizer.warmup_steps = {self.warmup_steps}"
         yield Rule("cosine_steps", self.cosine_steps, is_after_warmup, allowed)
+        allowed = f"0, or less than optimizer.cosine_steps = {self.cosine_steps}"
+        is_before = self.cosine_start == 0 or 0 < self.cosine_start < self.cosine_steps
+        yield Rule("cosine_start", self.cosine_start, is_before, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A later part of a run, which replaces fields of the `TrainConfig`. None keeps a value."""
+
+    start: int  # steps done when the stage begins
+    objective: Interactive | Reconstruction | None = None
+    data: Data | PretrainData | None = None  # of the same source and held-out images
+    batch_size: int | None = None
+    trainable: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +156,16 @@ class TrainConfig:
     optimizer: Optimizer = Optimizer()
     batch_size: int = 256  # images
     num_steps: int = 90_000
+    stages: tuple[Stage, ...] = ()  # later parts of the run, in the order of their starts
     fsdp: int = 1  # devices over which each large array of the state is sharded
-    init_from: str = ""  # initial weights: anything sam_jax.load takes, or an autoencoder's
+    init_from: str = ""  # initial weights: PATH, or PART=PATH,PART=PATH; see train.initialization
+    fit_neck: bool = False  # begin the neck as a projection of the encoder's features on images
     mimetic_init_scale: float = 0.0  # scale of mimetic initial attention weights; 0: none
     trainable: tuple[str, ...] = ()  # parts to train, by parameter path; empty: all
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
     evaluate_every: int = 0  # steps; 0: only at the end
+    feature_cache: str = "~/.cache/sam_jax/features"  # folder for features of frozen encoders
     profile: tuple[int, ...] = ()  # first and last step of a profiler's trace; empty: no trace
     seed: int = 0
 
@@ -141,12 +176,43 @@ class TrainConfig:
             check_rules(self.objective.rules(), "objective.")
             check_rules(self.data.rules(), "data.")
             check_rules(self.optimizer.rules(), "optimizer.")
+            check_rules(self._stage_rules())
         except ValueError as error:
             raise ConfigError(str(error)) from error
         try:
             self.model.validate()
         except ValueError as error:
             raise ConfigError(f"model.{error}") from error
+        self.parts()
+
+    def parts(self) -> list[tuple[int, int, "TrainConfig"]]:
+        """Returns the stages of the run: their first and last steps, and their configurations.
+
+        The first stage has the fields of the run itself. Stages that begin after the last step of
+        the run are left out. No configuration that is returned has stages.
+        """
+        first = dataclasses.replace(self, stages=()) if self.stages else self
+        starts, configs = [0], [first]
+        for stage in self.stages:
+            fields = ("objective", "data", "batch_size", "trainable")
+            values = {name: getattr(stage, name) for name in fields}
+            changes = {name: value for name, value in values.items() if value is not None}
+            starts.append(stage.start)
+            configs.append(dataclasses.replace(first, **changes))
+        stops = [min(stop, self.num_steps) for stop in (*starts[1:], self.num_steps)]
+        parts = zip(starts, stops, configs, strict=True)
+        return [part for part in parts if part[0] < self.num_steps]
+
+    def _stage_rules(self) -> Iterator[Rule]:
+        starts = tuple(stage.start for stage in self.stages)
+        is_ascending = list(starts) == sorted({*starts}) and min(starts, default=1) > 0
+        yield Rule("stages", starts, is_ascending, "in the order of their starts, all above 0")
+        for i, stage in enumerate(self.stages):
+            if stage.data is not None:
+                images = stage.data.source, stage.data.held_out
+                own = self.data.source, self.data.held_out
+                allowed = f"the images of the run, data.source and data.held_out = {own}"
+                yield Rule(f"stages[{i}].data", images, images == own, allowed)
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""

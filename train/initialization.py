@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sam_jax.data.open import Subset
 from sam_jax.io.settings_guard import differences
 from sam_jax.model.fields import module_to_dict
 from sam_jax.model.mae import MaskedAutoencoder
@@ -37,7 +38,9 @@ InitFn = Callable[[], dict[str, Any]]
 log = logging.getLogger("train")
 
 
-def sam_variables(config: TrainConfig, init_fn: InitFn) -> dict[str, Any]:
+def sam_variables(
+    config: TrainConfig, init_fn: InitFn, train_split: Subset | None = None
+) -> dict[str, Any]:
     """Returns the variables that a run of a SAM starts from.
 
     Args:

@@ -27,8 +27,6 @@ class Metrics:
         workdir: Path,
         start: int,
         stop: int,
-        batch_size: int,
-        peak_step_seconds: float | None = None,
     ) -> None:
         """Opens the files.
 
@@ -36,8 +34,6 @@ class Metrics:
           workdir: The folder of the run.
           start: The number of steps done.
           stop: The number of steps of the run.
-          batch_size: Images per step.
-          peak_step_seconds: Seconds per step at the devices' peak FLOP/s, if that is known.
         """
         from tensorboardX import SummaryWriter
 
@@ -47,9 +43,19 @@ class Metrics:
             drop_rows_after(path, start)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
-        self.batch_size, self.peak_step_seconds = batch_size, peak_step_seconds
+        self.batch_size = 1
+        self.peak_step_seconds: float | None = None
         self._last_log = (time.perf_counter(), start)
         self._waited = 0.0
+
+    def begin_stage(self, batch_size: int, peak_step_seconds: float | None = None) -> None:
+        """Sets what the speed is measured by.
+
+        Args:
+          batch_size: Images per step.
+          peak_step_seconds: Seconds per step at the devices' peak FLOP/s, if that is known.
+        """
+        self.batch_size, self.peak_step_seconds = batch_size, peak_step_seconds
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields the batches and measures the time spent waiting for them."""
@@ -144,13 +150,12 @@ def summarize(values: dict[str, Any]) -> dict[str, Any]:
         those of the step.
 
     Returns:
-      Means by name. "loss" is the loss of the step, and "miou_of_rounds" lists the mean IoU of each
-      round, if there is one.
+      Means by name, without "round_loss", whose mean is the loss. "miou_of_rounds" lists the mean
+      IoU of each round, if there is one.
     """
     row: dict[str, Any] = {
-        name: float(np.mean(value)) for name, value in values.items() if name != "total"
+        name: float(np.mean(value)) for name, value in values.items() if name != "round_loss"
     }
-    row["loss"] = float(values["total"])
     if "miou" in values:
         row["miou_of_rounds"] = [round(float(x), 4) for x in values["miou"]]
     return row

@@ -5,6 +5,7 @@ The paper does not say which parameters have no weight decay: here biases, norms
 and positions.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +69,9 @@ def make_optimizer(
 def make_schedule(config: Optimizer) -> Callable[[int | Int[Array, ""]], float | Float[Array, ""]]:
     """Builds the learning rate by step: a linear warm-up, then drops and a half-cosine.
 
-    The warm-up starts at peak / warmup_steps. optax's warm-ups start at a given value that they
-    interpolate from, which rounds differently; the product of three factors is as short.
+    It is a product of three factors. The schedules of optax differ in two ways: their warm-ups
+    interpolate from a given value, where this one begins at peak / warmup_steps; and joined
+    schedules count from their own start, so that rates differ by up to 0.8 %.
     """
 
     def schedule(count: int | Int[Array, ""]) -> float | Float[Array, ""]:
@@ -78,10 +80,32 @@ def make_schedule(config: Optimizer) -> Callable[[int | Int[Array, ""]], float |
         rate = config.peak_lr * warmup * config.lr_decay_factor**num_drops
         if not config.cosine_steps:
             return rate
-        progress = (count - config.warmup_steps) / (config.cosine_steps - config.warmup_steps)
+        start = config.cosine_start or config.warmup_steps
+        progress = (count - start) / (config.cosine_steps - start)
         return rate * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))) / 2
 
     return schedule
+
+
+def carry_over(old: Any, new: Any) -> Any:
+    """Copies the moments and counts of an optimizer's state to the state of another optimizer.
+
+    Args:
+      old: The state to copy from.
+      new: The initial state of an optimizer of the same kind that trains other parts.
+
+    Returns:
+      `new` with the counts of `old`, and with its moments where both optimizers have them.
+    """
+
+    def name(path: Any) -> str:
+        # The field and the parameter, without the wrappers that say which parts are trained.
+        found = re.search(r"\.(mu|nu|count)(\[.*)?$", jax.tree_util.keystr(path))
+        assert found, path
+        return found[0]
+
+    known = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
+    return jax.tree.map_with_path(lambda path, leaf: known.get(name(path), leaf), new)
 
 
 def is_decayed(params: Any) -> Any:

@@ -86,7 +86,7 @@ def to_dict(value: Any) -> Any:
     fields = _fields(value)
     if fields:
         return {name: to_dict(getattr(value, name)) for name in fields}
-    return list(value) if isinstance(value, tuple) else value
+    return [to_dict(item) for item in value] if isinstance(value, tuple) else value
 
 
 def to_json(config: TrainConfig) -> str:

@@ -21,7 +21,6 @@ from train.config import ConfigError
 
 # Files that a resumed run reads or replaces.
 PULLED = ("config.json", "metrics.jsonl", "evaluations.jsonl", "bad_samples*.jsonl")
-LOCAL_ONLY = "embeddings*.npy"  # caches, which are never uploaded
 
 log = logging.getLogger("train")
 
@@ -89,7 +88,7 @@ class RemoteWorkdir:
             return
         found = set()
         for path in sorted(self.folder.rglob("*")):
-            if not path.is_file() or path.name.startswith(".") or path.match(LOCAL_ONLY):
+            if not path.is_file() or path.name.startswith("."):
                 continue
             name = path.relative_to(self.folder).as_posix()
             found.add(name)

@@ -1,9 +1,13 @@
 """A training run from top to bottom."""
 
+import dataclasses
+import functools
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 import sam_jax
@@ -13,7 +17,7 @@ from train.checkpoints import MAX_TO_KEEP, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops
 from train.metrics import Metrics, summarize
-from train.optimizer import check_trainable, make_optimizer
+from train.optimizer import carry_over, check_trainable, make_optimizer
 from train.remote_workdir import RemoteWorkdir
 from train.sharding import init_sharded, make_mesh, process_allgather, shard_batch, sync_hosts
 from train.state import TrainState, init_state
@@ -44,13 +48,15 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     # What is learnt, from which images, on which devices, and from which variables.
     task = make_task(config)
     train_split, eval_split = open_data(config, task)
-    mesh = make_mesh(config.batch_size, config.fsdp)
-    variables = task.initial_variables()
-    check_trainable(variables["params"], config.trainable)
+    stages = config.parts()
+    mesh = make_mesh(math.gcd(*(stage.batch_size for _, _, stage in stages)), config.fsdp)
+    variables = task.initial_variables(train_split)
+    for _, _, stage in stages:
+        check_trainable(variables["params"], stage.trainable)
 
     with RemoteWorkdir(workdir) as remote:
         remote.pull()
-        num_bytes = task.bytes_on_disk(train_split) + bytes_on_disk(variables, remote.is_remote)
+        num_bytes = bytes_on_disk(variables, remote.is_remote)
         check_or_create(remote.folder, config, num_bytes, is_lead_host(), remote.address)
         remote.push()
         state = train(config, task, remote, mesh, variables, train_split, eval_split)
@@ -86,31 +92,85 @@ def train(
     Returns:
       The last state.
     """
-    # The state, created on its devices, and the step, compiled for its sharding.
-    optimizer = make_optimizer(config.optimizer, task.encoder_depth, config.trainable)
-    state = init_sharded(mesh, lambda variables: init_state(variables, optimizer), variables)
+    stages = config.parts()
+    optimizers = [
+        make_optimizer(config.optimizer, task.encoder_depth, stage.trainable)
+        for _, _, stage in stages
+    ]
+
+    def make_state(step: int) -> TrainState:
+        # A checkpoint at the border of two stages was written by the first of them.
+        index = max(i for i, (start, _, _) in enumerate(stages) if start < max(step, 1))
+        return init_sharded(mesh, lambda v: init_state(v, optimizers[index]), variables)
+
+    checkpoints = Checkpoints(remote.checkpoints)
+    state = checkpoints.restore(make_state) or make_state(0)
+    done = int(state.step)
+    del variables  # the state has a sharded copy
+
+    folder = remote.folder
+    bad_samples = BadSamples(
+        folder / per_host_name("bad_samples.jsonl"), config.data.max_bad, len(train_split)
+    )
+    metrics = Metrics(folder, done, config.num_steps) if is_lead_host() else None
+    context = Context(mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split)
+    for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
+        if done == start > 0:
+            state = change_optimizer(mesh, state, optimizer)
+        if done < stop:
+            state = train_stage(stage, optimizer, state, done, stop, context)
+            done = stop
+    checkpoints.close()
+    if metrics:
+        metrics.close()
+    return state
+
+
+class Context(NamedTuple):
+    """The parts of a run that all of its stages share."""
+
+    mesh: Mesh
+    remote: RemoteWorkdir
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    bad_samples: BadSamples
+    train_split: Subset
+    eval_split: Subset
+
+
+def train_stage(
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    start: int,
+    stop: int,
+    context: Context,
+) -> TrainState:
+    """Trains from one step to another with the configuration of one stage.
+
+    Args:
+      config: The configuration of the stage.
+      optimizer: Its optimizer.
+      state: The state to start from.
+      start: The number of steps done.
+      stop: The number of steps done at the end of the stage.
+      context: What the stages share.
+
+    Returns:
+      The last state.
+    """
+    mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split = context
+    task = make_task(config)
     step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
 
-    # The newest checkpoint, if there is one.
-    checkpoints = Checkpoints(remote.checkpoints)
-    state = checkpoints.restore(state) or state
-    start = int(state.step)
-
     # The batches from this step on. They depend on the seed and the step only.
-    cache_path = remote.folder / per_host_name("embeddings.npy")
-    batch_transform = task.batch_transform(variables, cache_path, train_split)
-    del variables  # the state has a sharded copy
-    loader = make_loader(config, task, train_split)
-    batches = loader.batches(start, config.num_steps, config.data.workers)
-    bad_samples = BadSamples(
-        remote.folder / per_host_name("bad_samples.jsonl"), config.data.max_bad, len(train_split)
+    batch_transform = task.batch_transform(
+        functools.partial(gather_variables, mesh, state), train_split, per_host_name("host")
     )
-
-    # The lead host logs.
-    metrics = None
-    if is_lead_host():
-        peak_seconds = peak_step_seconds(config, task, mesh)
-        metrics = Metrics(remote.folder, start, config.num_steps, config.batch_size, peak_seconds)
+    loader = make_loader(config, task, train_split)
+    batches = loader.batches(start, stop, config.data.workers)
+    if metrics:
+        metrics.begin_stage(config.batch_size, peak_step_seconds(config, task, mesh))
         batches = metrics.timed(batches)
 
     def evaluate(done: int, state: TrainState) -> None:
@@ -137,10 +197,15 @@ def train(
         if is_last or done % config.checkpoint_every == 0:
             remote.push()
             checkpoints.save(done, state)
-    checkpoints.close()
-    if metrics:
-        metrics.close()
     return state
+
+
+def change_optimizer(
+    mesh: Mesh, state: TrainState, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state for an optimizer that may train other parts; see `carry_over`."""
+    opt_state = init_sharded(mesh, optimizer.init, state.params)
+    return dataclasses.replace(state, opt_state=carry_over(state.opt_state, opt_state))
 
 
 def finalize(
@@ -187,6 +252,7 @@ def make_loader(config: TrainConfig, task: Task, split: Subset) -> Loader:
         transform=task.transform,
         batch_size=config.batch_size,
         seed=config.seed,
+        views=getattr(config.data, "views", 0),
         host=jax.process_index(),
         hosts=jax.process_count(),
     )

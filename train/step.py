@@ -48,6 +48,6 @@ def make_step(
                 opt_state=opt_state,
             )
             norm = optax.tree.norm(gradients)
-        return state, values | {"total": loss, "gradient_norm": norm}
+        return state, values | {"loss": loss, "gradient_norm": norm}
 
     return compile_step(mesh, step, state)

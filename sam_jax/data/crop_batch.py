@@ -53,12 +53,18 @@ class RandomResizedCrop:
     rot90: bool = False
     batch_type: ClassVar[type] = ImageBatch
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        view_rng: np.random.Generator | None = None,
+    ) -> dict[str, np.ndarray]:
         """Returns the arrays of a row of `ImageBatch`, without image_id.
 
         Args:
           example: An image.
           rng: The source of randomness.
+          view_rng: Replaces `rng` if it is given.
 
         Returns:
           Arrays by field, without the batch axis.
@@ -66,6 +72,7 @@ class RandomResizedCrop:
         Raises:
           BadSample: If the image is too small.
         """
+        rng = view_rng or rng
         quarter_turns = int(rng.integers(4)) if self.rot90 else 0
         image = np.rot90(example.image, quarter_turns)
         check_sides(image, self.min_side)

@@ -48,12 +48,18 @@ class Transform(Protocol):
         """The class of a batch."""
         ...
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns the arrays of a row, without image_id.
+    def __call__(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        view_rng: np.random.Generator | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns the arrays of a row, without image_id and view.
 
         Args:
           example: The example.
           rng: The source of randomness.
+          view_rng: The source of randomness of what is done to the image; `rng` by default.
 
         Raises:
           BadSample: If the example cannot be used.
@@ -74,6 +80,9 @@ class Loader:
       transform: Turns an example into a row, with a separate random generator for each row.
       batch_size: Global batch size, over all hosts.
       seed: Seed of the order and of the transform.
+      views: Number of fixed views of each image, of which the transform samples one. What is done
+        to the image then depends on the view only, so that features of a view can be kept.
+        0: every sample is new.
       host: Index of this host, which loads an equal, contiguous share of the rows.
       hosts: Number of hosts.
     """
@@ -83,6 +92,7 @@ class Loader:
     transform: Transform
     batch_size: int
     seed: int
+    views: int = 0
     host: int = 0
     hosts: int = 1
 
@@ -169,13 +179,15 @@ class Loader:
         for attempt in range(MAX_ATTEMPTS):
             index = self._index(position, attempt)
             rng = np.random.default_rng((self.seed, position // self.batch_size, index))
+            view = {"view": np.int32(rng.integers(self.views))} if self.views else {}
+            view_rng = np.random.default_rng((index, *view.values())) if self.views else None
             try:
-                row = self.transform(self.source[index], rng)
+                row = self.transform(self.source[index], rng, view_rng)
             except BadSample as error:
                 name = self.source.name(index)
                 skipped.append(SkippedSample(index, name, error.reason, error.detail))
             else:
-                return row | {"image_id": np.int32(index)}, skipped
+                return row | {"image_id": np.int32(index)} | view, skipped
         raise ValueError(
             f"no usable image among {MAX_ATTEMPTS} of {len(self.indices)} drawn; the last was "
             f"{skipped[-1].name}: {skipped[-1].detail}"

@@ -37,6 +37,22 @@ def box_of_mask(mask: np.ndarray) -> Int64[np.ndarray, "*batch 4"]:
     return np.stack([left, top, right, bottom], axis=-1)
 
 
+def box_of_runs(runs: Int64[np.ndarray, "r 2"], height: int) -> tuple[int, int, int, int]:
+    """Returns the bounding box of a mask.
+
+    Args:
+      runs: The bounds of the mask's runs, at least one, see `rle.bounds`.
+      height: The height of the mask.
+
+    Returns:
+      (left, top, right, bottom), both corners inside the mask's box.
+    """
+    column, row = np.divmod(runs - [0, 1], height)  # of each run's first and last pixel
+    wraps = (column[:, 1] > column[:, 0]).any()  # a run continues in the next column
+    top, bottom = (0, height - 1) if wraps else (row.min(), row.max())
+    return int(column[0, 0]), int(top), int(column[-1, 1]), int(bottom)
+
+
 def xyxy_to_xywh(box: Num[np.ndarray, "*batch 4"]) -> Num[np.ndarray, "*batch 4"]:
     """Replaces the second corner of boxes by their size.
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
 from sam_jax.masks import rle
+from sam_jax.masks.boxes import box_of_runs
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
@@ -79,10 +80,7 @@ def _boxes(masks: Sequence[Int64[np.ndarray, "_ 2"]], height: int) -> Int64[np.n
     boxes = np.tile([rle.MAX_PIXELS, rle.MAX_PIXELS, -1, -1], (len(masks), 1))
     for box, runs in zip(boxes, masks, strict=True):
         if len(runs):
-            column, row = np.divmod(runs - [0, 1], height)  # of each run's first and last pixel
-            wraps = (column[:, 1] > column[:, 0]).any()  # a run continues in the next column
-            top, bottom = (0, height - 1) if wraps else (row.min(), row.max())
-            box[:] = column[0, 0], top, column[-1, 1], bottom
+            box[:] = box_of_runs(runs, height)
     return boxes
 
 

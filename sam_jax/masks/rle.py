@@ -155,29 +155,36 @@ def decode_resized(
 
 
 def decode_runs_resized(
-    lengths: Int64[np.ndarray, " r"], size: Sequence[int], new_size: tuple[int, int]
-) -> Bool[np.ndarray, "{new_size[0]} {new_size[1]}"]:
-    """Decodes run lengths at another size. See `decode_resized`.
+    lengths: Int64[np.ndarray, " r"],
+    size: Sequence[int],
+    new_size: tuple[int, int],
+    window: tuple[int, int, int, int] | None = None,
+) -> Bool[np.ndarray, "h w"]:
+    """Decodes run lengths, or a window of them, at another size. See `decode_resized`.
 
     Args:
       lengths: Checked run lengths, as returned by `runs`.
       size: (height, width) of the mask.
-      new_size: (height, width) of the result, both at least 1.
+      new_size: (height, width) of the resized mask, both at least 1.
+      window: (top, left, height, width) of the part of the resized mask to decode, both sides at
+        least 1. None decodes the entire mask.
 
     Returns:
       The mask, contiguous by columns.
     """
     height, width = int(size[0]), int(size[1])
-    new_height, new_width = new_size
-    sampled_index, next_sampled, is_sampled = _sampled_columns(width, new_width)
+    top, left, window_height, window_width = window or (0, 0, *new_size)
+    sampled_index, next_sampled, is_sampled = _sampled_columns(
+        width, new_size[1], left, window_width
+    )
     column, row = np.divmod(np.cumsum(lengths[:-1]), height)
-    new_row = _next_sampled_rows(height, new_height)[row]
-    bounds = next_sampled[column] * new_height + is_sampled[column] * new_row
+    new_row = _next_sampled_rows(height, new_size[0], top, window_height)[row]
+    bounds = next_sampled[column] * window_height + is_sampled[column] * new_row
     num_sampled = sampled_index[-1] + 1
-    new_lengths = np.diff(bounds, prepend=0, append=num_sampled * new_height)
+    new_lengths = np.diff(bounds, prepend=0, append=num_sampled * window_height)
     inside = np.arange(len(new_lengths)) % 2 == 1
-    columns = np.repeat(inside, new_lengths).reshape(num_sampled, new_height)
-    return (columns if num_sampled == new_width else columns[sampled_index]).T
+    columns = np.repeat(inside, new_lengths).reshape(num_sampled, window_height)
+    return (columns if num_sampled == window_width else columns[sampled_index]).T
 
 
 def area(rle: Any) -> int:
@@ -254,26 +261,32 @@ def _nearest(size: int, new_size: int) -> Int64[np.ndarray, " {new_size}"]:
 
 
 @functools.lru_cache(maxsize=64)  # the masks of an image have the same size
-def _next_sampled_rows(height: int, new_height: int) -> Int64[np.ndarray, " {height}"]:
-    """Returns for each row of a mask the first new row that samples it or a row below it."""
-    return np.searchsorted(_nearest(height, new_height), np.arange(height))
+def _next_sampled_rows(
+    height: int, new_height: int, top: int, count: int
+) -> Int64[np.ndarray, " {height}"]:
+    """Returns for each row of a mask the first new row that samples it or a row below it.
+
+    New rows are numbered from `top`; rows below the last of the `count` new ones get `count`.
+    """
+    return np.searchsorted(_nearest(height, new_height)[top : top + count], np.arange(height))
 
 
 @functools.lru_cache(maxsize=64)
 def _sampled_columns(
-    width: int, new_width: int
+    width: int, new_width: int, left: int, count: int
 ) -> tuple[
-    Int64[np.ndarray, " {new_width}"],
+    Int64[np.ndarray, " {count}"],
     Int64[np.ndarray, " {width}+1"],
     Bool[np.ndarray, " {width}+1"],
 ]:
     """Finds the source columns that a nearest-neighbour resize samples.
 
     Returns:
-      For each new column its index among the sampled columns. For each position from 0 to `width`
-      the index of the first sampled column from there on, and whether it is sampled itself.
+      For each of the `count` new columns from `left` on its index among the sampled columns. For
+      each position from 0 to `width` the index of the first sampled column from there on, and
+      whether it is sampled itself.
     """
-    columns = _nearest(width, new_width)
+    columns = _nearest(width, new_width)[left : left + count]
     sampled = columns[np.diff(columns, prepend=-1) > 0]
     is_sampled = np.zeros(width + 1, bool)
     is_sampled[sampled] = True

@@ -79,17 +79,30 @@ class ImageEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array | np.ndarray, "b h w 3"], train: bool = False
+        self,
+        x: Float[Array | np.ndarray, "b h w c_in"],
+        train: bool = False,
+        part: Literal["all", "trunk", "neck"] = "all",
     ) -> Float[Array, "b gh gw c"]:
         """Encodes images.
 
         Args:
-          image: Normalised images, whose sides are multiples of `patch_size`.
+          x: Normalised images, whose sides are multiples of `patch_size`; tokens for the neck.
           train: Whether to drop paths; needs the rng "drop_path".
+          part: The trunk alone, which returns tokens of `embed_dim` channels, the neck alone, or
+            both.
 
         Returns:
           Embeddings of `out_dim` channels.
         """
+        if part != "neck":
+            x = self._trunk(x, train)
+        return x if part == "trunk" else Neck(self.out_dim, self.dtype, name="neck")(x)
+
+    def _trunk(
+        self, image: Float[Array | np.ndarray, "b h w 3"], train: bool
+    ) -> Float[Array, "b gh gw e"]:
+        """Applies everything before the neck."""
         c = self.embed_dim
         x = PatchConv(c, self.patch_size, self.dtype, xavier_uniform, name="patch_embed")(image)
         init = nn.initializers.truncated_normal(0.02)
@@ -104,7 +117,7 @@ class ImageEncoder(nn.Module):
         else:
             for i, block in enumerate(blocks):
                 x = block(x, None if keep is None else keep[i])
-        return Neck(self.out_dim, self.dtype, name="neck")(x)
+        return x
 
     def _block(self, index: int) -> nn.Module:
         window = 0 if index in self.global_blocks else self.window_size

@@ -7,7 +7,7 @@ products on every device; preprocessing and postprocessing live in `sam_jax.pred
 """
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -119,6 +119,29 @@ class Sam(nn.Module):
         Raises:
           ValueError: If the image has another rank, or sides that the patch does not divide.
         """
+        return self._encode(image, train, "all")
+
+    def encode_trunk(
+        self, image: Shaped[Array | np.ndarray, "..."], train: bool = False
+    ) -> Float[Array, "b gh gw e"]:
+        """Runs `encode` up to the neck of the image encoder; arguments as for `encode`.
+
+        Returns:
+          Tokens of `image_encoder.embed_dim` channels in `dtype`, from which `apply_neck` makes
+          embeddings.
+        """
+        return self._encode(image, train, "trunk")
+
+    def apply_neck(
+        self, tokens: Float[Array | np.ndarray, "b gh gw e"]
+    ) -> Float[Array, "b gh gw c"]:
+        """Makes embeddings from the tokens of `encode_trunk`."""
+        with self._precision():
+            return self.image_encoder(tokens.astype(self.dtype), part="neck")
+
+    def _encode(
+        self, image: Array | np.ndarray, train: bool, part: Literal["all", "trunk"]
+    ) -> Float[Array, "b gh gw c"]:
         p = self.patch_size
         sides = image.shape[1:3]
         if image.ndim != 4 or image.shape[-1] != 3 or any(s % p or not s for s in sides):
@@ -127,7 +150,7 @@ class Sam(nn.Module):
                 f"pixels, e.g. {(1, *self.image_size, 3)}; got {image.shape}"
             )
         with self._precision():
-            return self.image_encoder(image.astype(self.dtype), train)
+            return self.image_encoder(image.astype(self.dtype), train, part)
 
     def decode(
         self, embedding: Shaped[Array | np.ndarray, "..."], prompts: Prompts, train: bool = False

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -12,12 +12,13 @@ from sam_jax.images.resize import resize_and_pad
 from sam_jax.model.sam import Sam, normalize
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames=("model", "method"))
 def encode_images(
     model: Sam,
     variables: dict[str, Any],
     images: UInt8[Array, "b h w 3"],
     sizes: Int[Array, "b 2"],
+    method: Literal["encode", "encode_trunk"] = "encode",
 ) -> Float[Array, "b gh gw c"]:
     """Normalizes and encodes padded images in one program.
 
@@ -26,11 +27,12 @@ def encode_images(
       variables: Its variables.
       images: RGB images, padded at the bottom and on the right.
       sizes: (height, width) of each image without its padding.
+      method: The method of the model to apply.
 
     Returns:
-      The embeddings, in the model's `dtype`.
+      The embeddings, or the tokens before the neck, in the model's `dtype`.
     """
-    return cast(Array, model.apply(variables, normalize(images, sizes), method="encode"))
+    return cast(Array, model.apply(variables, normalize(images, sizes), method=method))
 
 
 def resize_and_encode(

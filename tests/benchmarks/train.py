@@ -224,7 +224,7 @@ def our_step(folder, images, points, num_extra_rounds):
     def step():
         nonlocal state
         state, values = jax.block_until_ready(compiled(state, batch))
-        return float(values["total"])
+        return float(values["loss"])
 
     return step, (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
 

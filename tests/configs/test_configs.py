@@ -38,7 +38,7 @@ def test_the_step_traces(name, monkeypatch):
     after, values = jax.eval_shape(step, state, task.batch_spec())
     same = jax.tree.map(lambda x, y: x.shape == y.shape and x.dtype == y.dtype, state, after)
     assert all(jax.tree.leaves(same))
-    assert values["total"].shape == ()
+    assert values["loss"].shape == ()
     if isinstance(config.objective, Interactive):
         assert values["miou"].shape == (11,)
 

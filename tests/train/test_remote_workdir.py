@@ -159,8 +159,8 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
     def next_step(state, batch):
         if state.step == 3 and failures:
             raise failures.pop()
-        values = dict.fromkeys(("loss", "focal", "dice", "iou", "miou"), np.zeros(5))
-        return state.replace(step=state.step + 1), values | {"total": 0.0, "gradient_norm": 0.0}
+        values = dict.fromkeys(("round_loss", "focal", "dice", "iou", "miou"), np.zeros(5))
+        return state.replace(step=state.step + 1), values | {"loss": 0.0, "gradient_norm": 0.0}
 
     def make_fake_step(*_):
         assert (epath.Path(RUN) / "config.json").exists()  # before there is a checkpoint

@@ -107,12 +107,12 @@ class InteractiveObjective:
         Args:
           params: The model's parameters.
           constants: The model's constants.
-          batch: Images and masks. Where the batch holds embeddings, the images are not encoded.
+          batch: Images and masks. Where the batch holds features, the images are not encoded.
           key: The random key of the step.
 
         Returns:
-          Sums over the valid masks. The values are one number per round: "loss", its unweighted
-          parts "focal", "dice" and "iou", and "miou", the IoU of the mask with the highest
+          Sums over the valid masks. The values are one number per round: "round_loss", its
+          unweighted parts "focal", "dice" and "iou", and "miou", the IoU of the mask with the highest
           predicted IoU.
         """
         keys = jax.vmap(lambda image_id: jax.random.fold_in(key, image_id))(batch.image_id)
@@ -239,7 +239,7 @@ class InteractiveObjective:
         # Only the best mask has a backward pass.
         losses = mask_losses(self._to_loss_resolution(logits[best]), target)
         loss = weighted_sum(losses, self.config) + self.config.iou * iou_loss
-        values = {"loss": loss, **losses, "iou": iou_loss, "miou": iou[chosen]}
+        values = {"round_loss": loss, **losses, "iou": iou_loss, "miou": iou[chosen]}
         return loss, logits[chosen], values
 
     def is_multimask(
@@ -259,6 +259,8 @@ class InteractiveObjective:
     ) -> Float[Array, "b gh gw c"]:
         """Encodes images, one at a time and vmapped, so that drop path has a key per image."""
         variables = {"params": params, "constants": constants}
+        if batch.trunk is not None:
+            return self.model.apply(variables, batch.trunk, method="apply_neck")
 
         def encode(image: Array, key: Array) -> Array:
             rngs = {"drop_path": jax.random.fold_in(key, DROP_PATH)}
@@ -268,7 +270,7 @@ class InteractiveObjective:
             return embedding[0]
 
         if batch.image is None:
-            raise ValueError("batch must hold images or embeddings; got neither")
+            raise ValueError("batch must hold images or their features; got neither")
         return jax.vmap(encode)(normalize(batch.image, batch.size), keys)
 
     def _sum_rounds(

@@ -41,8 +41,11 @@ class Task(Protocol):
     encoder_depth: int
     flops: float | None
 
-    def initial_variables(self) -> dict[str, Any]:
+    def initial_variables(self, train_split: Subset) -> dict[str, Any]:
         """Returns the variables to start from: those of `init_from`, or those of `init_fn`.
+
+        Args:
+          train_split: The images to train on, which some initial values depend on.
 
         Raises:
           ConfigError: If `init_from` holds another model.
@@ -54,19 +57,15 @@ class Task(Protocol):
         ...
 
     def batch_transform(
-        self, variables: dict[str, Any], cache_path: Path, train_split: Subset
+        self, get_variables: Callable[[], dict[str, Any]], train_split: Subset, name: str
     ) -> Callable[[Any], Any]:
         """Returns the transform that is applied to each host batch before the train step.
 
         Args:
-          variables: The variables that the run starts from.
-          cache_path: A file of this host in which the transform may keep results.
+          get_variables: Returns the variables that the stage starts from.
           train_split: The images to train on.
+          name: The name of this host, for files that the transform keeps.
         """
-        ...
-
-    def bytes_on_disk(self, train_split: Subset) -> int:
-        """Returns the size of the file at `cache_path` once it is complete."""
         ...
 
     def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:

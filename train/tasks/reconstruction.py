@@ -54,8 +54,9 @@ class ReconstructionTask:
         self.encoder_depth = model.depth
         self.flops: float | None = reconstruction_flops(model)
 
-    def initial_variables(self) -> dict[str, Any]:
+    def initial_variables(self, train_split: Subset) -> dict[str, Any]:
         """Returns the variables of `init_from`, or initialized ones."""
+        del train_split
         return autoencoder_variables(self.config, self.init_fn)
 
     def batch_spec(self) -> ImageBatch:
@@ -67,16 +68,11 @@ class ReconstructionTask:
         )
 
     def batch_transform(
-        self, variables: dict[str, Any], cache_path: Path, train_split: Subset
+        self, get_variables: Callable[[], dict[str, Any]], train_split: Subset, name: str
     ) -> Callable[[ImageBatch], ImageBatch]:
         """Returns the identity."""
-        del variables, cache_path, train_split
+        del get_variables, train_split, name
         return lambda batch: batch
-
-    def bytes_on_disk(self, train_split: Subset) -> int:
-        """Returns 0, since nothing is cached."""
-        del train_split
-        return 0
 
     def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
         """Computes the mean loss; see `evaluate_reconstruction`."""

@@ -1,7 +1,7 @@
 """Promptable segmentation: a run of SAM."""
 
+import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +17,15 @@ from sam_jax.evaluate.clicks import evaluate_clicks, format_table
 from sam_jax.model.init import init_variables
 from sam_jax.model.sam import UPSCALING, Sam
 from sam_jax.predict.predictor import SamPredictor
-from train.config import ConfigError, Interactive, TrainConfig
-from train.embedding_cache import EmbeddingCache
+from train.config import ConfigError, Data, Interactive, TrainConfig
+from train.feature_cache import FeatureCache, Part
 from train.flops import step_flops
 from train.initialization import InitFn, sam_variables
 from train.objectives.interactive import InteractiveObjective
 from train.report.segmentation import write_report
 from train.sharding import Objective
+
+NECK = ["image_encoder", "neck"]
 
 
 class SegmentationTask:
@@ -40,21 +42,26 @@ class SegmentationTask:
         check_config(config)
         # The table of tasks says which classes these are.
         model, objective = cast(Sam, config.model), cast(Interactive, config.objective)
-        data = config.data
+        data = cast(Data, config.data)
         self.config = config
         self.model = model
         self.transform: Transform = SegmentationTransform(
-            model.image_size, objective.masks_per_image, data.flips, data.rot90
+            model.image_size,
+            objective.masks_per_image,
+            data.flips,
+            data.rot90,
+            data.jitter,
+            data.jitter_unit,
         )
         self.decode_size: tuple[int, int] | None = model.image_size if data.half_size_jpeg else None
         self.init_fn: InitFn = functools.partial(init_variables, model, config.seed)
         self.objective: Objective = InteractiveObjective(model, objective)
         self.encoder_depth = model.image_encoder.depth
-        self.flops = step_flops(model, objective) if trains_encoder(config) else None
+        self.flops = None if frozen_part(config) else step_flops(model, objective)
 
-    def initial_variables(self) -> dict[str, Any]:
+    def initial_variables(self, train_split: Subset) -> dict[str, Any]:
         """Returns the variables of `init_from`, or initialized ones; see `sam_variables`."""
-        return sam_variables(self.config, self.init_fn)
+        return sam_variables(self.config, self.init_fn, train_split)
 
     def batch_spec(self) -> Batch:
         """Returns the shapes of a batch of all hosts."""
@@ -71,18 +78,26 @@ class SegmentationTask:
         )
 
     def batch_transform(
-        self, variables: dict[str, Any], cache_path: Path, train_split: Subset
+        self, get_variables: Callable[[], dict[str, Any]], train_split: Subset, name: str
     ) -> Callable[[Batch], Batch]:
-        """Returns a transform that adds the embeddings of a frozen image encoder."""
-        if trains_encoder(self.config):
-            return lambda batch: batch
-        return EmbeddingCache(self.model, variables, cache_path, len(train_split.source))
-
-    def bytes_on_disk(self, train_split: Subset) -> int:
-        """Returns the size of all embeddings."""
-        if trains_encoder(self.config):
-            return 0
-        return 4 * len(train_split.source) * math.prod(self.model.grid) * self.model.embedding_dim
+        """Returns a transform that adds the features of a frozen image encoder."""
+        part = frozen_part(self.config)
+        if part is None:
+            return lambda batch: dataclasses.replace(batch, view=None)
+        data = cast(Data, self.config.data)
+        transform = dataclasses.asdict(cast(SegmentationTransform, self.transform))
+        key = {"source": data.source, "count": len(train_split.source), "views": data.views}
+        key |= {k: v for k, v in transform.items() if k != "masks_per_image"}
+        return FeatureCache(
+            self.model,
+            get_variables(),
+            part,
+            Path(self.config.feature_cache).expanduser(),
+            key,
+            len(train_split.source),
+            data.views,
+            name,
+        )
 
     def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
         """Measures the mean IoU after clicks and a box; see `evaluate_clicks`."""
@@ -104,10 +119,13 @@ class SegmentationTask:
 
 def check_config(config: TrainConfig) -> None:
     """Raises ConfigError, naming the field, if a SAM cannot be trained with these values."""
-    if not trains_encoder(config) and (config.data.flips or config.data.rot90):
+    data = cast(Data, config.data)
+    is_random = data.flips or data.rot90 or bool(data.jitter)
+    if frozen_part(config) and is_random and not data.views:
         raise ConfigError(
-            "data.flips and data.rot90 must be False if the image encoder is not trained, because "
-            f"its embeddings are computed once; got trainable={config.trainable}"
+            "data.views must be at least 1 if the image encoder is not trained and data.flips, "
+            "data.rot90 or data.jitter is set, because features are computed once per view; got 0 "
+            f"and trainable={config.trainable}"
         )
     patch, scale = config.model.patch_size, cast(Interactive, config.objective).loss_scale
     if patch % (UPSCALING * scale):
@@ -118,10 +136,12 @@ def check_config(config: TrainConfig) -> None:
         )
 
 
-def trains_encoder(config: TrainConfig) -> bool:
-    """Returns True if any part of the image encoder is trained."""
-    parts = (part.split("/")[0] for part in config.trainable)
-    return not config.trainable or "image_encoder" in parts
+def frozen_part(config: TrainConfig) -> Part | None:
+    """Returns the features that do not change in training: embeddings, or tokens of the trunk."""
+    parts = [part for part in config.trainable if part.split("/")[0] == "image_encoder"]
+    if not config.trainable or any(part.split("/")[:2] != NECK for part in parts):
+        return None
+    return "trunk" if parts else "embedding"
 
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -349,7 +349,7 @@ def test_only_the_best_of_three_learns(jit, fixed, iou_supervision):
     error = [errors[0, 1:].mean() if iou_supervision == "all" else errors[0, 2], errors[1, 0]]
     np.testing.assert_allclose(values["iou"], error, rtol=1e-5)
     rounds = np.array([losses[0, 2], losses[1, 0]]) + error
-    np.testing.assert_allclose(values["loss"], rounds, rtol=1e-5)
+    np.testing.assert_allclose(values["round_loss"], rounds, rtol=1e-5)
     np.testing.assert_allclose(loss, rounds.mean(), rtol=1e-5)
     # The mask that goes on is output 3: of the highest predicted IoU, and all wrong.
     np.testing.assert_allclose(values["miou"], [0, 0.5])
