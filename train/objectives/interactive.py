@@ -260,7 +260,7 @@ class InteractiveObjective:
         """Encodes images, one at a time and vmapped, so that drop path has a key per image."""
         variables = {"params": params, "constants": constants}
 
-        def encode(image: Array, key: Array) -> Array:
+        def encode_one(image: Array, key: Array) -> Array:
             rngs = {"drop_path": jax.random.fold_in(key, DROP_PATH)}
             embedding = self.model.apply(
                 variables, image[None], self.train, rngs=rngs, method="encode"
@@ -269,7 +269,7 @@ class InteractiveObjective:
 
         if batch.image is None:
             raise ValueError("batch must hold images or embeddings; got neither")
-        return jax.vmap(encode)(normalize(batch.image, batch.size), keys)
+        return jax.vmap(encode_one)(normalize(batch.image, batch.size), keys)
 
     def _sum_rounds(
         self, inputs: DecoderInputs, prepare: Callable[..., Any], chunks: dict[str, Any]
