@@ -63,7 +63,7 @@ def test_files_that_a_resumed_run_needs_are_downloaded(bucket, remote):
 
 def test_a_folder_with_other_files_is_an_error(bucket, remote):
     (bucket / "runs" / "small" / "thesis.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ConfigError, match="gs://bucket/runs/small is neither empty nor a run's"):
+    with pytest.raises(ConfigError, match="gs://bucket/runs/small is not empty and holds no run"):
         remote.pull()
 
 
