@@ -6,7 +6,7 @@ DIR is a folder of images, such as ImageNet's train; `tfds:imagenet2012@FOLDER` 
 starts from the encoder with `--set init_from=runs/mae_b/weights`. The learning rate is 1.5e-4 per
 256 images, after a warm-up of 40 epochs.
 
-Cost: 1600 epochs of 1.28 million images, see the README. The same, small: configs/mae_tiny.py.
+Cost: 1600 epochs of 1.28 million images, see the README. Small version: configs/mae_tiny.py.
 """
 
 from sam_jax.model.mae import mae_vit_b

@@ -2,10 +2,10 @@
 
     python -m train configs/sam_vit_h.py --workdir runs/sam_h --set init_from=mae_vit_h/
 
-As in the paper, the run starts from an encoder that was pre-trained as a masked autoencoder, which
-`init_from` names.
+As in the paper, the image encoder is pre-trained as a masked autoencoder. `init_from` is the path
+of the autoencoder's weights.
 
-Cost: 90,000 steps of 256 images. The paper reports 68 hours on 256 A100 GPUs. The same, small:
+Cost: 90,000 steps of 256 images. The paper reports 68 hours on 256 A100 GPUs. Small version:
 configs/sam_tiny.py.
 """
 

@@ -5,7 +5,7 @@
 The paper does not say when the learning rate of this size drops. Here it drops at the same
 fractions of the run as for ViT-H, after 2/3 and 26/27 of the steps.
 
-Cost: 180,000 steps of 128 images. The same, small: configs/sam_tiny.py.
+Cost: 180,000 steps of 128 images. Small version: configs/sam_tiny.py.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""Compiles programs quickly, as tests wait for the compiler more than for results."""
+"""Compiler options for tests, which spend more time compiling than running programs."""
 
 import atexit
 import os
 import tempfile
 
-# These options compile two to three times faster and change results by rounding alone.
+# With these options, XLA compiles two to three times faster. Results differ only by rounding.
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -14,11 +14,11 @@ XLA_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.i
 
 
 def share_cache() -> None:
-    """Lets all processes of a session share the programs that they compile.
+    """Sets up a compilation cache that all processes of a test run share.
 
-    The workers of pytest-xdist and the processes that tests start inherit the environment, where
-    JAX finds the folder when it is imported. A folder that is named there already is used and kept;
-    any other is removed when this process ends.
+    JAX reads the folder of the cache from an environment variable. The workers of pytest-xdist and
+    the processes that tests start inherit it. If the variable is already set, its folder is used
+    and kept. Otherwise, a temporary folder is used and removed when this process ends.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -1,11 +1,11 @@
-"""Settings of the suite, and a tiny model in which every tensor affects the output."""
+"""Settings of the tests, and a tiny model in which every tensor affects the output."""
 
 import functools
 import math
 
 from tests import compilation, typecheck
 
-# Both before the first import of what they change.
+# These calls must precede the imports of JAX and of the project.
 compilation.share_cache()
 typecheck.install()
 
@@ -18,12 +18,12 @@ import pytest  # noqa: E402
 from sam_jax.model.init import variable_shapes  # noqa: E402
 from sam_jax.model.sam import build_sam, replace_fields  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 8)  # meshes are tested without accelerators
+jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes
 
-# These tests compile as users do. All others wait for compilers more than for results.
+# These tests compile with full optimization, as for users. All others compile quickly.
 OPTIMIZED = ("tests/sam_jax/predict/", "tests/sam_jax/everything/", "tests/reference/")
 
-# Files that take long go first, so that others fill the gaps; all of a file runs in one worker.
+# A worker runs all tests of a file. Slow files are started first to balance the workers.
 LONGEST_FIRST = (
     "tests/train/",
     "tests/sam_jax/predict/",
@@ -35,7 +35,7 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Sorts the tests by how long their files take."""
+    """Sorts the tests so that slow files come first."""
 
     def rank(item):
         matches = (i for i, path in enumerate(LONGEST_FIRST) if item.nodeid.startswith(path))
@@ -46,15 +46,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def optimizations(request):
-    """Compiles with few optimizations, except where tests are of what users run."""
+    """Compiles with few optimizations, except for the tests in OPTIMIZED."""
     disable = not request.node.nodeid.startswith(OPTIMIZED)
     if jax.config.values["jax_disable_most_optimizations"] != disable:
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", disable)
 
 
-# All sizes differ, so that none can be mistaken for another: the canvas is not square, and windows
-# of 4 pad 6 rows to 8 and 9 columns to 12.
+# All sizes differ, so that tests detect if two are confused. The canvas is not square. Windows of 4
+# pad 6 rows to 8 and 9 columns to 12.
 TINY = build_sam(
     image_size=(48, 72),
     patch_size=8,
@@ -74,11 +74,11 @@ SHARPENED = ("token_to_image/q/kernel", "token_to_image/k/kernel", "neck/conv2/k
 
 
 def random_variables(model, seed=0):
-    """Returns variables for which an error in any tensor shows in the logits.
+    """Returns variables for which an error in any tensor changes the logits.
 
     The logits span about -10 to 10. Unlike initial values, biases and positions are not zero and
     scales of norms are not one. Attention between tokens and image is sharp. The neck's 3x3 kernel
-    has zero mean, which the following norm would remove.
+    has zero mean over its input channels.
     """
     rng = np.random.default_rng(seed)
     flat = {}
@@ -108,32 +108,32 @@ def random_variables(model, seed=0):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A model of images of 48 by 72 pixels, and its variables."""
+    """Returns a model for images of 48 by 72 pixels, and its variables."""
     return TINY, random_variables(TINY)
 
 
 @pytest.fixture(scope="session")
 def square():
-    """A model of images of 64 by 64 pixels, and its variables."""
+    """Returns a model for images of 64 by 64 pixels, and its variables."""
     model = replace_fields(TINY, image_size=(64, 64), window_size=3)
     return model, random_variables(model, seed=1)
 
 
 @pytest.fixture(scope="session")
 def variables_of():
-    """A function that draws the variables of any model from a seed."""
+    """Returns a function that draws the variables of a model from a seed."""
     return random_variables
 
 
 @pytest.fixture(scope="session")
 def jit():
-    """`jax.jit` that compiles with few optimizations."""
+    """Returns `jax.jit` with options for quick compilation."""
     return functools.partial(jax.jit, compiler_options=compilation.QUICK)
 
 
 @pytest.fixture(scope="session")
 def encode(jit):
-    """`Sam.encode`, compiled once for each model in a process."""
+    """Returns `Sam.encode`, which is compiled once for each model in a process."""
     return functools.partial(jit, static_argnames=("model", "train"))(
         lambda model, variables, image, train=False, rngs=None: model.apply(
             variables, image, train, rngs=rngs, method="encode"
@@ -143,7 +143,7 @@ def encode(jit):
 
 @pytest.fixture(scope="session")
 def decode(jit):
-    """`Sam.decode`, compiled once for each model in a process."""
+    """Returns `Sam.decode`, which is compiled once for each model in a process."""
     return functools.partial(jit, static_argnames=("model", "train"))(
         lambda model, variables, embedding, prompts, train=False, rngs=None: model.apply(
             variables, embedding, prompts, train, rngs=rngs, method="decode"
@@ -153,7 +153,7 @@ def decode(jit):
 
 @pytest.fixture
 def without_type_checks():
-    """Switches off the check of annotations, for tests of how the code handles wrong types."""
+    """Disables the type checks, for tests of how the code handles wrong types."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

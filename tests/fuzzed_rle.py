@@ -1,4 +1,4 @@
-"""Valid and invalid compressed run lengths to test with, the same ones every time."""
+"""Pseudorandom valid and invalid compressed run lengths for tests."""
 
 from collections.abc import Iterator
 
@@ -8,12 +8,12 @@ from sam_jax.masks import rle
 
 
 def fuzzed(count: int) -> Iterator[dict]:
-    """Generates RLEs of small sizes, in str and bytes. At least a fifth of them are masks.
+    """Generates RLEs of small sizes, as str and as bytes. At least a fifth of them are valid.
 
     Yields:
-      In turn: any bytes; any valid characters; a mask's string with a character replaced; a mask's
-      string with a part removed or repeated; a mask with empty runs and with numbers that are
-      longer than needed, which no encoder writes.
+      RLEs of five kinds in turn: random bytes; random valid characters; a valid string with a
+      character replaced; a valid string with a part removed or repeated; a valid string with empty
+      runs and redundant groups of bits, which encoders do not write.
     """
     rng = np.random.default_rng(0)
     sizes = [[int(side) for side in rng.integers(1, 20, 2)] for _ in range(100)]
@@ -41,7 +41,7 @@ def fuzzed(count: int) -> Iterator[dict]:
 
 
 def _write(lengths: list[int], padding: int) -> bytes:
-    """Encodes run lengths as a string, with `padding` unneeded groups of bits after each number."""
+    """Encodes run lengths as a string, with `padding` redundant groups of bits per number."""
     codes = []
     for i, length in enumerate(lengths):
         value = length - lengths[i - 2] if i > 2 else length

@@ -6,7 +6,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class ObjectStore(MemoryFileSystem):
-    """Objects are written completely, read completely or in part, and listed."""
+    """A file system that only supports the operations of object stores.
+
+    Objects are written completely, read completely or in part, and listed.
+    """
 
     protocol = ("gs", "gcs")
 

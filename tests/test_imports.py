@@ -1,6 +1,7 @@
-"""The rules of imports that `lint-imports` cannot prove.
+"""Tests rules for imports that `lint-imports` cannot check.
 
-The layers and the homes of outside packages are contracts in setup.cfg, which `make lint` checks.
+Other rules are contracts in setup.cfg, which `make lint` checks. They define the layers, and the
+modules that may import a third-party package.
 """
 
 import ast
@@ -15,12 +16,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
-# These may be imported anywhere; every other package has a contract that names its home.
-EVERYWHERE = {"jax", "flax", "numpy", "einops", "scipy", "jaxtyping"}
+# All modules may import these packages. Every other package needs a contract in setup.cfg.
+UNRESTRICTED = {"jax", "flax", "numpy", "einops", "scipy", "jaxtyping"}
 
 
-def packages_with_a_home():
-    """Returns the outside packages that the contracts in setup.cfg protect."""
+def packages_with_a_contract():
+    """Returns the third-party packages that the contracts in setup.cfg protect."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     contracts = [settings[name] for name in settings if name.startswith("importlinter:contract:")]
@@ -33,13 +34,13 @@ def packages_with_a_home():
     }
 
 
-def test_every_outside_package_has_a_home():
+def test_every_third_party_package_has_a_contract():
     graph = grimp.build_graph(
         "sam_jax", "train", "configs", include_external_packages=True, cache_dir=None
     )
-    outside = {module for module in graph.modules if graph.is_module_squashed(module)}
-    packages = {module.split(".")[0] for module in outside} - set(sys.stdlib_module_names)
-    assert packages - EVERYWHERE <= packages_with_a_home()
+    third_party = {module for module in graph.modules if graph.is_module_squashed(module)}
+    packages = {module.split(".")[0] for module in third_party} - set(sys.stdlib_module_names)
+    assert packages - UNRESTRICTED <= packages_with_a_contract()
     assert {"jax", "optax"} <= packages
 
 
@@ -59,7 +60,7 @@ def modules_imported_in(source):
             yield node.module
 
 
-def test_code_of_a_notebook():
+def test_modules_imported_in_a_notebook_are_found():
     cells = [
         {"cell_type": "markdown", "source": ["import torch"]},
         {"cell_type": "code", "source": ["%pip install x\n", "if 1:\n", "  !ls"]},
@@ -78,8 +79,8 @@ def test_a_notebook_imports_neither_tests_nor_torch(path):
     assert not packages & {"tests", "torch", "torchvision"}
 
 
-def test_no_array_file_may_hold_pickles():
-    """Ruff finds the other calls that could run data; it has no rule for this one."""
+def test_arrays_are_loaded_without_pickles():
+    """Checks `allow_pickle`. Ruff has rules for other calls that could execute data."""
     for folder in ("sam_jax", "train", "configs"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             found = re.findall(r"allow_pickle\s*=\s*(?!False)\S+", path.read_text("utf-8"))

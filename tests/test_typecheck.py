@@ -1,4 +1,4 @@
-"""The check of annotations finds wrong shapes, and accepts what JAX and Flax do with functions."""
+"""Tests that type checks find wrong shapes and are compatible with JAX and Flax."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ NAME = "tests.typecheck_example"
 
 @pytest.fixture(scope="module")
 def example():
-    """The module of examples, checked, whatever the environment says."""
+    """Yields the module of examples with type checks, independent of the environment."""
     with install_import_hook([NAME], "tests.typecheck.typecheck"):
         module = importlib.import_module(NAME)
     yield module
@@ -43,7 +43,7 @@ def test_wrong_shapes_and_types_are_errors(example):
         example.Plain("3")
 
 
-def test_right_shapes_pass(example):
+def test_correct_shapes_and_types_are_accepted(example):
     assert example.outer(jnp.zeros(2), jnp.zeros(3)).shape == (2, 3)
     assert example.returns_wrong_shape(jnp.zeros((2, 2))).shape == (2, 2)
     assert example.count(np.ones((2, 3), bool)) == 6
@@ -82,7 +82,7 @@ def test_custom_gradients_are_kept_and_checked(example):
         gradient(jnp.ones((2, 2)))
 
 
-def test_pytrees_hold_anything_but_their_methods_are_checked(example):
+def test_fields_of_pytrees_are_not_checked_but_their_methods_are(example):
     points = example.Points(xy=jnp.zeros((3, 2)), label=jnp.zeros(3, int))
     assert jax.tree.map(lambda x: x.shape, points).xy == (3, 2)
     assert jax.eval_shape(lambda p: p.moved(jnp.ones(2)), points).xy.shape == (3, 2)
@@ -94,7 +94,7 @@ def test_pytrees_hold_anything_but_their_methods_are_checked(example):
         points.moved(jnp.ones(3))
 
 
-def test_named_tuples_hold_anything(example):
+def test_fields_of_named_tuples_are_not_checked(example):
     pair = example.Pair(jnp.zeros(2), jnp.zeros(2))
     assert jax.tree.map(jnp.size, pair) == example.Pair(2, 2)
 
@@ -126,7 +126,7 @@ def test_pallas_kernels_run(example):
         example.double(jnp.ones(2))
 
 
-def test_the_project_is_checked_unless_switched_off(monkeypatch):
+def test_the_project_is_checked_unless_disabled(monkeypatch):
     is_checked = hasattr(sam_jax.masks.boxes.box_of_mask, "__wrapped__")
     assert is_checked is typecheck.is_on()
     monkeypatch.setenv("SAM_JAX_TYPECHECK", "0")

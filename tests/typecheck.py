@@ -1,6 +1,6 @@
-"""Checks annotations, shapes included, of every function of the project while tests run.
+"""Runtime type checks, including array shapes, of all functions of the project during tests.
 
-`SAM_JAX_TYPECHECK=0` switches it off. Processes that tests start are not checked.
+`SAM_JAX_TYPECHECK=0` disables them. Processes that tests start are not checked.
 """
 
 import functools
@@ -14,19 +14,20 @@ import jaxtyping
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# As for static type checkers, an int is a float.
+# An int is accepted as a float, as by static type checkers.
 CONF = beartype.BeartypeConf(is_pep484_tower=True)
 
 
 def is_on() -> bool:
-    """Returns whether annotations are to be checked."""
+    """Returns True if type checks are enabled."""
     return os.environ.get("SAM_JAX_TYPECHECK", "1") != "0"
 
 
 def install() -> None:
-    """Checks the calls of all functions of the project that are imported afterwards.
+    """Installs type checks for all modules of the project that are imported afterwards.
 
-    The `__init__.py` of a package stays as it is, since the hook adds a name to what it imports.
+    The `__init__.py` files of the packages are not checked, since the import hook adds a name to
+    each module.
     """
     modules = [
         f"{package}.{path.stem}"
@@ -39,7 +40,7 @@ def install() -> None:
 
 
 def typecheck(function: Callable) -> Callable:
-    """Decorates a function so that arguments of wrong types raise.
+    """Decorates a function so that arguments and results of wrong types raise an error.
 
     Constructors of dataclasses that are pytrees are not checked: `jax.tree.map`, `jax.vmap` and
     `jax.eval_shape` build them from values of any type.

@@ -1,4 +1,4 @@
-"""Annotated code of every kind that the project has, for `test_typecheck`."""
+"""Examples of annotated code for `test_typecheck`."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,12 @@ def outer(x: Float[Array, " a"], y: Float[Array, " b"]) -> Float[Array, "a b"]:
 
 
 def returns_wrong_shape(x: Float[Array, "a b"]) -> Float[Array, "a b"]:
-    """Returns the transpose, which the annotation denies."""
+    """Returns the transpose, which contradicts the annotation."""
     return x.T
 
 
 def scale(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
-    """Returns a multiple."""
+    """Returns the product of an array and a factor."""
     return factor * x
 
 
@@ -48,7 +48,7 @@ def opened(name: str) -> Iterator[str]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def power(exponent: int, x: Float[Array, " a"]) -> Float[Array, " a"]:
-    """Returns a power, whose gradient is one on purpose."""
+    """Returns a power. Its custom gradient is one."""
     return x**exponent
 
 
@@ -80,27 +80,27 @@ class Points:
     label: Int[Array, " n"]
 
     def moved(self, by: Float[Array, " 2"]) -> "Points":
-        """Returns the points at other places."""
+        """Returns shifted points."""
         return self.replace(xy=self.xy + by)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A dataclass that is no pytree."""
+    """A dataclass that is not a pytree."""
 
     rate: float
     name: str = ""
 
 
 class Plain:
-    """A class whose constructor is written by hand."""
+    """A class with an explicit constructor."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
 
 class Head(nn.Module):
-    """A module with setup."""
+    """A module with `setup`."""
 
     dim: int
     dtype: str = "float32"
@@ -113,13 +113,13 @@ class Head(nn.Module):
 
 
 class Stack(nn.Module):
-    """A compact module around another one."""
+    """A compact module with a submodule."""
 
     head: Head
 
     @nn.compact
     def __call__(self, x: Float[Array, "b c"], train: bool = False) -> Float[Array, "b d"]:
-        """Applies two heads, the second one rematerialised."""
+        """Applies two heads, the second one rematerialized."""
         x = self.head(x)
         x = nn.remat(Head)(self.head.dim, name="second")(x)
         return nn.Dropout(0.5, deterministic=not train)(x)
@@ -131,7 +131,7 @@ def double_kernel(x_ref, out_ref) -> None:
 
 
 def double(x: Float[Array, "a b"]) -> Float[Array, "a b"]:
-    """Returns twice an array, by a Pallas kernel."""
+    """Doubles an array with a Pallas kernel."""
     return pl.pallas_call(
         double_kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True
     )(x)

@@ -87,10 +87,9 @@ class Data(Images):
         """Yields the rules that the fields must obey."""
         yield from super().rules()
         jitter = self.jitter
-        is_range = (
-            len(jitter) in (0, 2) and list(jitter) == sorted(jitter) and min(jitter, default=1) > 0
-        )
-        yield Rule("jitter", jitter, is_range, "a smallest and a largest scale above 0, or ()")
+        is_range = len(jitter) == 2 and 0 < jitter[0] <= jitter[1]
+        allowed = "a smallest and a largest scale above 0, or ()"
+        yield Rule("jitter", jitter, is_range or not jitter, allowed)
         yield at_least("views", self.views, 0)
 
 

@@ -72,9 +72,8 @@ class FeatureCache:
         self.path = folder / digest(settings, encoder)
         self.path.mkdir(parents=True, exist_ok=True)
         rows = count * self.views
-        self.features = open_rows(
-            self.path / f"{part}_{name}.npy", feature_shape(model, part, rows), DTYPES[part]
-        )
+        shape = feature_shape(model, part, rows)
+        self.features = open_rows(self.path / f"{part}_{name}.npy", shape, DTYPES[part])
         self.is_known = open_rows(self.path / f"known_{name}.npy", (rows,), bool)
 
     def __call__(self, batch: Batch) -> Batch:
@@ -108,7 +107,7 @@ def digest(settings: Mapping[str, Any], params: Any) -> str:
 
 
 def open_rows(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
-    """Opens a file of rows for reading and writing. A new file, or one that is cut short, is zero."""
+    """Opens a file of rows. A new file, or one that replaces a damaged file, holds zeros."""
     try:
         rows = np.lib.format.open_memmap(path, "r+")
     except (FileNotFoundError, ValueError):

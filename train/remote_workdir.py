@@ -68,7 +68,7 @@ class RemoteWorkdir:
             names = storage.listdir(self.address) if storage.is_folder(self.address) else []
             if names and "config.json" not in names:
                 raise ConfigError(
-                    f"{self.address} is neither empty nor a run's: choose another --workdir"
+                    f"{self.address} is not empty and holds no run: choose another --workdir"
                 )
             for name in names:
                 if any(fnmatch.fnmatch(name, pattern) for pattern in PULLED):

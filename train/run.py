@@ -45,7 +45,7 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
       ConfigError: If the run is not possible. Nothing is written then.
       SourceError: If the images cannot be opened. Nothing is written then.
     """
-    # What is learnt, from which images, on which devices, and from which variables.
+    # The task, the images, the devices and the initial variables.
     task = make_task(config)
     train_split, eval_split = open_data(config, task)
     stages = config.parts()
@@ -59,7 +59,7 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
         num_bytes = bytes_on_disk(variables, remote.is_remote)
         check_or_create(remote.folder, config, num_bytes, is_lead_host(), remote.address)
         remote.push()
-        state = train(config, task, remote, mesh, variables, train_split, eval_split)
+        state = train_loop(config, task, remote, mesh, variables, train_split, eval_split)
         variables = gather_variables(mesh, state)
         if is_lead_host():
             finalize(config, task, remote.folder, variables, eval_split)
@@ -69,7 +69,7 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     sync_hosts("end of the run")
 
 
-def train(
+def train_loop(
     config: TrainConfig,
     task: Task,
     remote: RemoteWorkdir,
@@ -101,12 +101,12 @@ def train(
     def make_state(step: int) -> TrainState:
         # A checkpoint at the border of two stages was written by the first of them.
         index = max(i for i, (start, _, _) in enumerate(stages) if start < max(step, 1))
-        return init_sharded(mesh, lambda v: init_state(v, optimizers[index]), variables)
+        optimizer = optimizers[index]
+        return init_sharded(mesh, lambda v: init_state(v, optimizer), variables)
 
     checkpoints = Checkpoints(remote.checkpoints)
     state = checkpoints.restore(make_state) or make_state(0)
     done = int(state.step)
-    del variables  # the state has a sharded copy
 
     folder = remote.folder
     bad_samples = BadSamples(
@@ -271,7 +271,7 @@ def peak_step_seconds(config: TrainConfig, task: Task, mesh: Mesh) -> float | No
 
 
 def bytes_on_disk(variables: dict[str, Any], is_remote: bool) -> int:
-    """Returns how much any run writes to its folder: weights, and checkpoints if it is local.
+    """Returns the number of bytes that a run writes: weights, and checkpoints if it is local.
 
     A checkpoint holds the parameters and the optimizer's two moments. While one is being written,
     there is one more than the manager keeps.

@@ -162,7 +162,7 @@ def make_sharded_grad_fn(
       mesh: The devices.
       objective: The objective.
       params: The parameters, or their shapes.
-      dtype: The type of all-gathered parameters and reduce-scattered gradients (FSDP only).
+      dtype: The dtype of all-gathered parameters and reduce-scattered gradients (FSDP only).
 
     Returns:
       A function of (params, constants, batch, key) that returns ((loss, values), gradients) of the

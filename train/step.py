@@ -28,7 +28,7 @@ def make_step(
       seed: The seed of the run. The step's key is derived from it and the step's number.
       mesh: The devices, see `make_mesh`.
       state: The state, or its shapes.
-      dtype: The type of all-gathered parameters and reduce-scattered gradients.
+      dtype: The dtype of all-gathered parameters and reduce-scattered gradients.
 
     Returns:
       The step, a function of (state, batch) that returns the next state and a dict of float32

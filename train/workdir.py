@@ -39,7 +39,7 @@ def check_or_create(
       workdir: A new or empty folder, or that of a run with the same configuration.
       config: The configuration.
       num_bytes: The size of the files that the run will write.
-      is_writer: Whether to write; otherwise the folder is only checked.
+      is_writer: True on the host that writes. Other hosts only check the folder.
       name: The name of the folder in error messages; by default its path.
 
     Raises:
@@ -55,7 +55,7 @@ def check_or_create(
                 "--workdir, or the same values"
             )
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise ConfigError(f"{name} is neither empty nor a run's: choose another --workdir")
+        raise ConfigError(f"{name} is not empty and holds no run: choose another --workdir")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(parent).free) < num_bytes:
         raise ConfigError(

@@ -27,7 +27,7 @@ from sam_jax.model.sam import Sam, replace_fields
 from sam_jax.weights.formats import load
 
 # Packages whose version may change the results.
-PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "pillow")
+RESULT_PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "pillow")
 
 # Options that are arguments of `SamAutomaticMaskGenerator`, with the names of the official amg.py.
 GENERATOR_OPTIONS = {
@@ -208,7 +208,7 @@ def software_settings() -> dict[str, Any]:
     """Returns the versions and the device, on which the results depend."""
     return {
         "sam_jax": sam_jax.__version__,
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **{package: importlib.metadata.version(package) for package in RESULT_PACKAGES},
         "device": jax.local_devices()[0].device_kind,
     }
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image
 
 from sam_jax.data.example import RLE, BadSample
-from sam_jax.images.read import FORMATS, MAX_IMAGE_PIXELS, read_image
+from sam_jax.images.read import IMAGE_FORMATS, MAX_IMAGE_PIXELS, read_image
 from sam_jax.io import storage
 from sam_jax.masks import rle
 
@@ -275,7 +275,7 @@ def _decode_png(data: bytes, modes: Sequence[str] | None = None) -> Shaped[np.nd
 
 def _size_in_header(data: bytes) -> tuple[int, int]:
     """Returns the (height, width) of the upright image."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         is_sideways = image.getexif().get(ORIENTATION) in SIDEWAYS_ORIENTATIONS
         return (image.width, image.height) if is_sideways else (image.height, image.width)
 

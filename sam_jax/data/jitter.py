@@ -79,8 +79,9 @@ def sample_window(
                 max(min(last, int(start)), first),
             )
         offsets.append(first + round(rng.uniform() * (last - first)))
+    top, left = offsets
     visible = min(resized[0], canvas[0]), min(resized[1], canvas[1])
-    return Window(resized, *offsets, *visible)
+    return Window(resized, top, left, *visible)
 
 
 def cut_image(

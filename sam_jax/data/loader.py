@@ -179,8 +179,10 @@ class Loader:
         for attempt in range(MAX_ATTEMPTS):
             index = self._index(position, attempt)
             rng = np.random.default_rng((self.seed, position // self.batch_size, index))
-            view = {"view": np.int32(rng.integers(self.views))} if self.views else {}
-            view_rng = np.random.default_rng((index, *view.values())) if self.views else None
+            view, view_rng = {}, None
+            if self.views:
+                view = {"view": np.int32(rng.integers(self.views))}
+                view_rng = np.random.default_rng((index, int(view["view"])))
             try:
                 row = self.transform(self.source[index], rng, view_rng)
             except BadSample as error:

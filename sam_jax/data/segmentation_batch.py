@@ -160,7 +160,8 @@ class SegmentationTransform:
         order = rng.permutation(len(example.masks))
         if first is not None:
             order = np.concatenate([[first], order[order != first]])
-        masks, mask_id = [], []
+        masks: list[np.ndarray] = []
+        mask_id: list[int] = []
         for i in order:
             if len(masks) == self.masks_per_image:
                 break

@@ -1,4 +1,4 @@
-"""The output folder of the automatic stage, which several processes fill and a restart continues.
+"""The output folder of the automatic stage. Several processes can fill it, and runs can resume.
 
     everything.json           the settings of the run
     sa_ID.jpg, sa_ID.json     an image and its masks, as in SA-1B; the JSON is written last
@@ -7,8 +7,8 @@
     instances.json            all masks, as in COCO
 
 Files are written atomically, under a temporary name that contains the number of the process.
-Several processes, on one host or on many that see the folder, can therefore fill it together
-without talking to each other, and a restarted process removes only its own unfinished files.
+Several processes, on one host or on several hosts that share the folder, can therefore fill it
+without communicating. A restarted process removes only its unfinished files, see `acquire`.
 """
 
 import json
@@ -34,17 +34,17 @@ UNFINISHED = re.compile(
 def acquire(
     folder: Path, settings: Mapping[str, Any], *, process: int = 0, processes: int = 1
 ) -> None:
-    """Creates the folder or checks its settings, and removes what a killed process left behind.
+    """Creates the folder or checks its settings, and removes the leftovers of killed processes.
 
     Args:
       folder: A new or empty folder, or that of a run with the same settings.
       settings: Everything that the results depend on, as JSON values.
       process: The number of this process, from 0.
-      processes: The number of processes. An earlier run may have had more: each process also
-        removes the files of those whose number modulo `processes` is its own.
+      processes: The number of processes. If an earlier run had more, each process also removes
+        the leftovers of those whose number modulo `processes` is `process`.
 
     Raises:
-      SettingsError: If the folder was started with other settings, or by something else.
+      SettingsError: If the folder was started with other settings, or has files but no settings.
       OSError: If the folder cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def write_file(path: Path, chunks: Iterable[bytes], *, process: int) -> None:
 
 
 def _remove_leftovers(directory: Path, process: int, processes: int) -> None:
-    """Removes unfinished files, and lists of skipped images, which are written again."""
+    """Removes unfinished files and lists of skipped images. The run writes them again."""
     for name in os.listdir(directory):
         match = UNFINISHED.fullmatch(name) or SKIPPED.fullmatch(name)
         if match and int(match[1]) % processes == process:

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 class Evaluation(Protocol):
     """The functions that a module of this folder defines for the command line.
 
-    `sam-jax evaluate` declares `--source`, `--index` and `--json` for every evaluation.
+    `sam-jax evaluate` adds `--source`, `--index` and `--json` for every evaluation.
     """
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declares the arguments of this evaluation alone, an epilog and a description."""
+        """Adds the arguments of this evaluation only, and sets the description and the epilog."""
         ...
 
     def run(self, args: argparse.Namespace) -> dict[str, Any]:
-        """Evaluates on the images `args.index` of `args.source` and returns the scores for JSON.
+        """Evaluates on the images `args.index` of `args.source`.
+
+        Returns:
+          The scores, as JSON values.
 
         Raises:
           OSError: If a file cannot be read.
@@ -50,9 +53,7 @@ EVALUATIONS = {
     "clicks": EvaluationEntry(
         "mean IoU of a model after 1 to 9 clicks and after a box", "sam_jax.evaluate.clicks"
     ),
-    "proposals": EvaluationEntry(
-        "average recall of masks that were predicted before", "sam_jax.evaluate.proposals"
-    ),
+    "proposals": EvaluationEntry("average recall of saved masks", "sam_jax.evaluate.proposals"),
     "reconstruction": EvaluationEntry(
         "reconstruction loss of a masked autoencoder", "sam_jax.evaluate.reconstruction"
     ),
@@ -64,5 +65,8 @@ def load_evaluation(name: str) -> Evaluation:
 
     Args:
       name: A key of `EVALUATIONS`.
+
+    Returns:
+      The module of the evaluation.
     """
     return cast(Evaluation, importlib.import_module(EVALUATIONS[name].module))

@@ -118,7 +118,7 @@ def _find_taps(
 ) -> tuple[Int[np.ndarray, "size 2 2"], Float[np.ndarray, "size 2 2"]]:
     """Returns the four logits that each pixel depends on, and their weights.
 
-    A pixel lies between two pixels of the canvas, and each of these between two logits.
+    A pixel is between two pixels of the canvas, and each of these between two logits.
     """
     first, weight = bilinear_taps(input_size, size)
     low_first, low_weight = bilinear_taps(low_res, canvas)

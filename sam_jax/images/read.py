@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_PIXELS = 1 << 26  # checked in the header, before an image is decoded
 
 
@@ -37,7 +37,7 @@ def read_image(
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     name = "the image" if isinstance(source, bytes) else source
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"{name} must have at most {MAX_IMAGE_PIXELS} pixels; "

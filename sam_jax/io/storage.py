@@ -21,7 +21,7 @@ def is_file(path: str) -> bool:
     """Returns True if a path is a regular file.
 
     Raises:
-      OSError: If the store cannot be asked.
+      OSError: If the store cannot be reached.
     """
     return _object_type(path) == "file" if is_url(path) else os.path.isfile(path)
 
@@ -30,7 +30,7 @@ def is_folder(path: str) -> bool:
     """Returns True if a path is a folder. In a store, a folder is a prefix of an object's name.
 
     Raises:
-      OSError: If the store cannot be asked.
+      OSError: If the store cannot be reached.
     """
     return _object_type(path) == "directory" if is_url(path) else os.path.isdir(path)
 
@@ -45,7 +45,7 @@ def listdir(folder: str) -> list[str]:
         return os.listdir(folder)
     with _open_store(folder) as (store, name):
         paths = [path.rstrip("/") for path in store.ls(name, detail=False)]
-    marker = name.rstrip("/")  # an empty object that some tools write for a folder
+    marker = name.rstrip("/")  # an empty object with which some tools represent a folder
     return [path.rsplit("/", 1)[-1] for path in paths if path != marker]
 
 
@@ -153,7 +153,7 @@ def _object_type(url: str) -> str | None:
 
 @contextlib.contextmanager
 def _open_store(url: str) -> Iterator[tuple[Any, str]]:
-    """Yields the file system of a URL and the name there. Turns all errors into OSError."""
+    """Yields the file system of a URL and the path in it. Converts all errors to OSError."""
     try:
         import fsspec.core
 

@@ -1,15 +1,15 @@
 """Rasterizes COCO polygons to exactly the pixels that pycocotools gives.
 
-Corners are rounded to fifths of a pixel, and edges are traced in steps of a fifth. Where the trace
-crosses the middle of a column of pixels, the pixels below it in that column change between outside
-and inside. A region that a polygon encloses twice is therefore a hole. A mask is the union of its
-polygons.
+Corners are rounded to fifths of a pixel, and edges are traced in steps of a fifth. Each time the
+trace crosses the centre line of a pixel column, all pixels below the crossing in that column toggle
+between outside and inside. A region that a polygon encloses twice is therefore a hole. A mask is
+the union of its polygons.
 
 Source: `common/maskApi.c` in cocodataset/cocoapi (rleFrPoly).
 
-Differences: Corners that are not finite numbers, and polygons that do not fit in memory, are
-errors. Four numbers are not read as a box. pycocotools computes the same pixels, but is a compiled
-dependency.
+Differences: Corners that are not finite numbers or exceed MAX_CORNER, and outlines of more than
+MAX_STEPS, are errors. A list of four numbers is an error and not a box. pycocotools itself is not
+used because it is a compiled dependency.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-SCALE = 5  # steps a pixel
+SCALE = 5  # steps per pixel
 MAX_CORNER = 1e6  # largest coordinate, in pixels
-MAX_STEPS = 1 << 22  # around a polygon: some 800,000 pixels
+MAX_STEPS = 1 << 22  # on the outline of a polygon; some 800,000 pixels
 
 
 class PolygonError(ValueError):
@@ -30,7 +30,7 @@ def rasterize(polygons: Any, size: tuple[int, int]) -> Bool[np.ndarray, "{size[0
     """Rasterizes the union of polygons.
 
     Args:
-      polygons: A list of lists [x0, y0, x1, y1, ...], in pixels; pixel centres lie at +0.5. Values
+      polygons: A list of lists [x0, y0, x1, y1, ...], in pixels; pixel centres are at +0.5. Values
         of other types are errors.
       size: (height, width) of the image.
 
@@ -38,13 +38,13 @@ def rasterize(polygons: Any, size: tuple[int, int]) -> Bool[np.ndarray, "{size[0
       The mask.
 
     Raises:
-      PolygonError: If the value is not such a list, or a polygon is too long.
+      PolygonError: If the value is not such a list, or if an outline is too long.
     """
     if not isinstance(polygons, list) or not polygons:
         raise PolygonError("polygons must be a list of at least one list of numbers")
     mask = np.zeros(size, bool)
     for polygon in polygons:
-        mask |= _inside(_changes(_corners(polygon), *size), *size)
+        mask |= _fill(_changes(_corners(polygon), *size), *size)
     return mask
 
 
@@ -62,48 +62,51 @@ def _corners(polygon: Any) -> Int64[np.ndarray, "k 2"]:
 
 
 def _changes(corners: Int64[np.ndarray, "k 2"], height: int, width: int) -> Int64[np.ndarray, " r"]:
-    """Returns ascending positions `column * h + row` where pixels change sides."""
+    """Returns ascending positions `column * h + row` where the polygon's inside begins or ends."""
     u, v = _trace(corners)
     moved = np.flatnonzero(np.diff(u))
     left, top = (np.minimum(x[moved], x[moved + 1]) for x in (u, v))
-    column, rest = np.divmod(left - SCALE // 2, SCALE)
-    crosses = (rest == 0) & (column >= 0) & (column < width)
+    column, remainder = np.divmod(left - SCALE // 2, SCALE)
+    crosses = (remainder == 0) & (column >= 0) & (column < width)
     row = np.clip(-((SCALE // 2 - top[crosses]) // SCALE), 0, height)
-    position, times = np.unique(column[crosses] * height + row, return_counts=True)
-    return position[(times % 2 == 1) & (position < height * width)]
+    position, counts = np.unique(column[crosses] * height + row, return_counts=True)
+    return position[(counts % 2 == 1) & (position < height * width)]
 
 
 def _trace(
     corners: Int64[np.ndarray, "k 2"],
 ) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]]:
-    """Returns points x and y around a polygon, one a step along the longer axis of each edge."""
+    """Returns the x and y of points on the outline of a polygon.
+
+    Each edge has one point per step along its longer axis.
+    """
     ends = np.roll(corners, -1, axis=0)
     steps = np.abs(ends - corners).max(axis=1)
     edges = steps > 0
     if (total := int((steps + 1)[edges].sum())) > MAX_STEPS:
-        raise PolygonError(f"a polygon must be {MAX_STEPS // SCALE} pixels around at most")
+        raise PolygonError(f"a polygon's outline must have at most {MAX_STEPS // SCALE} pixels")
     start, end, steps = corners[edges], ends[edges], steps[edges]
 
-    # Every edge is measured from its end that is lower on the longer axis, so that its points are
-    # rounded alike in both directions.
+    # Each edge is traced from the end with the lower coordinate on the longer axis, so that the
+    # points are rounded in the same way in both directions.
     index = np.arange(len(steps))
-    long = np.where(np.abs(end - start)[:, 0] == steps, 0, 1)
-    backwards = start[index, long] > end[index, long]
+    long_axis = np.where(np.abs(end - start)[:, 0] == steps, 0, 1)
+    backwards = start[index, long_axis] > end[index, long_axis]
     low = np.where(backwards[:, None], end, start)
-    slope = (end - start + 2 * backwards[:, None] * (start - end))[index, 1 - long] / steps
+    slope = (end - start + 2 * backwards[:, None] * (start - end))[index, 1 - long_axis] / steps
 
     edge = np.repeat(index, steps + 1)
     step = np.arange(total) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
     step = np.where(backwards[edge], steps[edge] - step, step)
-    along = low[index, long][edge] + step
-    across = np.trunc(low[index, 1 - long][edge] + slope[edge] * step + 0.5).astype(np.int64)
-    flat = long[edge] == 0
-    return np.where(flat, along, across), np.where(flat, across, along)
+    along = low[index, long_axis][edge] + step
+    across = np.trunc(low[index, 1 - long_axis][edge] + slope[edge] * step + 0.5).astype(np.int64)
+    x_is_long = long_axis[edge] == 0
+    return np.where(x_is_long, along, across), np.where(x_is_long, across, along)
 
 
-def _inside(
+def _fill(
     changes: Int64[np.ndarray, " r"], height: int, width: int
 ) -> Bool[np.ndarray, "{height} {width}"]:
-    """Fills the pixels between every second change and the next."""
+    """Fills the pixels from the first change to the second, from the third to the fourth, etc."""
     lengths = np.diff(changes, prepend=0, append=height * width)
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T

@@ -1,16 +1,16 @@
 """Encodes masks as COCO run lengths (RLE) and decodes them, in vectorized numpy.
 
-A mask is read column by column as runs of equal pixels, zeros first. From the fourth run on, the
-difference to the run two before is stored. A number is split into groups of five bits, lowest
-first; the top bit of its last group is the sign. A group is one character, 48 + bits, plus 32 if
-another group follows.
+A mask is read column by column as runs of equal pixels, zeros first. From the fourth run on, each
+length is stored as its difference from the length two runs before. A number is split into groups of
+five bits, lowest first; the top bit of its last group is the sign. A group is stored as the
+character of code 48 + bits, plus 32 if another group follows.
 
 Source: `common/maskApi.c` in cocodataset/cocoapi (rleEncode, rleToString, rleFrString). `encode`
 gives the same bytes.
 
 Differences:
-- Everything that is not exactly one mask of its size is an error. The C code reads past the end of
-  a truncated string and writes past the end of a mask.
+- Run lengths that do not describe exactly one mask of the given size are an error. The C code reads
+  past the end of a truncated string and writes past the end of a mask.
 - A mask has at most MAX_PIXELS pixels.
 - Functions take one mask, and `counts` is a str, so that an RLE can be written as JSON.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
-MAX_PIXELS = 2**26  # as for images that are read; a decoded mask takes at most 64 MiB
-MAX_GROUPS = 6  # 30 bits: a difference of runs needs 28, so that no sum can overflow int64
+MAX_PIXELS = 2**26  # the limit for images, too; a decoded mask takes at most 64 MiB
+MAX_GROUPS = 6  # 30 bits; differences of runs need 28, and sums cannot overflow int64
 
 
 class RLEError(ValueError):
@@ -46,7 +46,7 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     if mask.ndim != 2 or mask.dtype != np.bool_:
         raise ValueError(
             f"mask must be 'h w' bool, got {mask.dtype} of shape {mask.shape}; "
-            "one mask a call, for example encode(logits[0] > 0)"
+            "pass one mask per call, for example encode(logits[0] > 0)"
         )
     if mask.size > MAX_PIXELS:
         raise ValueError(f"mask of shape {mask.shape}: at most {MAX_PIXELS} pixels are allowed")
@@ -60,9 +60,9 @@ def encode_bits(
     """Encodes a mask from the bits of a part of it. All pixels outside of the part are False.
 
     Args:
-      bits: The part column by column, eight rows a byte, lower rows in higher bits. Bits outside
-        of the mask must be zero.
-      corner: (x, y) of the part in the mask.
+      bits: The part column by column, eight rows per byte, with the topmost row in the lowest bit.
+        Bits outside of the mask must be zero.
+      corner: (x, y) of the part's top left pixel in the mask.
       size: (height, width) of the mask.
 
     Returns:
@@ -138,8 +138,8 @@ def decode_resized(
 ) -> Bool[np.ndarray, "{new_size[0]} {new_size[1]}"]:
     """Decodes an RLE at another size by nearest neighbour.
 
-    Equal to `decode` and a nearest-neighbour resize, but no pixels are decoded at the original
-    size: the bounds of the runs are moved to the new size instead.
+    Equal to `decode` followed by a nearest-neighbour resize, but no pixels are decoded at the
+    original size. The bounds of the runs are mapped to the new size instead.
 
     Args:
       rle: See `decode`.
@@ -226,7 +226,7 @@ def runs(rle: Any) -> Int64[np.ndarray, " r"]:
     else:
         raise RLEError(f"counts must be a str, bytes or a list of ints, got {_got(counts)}")
 
-    # No run may be longer than the mask before they are summed, so the sum cannot overflow.
+    # Runs longer than the mask are rejected before the sum, so that the sum cannot overflow.
     wrong = np.flatnonzero((lengths < 0) | (lengths > pixels))
     if wrong.size:
         length = lengths[wrong[0]]
@@ -238,7 +238,7 @@ def runs(rle: Any) -> Int64[np.ndarray, " r"]:
 
 
 def bounds(rle: Any) -> Int64[np.ndarray, "r 2"]:
-    """Returns the begin and the end of each run inside a mask, without decoding it.
+    """Returns the start and the end of each run inside a mask, without decoding it.
 
     Args:
       rle: See `decode`.
@@ -256,7 +256,7 @@ def bounds(rle: Any) -> Int64[np.ndarray, "r 2"]:
 
 
 def _nearest(size: int, new_size: int) -> Int64[np.ndarray, " {new_size}"]:
-    """Returns the pixels of an axis that a nearest-neighbour resize samples, by their centres."""
+    """Returns for each new pixel of an axis the index of the pixel that contains its centre."""
     return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
 
 
@@ -264,9 +264,9 @@ def _nearest(size: int, new_size: int) -> Int64[np.ndarray, " {new_size}"]:
 def _next_sampled_rows(
     height: int, new_height: int, top: int, count: int
 ) -> Int64[np.ndarray, " {height}"]:
-    """Returns for each row of a mask the first new row that samples it or a row below it.
+    """Returns for each row of a mask the first new row that samples it or a later row.
 
-    New rows are numbered from `top`; rows below the last of the `count` new ones get `count`.
+    The `count` new rows begin at `top`, with the number 0. Rows after the last one get `count`.
     """
     return np.searchsorted(_nearest(height, new_height)[top : top + count], np.arange(height))
 
@@ -282,9 +282,9 @@ def _sampled_columns(
     """Finds the source columns that a nearest-neighbour resize samples.
 
     Returns:
-      For each of the `count` new columns from `left` on its index among the sampled columns. For
-      each position from 0 to `width` the index of the first sampled column from there on, and
-      whether it is sampled itself.
+      For each of the `count` new columns from `left` on, the index of its source among the sampled
+      columns. For each source column from 0 to `width`, the index of the first sampled column at or
+      after it, and True if the column itself is sampled.
     """
     columns = _nearest(width, new_width)[left : left + count]
     sampled = columns[np.diff(columns, prepend=-1) > 0]
@@ -331,11 +331,11 @@ def _unpack(counts: str | bytes, pixels: int) -> Int64[np.ndarray, " r"]:
     if is_invalid.any():
         index = int(is_invalid.argmax())
         raise RLEError(f"counts[{index}] must be a character from 48 to 111, got {data[index]}")
-    final = codes < 32
-    if len(final) and not final[-1]:
+    is_last = codes < 32
+    if len(is_last) and not is_last[-1]:
         raise RLEError(f"counts is cut short: {chr(data[-1])!r} at its end says that more follows")
-    _check_number(int(np.count_nonzero(final)), pixels)
-    ends = np.flatnonzero(final)
+    _check_number(int(np.count_nonzero(is_last)), pixels)
+    ends = np.flatnonzero(is_last)
     groups = np.diff(ends, prepend=-1)
     if (groups > MAX_GROUPS).any():
         raise RLEError(f"a run must have at most {MAX_GROUPS} characters, got {groups.max()}")

@@ -1,11 +1,11 @@
-"""Attention with decomposed relative positions, within windows or over the whole grid.
+"""Attention with decomposed relative positions, within windows or over the full grid.
 
 Source: Li et al. 2022 (MViTv2), as used by ViTDet and Segment Anything
 (segment-anything `modeling/image_encoder.py`).
 
 Differences, all exact up to rounding: see `ops/relative_positions.py`, `ops/global_attention.py`,
 `ops/window_attention.py` and `ops/windows.py`. In short: relative positions are folded into extra
-channels, the logits of a whole grid are never in memory, and except on TPUs the padding of windows
+channels, the logits of a full grid are never in memory, and except on TPUs the padding of windows
 is projected once.
 """
 
@@ -21,13 +21,13 @@ from sam_jax.model.ops.windows import join_windows
 
 
 class Attention(nn.Module):
-    """Self-attention on a grid of tokens, within windows or over the whole grid.
+    """Self-attention on a grid of tokens, within windows or over the full grid.
 
     Attributes:
       num_heads: Attention heads, a divisor of the channels.
       table_size: (height, width) that the tables of relative positions are stored for; None for
         attention without relative positions.
-      window: Side of a window in tokens; 0 for the whole grid.
+      window: Side of a window in tokens; 0 for the full grid.
       dtype: Compute type of the projections and products.
     """
 

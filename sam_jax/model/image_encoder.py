@@ -80,7 +80,7 @@ class ImageEncoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array | np.ndarray, "b h w c_in"],
+        x: Any,
         train: bool = False,
         part: Literal["all", "trunk", "neck"] = "all",
     ) -> Float[Array, "b gh gw c"]:

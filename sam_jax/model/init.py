@@ -33,7 +33,8 @@ def init_variables(model: Sam | MaskedAutoencoder, seed: int) -> dict[str, Any]:
     prompts = Prompts(
         points=jnp.zeros((1, 1, 1, 2)),
         labels=jnp.zeros((1, 1, 1), jnp.int32),
-        mask=jnp.zeros((1, 1, *model.low_res)),  # without one, its convolutions get no parameters
+        # Without a mask, the convolutions of mask prompts would get no parameters.
+        mask=jnp.zeros((1, 1, *model.low_res)),
         has_mask=jnp.ones((1, 1), bool),
     )
     return dict(model.init(jax.random.key(seed), image, prompts))
@@ -41,7 +42,7 @@ def init_variables(model: Sam | MaskedAutoencoder, seed: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=32)
 def variable_shapes(model: Sam | MaskedAutoencoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and types of a model's variables by path, without computing anything.
+    """Returns the shapes and dtypes of a model's variables by path, without computing anything.
 
     >>> variable_shapes(sam_jax.sam_tiny())["params/mask_decoder/iou_token"].shape
     (1, 64)
@@ -50,7 +51,7 @@ def variable_shapes(model: Sam | MaskedAutoencoder) -> dict[str, jax.ShapeDtypeS
       model: The model.
 
     Returns:
-      Shapes by path. The dict is shared by all callers and must not be changed.
+      Shapes and dtypes by path. The dict is shared by all callers and must not be changed.
     """
     shapes = jax.eval_shape(lambda: init_variables(model, 0))
     return flax.traverse_util.flatten_dict(shapes, sep="/")

@@ -33,7 +33,7 @@ class Prompts:
     >>> click = Prompts(points=jnp.array([[[[32.0, 20.0]]]]), labels=jnp.array([[[1]]]))
 
     Attributes:
-      points: (x, y) in pixels of the padded image; pixel centres lie at +0.5.
+      points: (x, y) in pixels of the padded image; pixel centres are at +0.5.
       labels: 1 foreground, 0 background, 2 and 3 the top-left and bottom-right corners of a box,
         -1 the reference's "not a point" token, -2 absent.
       mask: Logits of an earlier prediction, or None if no object has one.

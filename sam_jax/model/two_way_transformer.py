@@ -132,14 +132,14 @@ class TwoWayBlock(nn.Module):
         mlp = Mlp((self.mlp_dim, tokens.shape[-1]), nn.relu, self.dtype, name="mlp")
         tokens = layer_norm(NORM_EPSILON, self.dtype, "norm3")(tokens + drop(mlp(tokens)))
 
-        words = self.draw_dropout_words(tokens, image) if train and self.dropout else None
+        words = self.sample_dropout_words(tokens, image) if train and self.dropout else None
         image = self.update_image(image, image_pe, tokens + token_pe, tokens, token_mask, words)
         return tokens, image
 
-    def draw_dropout_words(
+    def sample_dropout_words(
         self, tokens: Float[Array, "b n t c"], image: Float[Array, " b #n p c"]
     ) -> UInt32[Array, "b n words c"]:
-        """Draws the random words that decide on the dropout of the image."""
+        """Samples random bits for the dropout of the image."""
         b, n, _, c = tokens.shape
         return image_to_token.random_words(self.make_rng("dropout"), (b, n), image.shape[2], c)
 
@@ -160,7 +160,7 @@ class TwoWayBlock(nn.Module):
           keys: Tokens with their positional encoding.
           values: Tokens.
           token_mask: True for tokens that are present.
-          words: From `draw_dropout_words`; None for no dropout.
+          words: From `sample_dropout_words`; None for no dropout.
 
         Returns:
           The updated pixels of every object.

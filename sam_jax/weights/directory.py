@@ -1,9 +1,9 @@
 """Weights directories: a model's fields as JSON, and its arrays in a safetensors file.
 
-A directory is written under a temporary name next to its target and then renamed, so that a
-directory under the target's name is complete. That of a `Sam` (`model.json`,
-`weights.safetensors`) holds its arrays by parameter path. That of a `MaskedAutoencoder`
-(`mae.json`, `mae.safetensors`) holds its tensors under the names of facebookresearch/mae.
+A directory is written under a temporary name next to its target and then renamed, so that it is
+always complete under its final name. The directory of a `Sam` (`model.json`, `weights.safetensors`)
+holds arrays by parameter path. The directory of a `MaskedAutoencoder` (`mae.json`,
+`mae.safetensors`) holds arrays under the names of facebookresearch/mae.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def write_sam(path: Path, model: Sam, variables: dict[str, Any]) -> None:
     Args:
       path: The directory.
       model: The model.
-      variables: Its {"params", "constants"}, which are stored as float32.
+      variables: Its {"params", "constants"}. They are stored as float32.
 
     Raises:
       WeightsError: If the variables are not those of the model.
@@ -51,10 +51,10 @@ def read_sam(path: Path) -> tuple[Sam, dict[str, Any]]:
       path: The directory.
 
     Returns:
-      The model and its {"params", "constants"}, numpy arrays.
+      The model, and its {"params", "constants"} as numpy arrays.
 
     Raises:
-      ValueError: If a file is missing or damaged, or if the two do not fit together.
+      ValueError: If a file is missing or damaged, or if the two files do not match.
     """
     model = sam_from_json(read_json(path / SAM_JSON), path / SAM_JSON)
     flat = _read_arrays(path / SAM_WEIGHTS)
@@ -87,7 +87,7 @@ def read_mae(path: Path) -> tuple[MaskedAutoencoder, dict[str, np.ndarray]]:
       path: The directory.
 
     Returns:
-      The model, and arrays by the names of facebookresearch/mae; see `mae.from_torch`.
+      The model, and its arrays under the names of facebookresearch/mae; see `mae.from_torch`.
 
     Raises:
       ValueError: If a file is missing or damaged.
@@ -101,5 +101,5 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{path} is missing")
     arrays = safetensors_file.read(path)
     if others := sorted(name for name, x in arrays.items() if x.dtype != np.float32):
-        raise WeightsError(f"{path} must hold float32 arrays only; not {format_list(others)}")
+        raise WeightsError(f"{path} must hold only float32 arrays; others: {format_list(others)}")
     return arrays

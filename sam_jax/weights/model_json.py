@@ -16,7 +16,8 @@ from sam_jax.weights.tensors import WeightsError
 
 VERSION = 2  # of a Sam's JSON: the fields of its parts. Version 1, without a number, was flat.
 MAX_JSON_SIZE = 1 << 22  # bytes
-MAX_SIDE, MAX_DEPTH = 1 << 14, 256  # of a model, so that a damaged file costs no time or memory
+# Limits of a model, so that a damaged file costs no time or memory.
+MAX_INPUT_SIDE, MAX_DEPTH = 1 << 14, 256
 
 Module = TypeVar("Module", bound=nn.Module)
 Validated = TypeVar("Validated", Sam, MaskedAutoencoder)
@@ -158,8 +159,10 @@ def _check_known(
 
 
 def _check_limits(image_size: tuple[int, ...], depths: tuple[int, ...], source: Path) -> None:
-    if max(image_size, default=0) > MAX_SIDE:
-        raise WeightsError(f"{source}: image_size must be at most {MAX_SIDE}; got {image_size}")
+    if max(image_size, default=0) > MAX_INPUT_SIDE:
+        raise WeightsError(
+            f"{source}: image_size must be at most {MAX_INPUT_SIDE}; got {image_size}"
+        )
     if max(depths) > MAX_DEPTH:
         raise WeightsError(f"{source}: depths must be at most {MAX_DEPTH}; got {depths}")
 

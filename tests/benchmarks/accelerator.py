@@ -1,16 +1,17 @@
 """Times SAM on the local accelerator: `python -m tests.benchmarks.accelerator`.
 
-It first times a plain matrix product and a copy, as a scale. Then it times, in bfloat16 and with
-random weights:
-- the image encoder, in turns with that of transformers with PyTorch's fused attention, eager and
-  compiled, if PyTorch supports the chip;
-- 64 prompts on one embedding;
-- everything mode on a photo with 1024 points, two photos at a time as in `sam-jax everything`, with
-  thresholds as in `tests.benchmarks.everything`, and with run lengths;
+It first times a matrix product and a copy, which show the speed that the chip reaches. Then it
+times, in bfloat16 and with random weights:
+- the image encoder, alternating with that of transformers if PyTorch supports the chip; the encoder
+  of transformers uses PyTorch's fused attention, eager or compiled;
+- the mask decoder for 64 prompts on one embedding;
+- everything mode on a photo with 1024 points. Two photos are processed at a time, as in
+  `sam-jax everything`. The thresholds are those of `tests.benchmarks.everything`, and the masks are
+  returned as run lengths;
 - a training step of 64 masks and eleven rounds.
 
-All figures are medians. Model FLOPs utilization (MFU) is the operation count of the reference
-(`train.flops`) over the time and the peak of the chip.
+All figures are medians. The model FLOPs utilization (MFU) is the number of FLOPs of the reference
+implementation (`train.flops`), divided by the time and by the peak FLOP/s of the chip.
 """
 
 import argparse
@@ -40,7 +41,6 @@ SIZES = {"b": sam_vit_b, "l": sam_vit_l, "h": sam_vit_h}
 PROMPT_TOKENS = 2
 REPEATS = 5
 
-
 print_now = functools.partial(print, flush=True)
 
 
@@ -57,7 +57,7 @@ def main():
 
     kind = jax.devices()[0].device_kind
     print_now(f"{kind}, jax {jax.__version__}")
-    product, bandwidth = measure_scale()
+    product, bandwidth = measure_peaks()
     print_now(f"product 8192^3 {product / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
     peak = peak_flops(kind) or product
     for size in args.sizes:
@@ -74,7 +74,7 @@ def main():
 def median_seconds(functions, repeats=REPEATS):
     """Returns {name: median seconds} of functions that block until their results are ready.
 
-    The functions take turns.
+    In each repetition, the functions are timed one after the other.
     """
     for f in functions.values():
         f()
@@ -87,8 +87,8 @@ def median_seconds(functions, repeats=REPEATS):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def measure_scale():
-    """Returns the FLOP/s of a bfloat16 matrix product, and the bytes/s of a copy, both ways."""
+def measure_peaks():
+    """Returns the FLOP/s of a bfloat16 matrix product and the bandwidth of a copy in bytes/s."""
     n, runs = 8192, 10
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     products = jax.jit(lambda a, b: jax.lax.fori_loop(0, runs, lambda _, x: (x @ b) / 90, a))
@@ -117,7 +117,8 @@ def time_encoder(size, batch, torch_modes, peak):
     for mode in torch_modes:
         try:
             functions[f"transformers {mode}"] = transformers_encoder(size, batch, mode)
-        except Exception as error:  # no PyTorch, no support for the chip, or no memory
+        # PyTorch may be missing, lack support for the chip, or run out of memory.
+        except Exception as error:
             print_now(f"  transformers {mode}: {str(error).splitlines()[0]}")
     for name, seconds in median_seconds(functions).items():
         mfu = batch * encoder_flops(model) / seconds / peak
@@ -234,7 +235,7 @@ def time_step(size, images, chunk, peak):
 
 
 def random_batch(model, images, masks):
-    """Returns a `Batch` of discs on noise."""
+    """Returns a `Batch` of noise images with discs as masks."""
     from sam_jax.data.segmentation_batch import Batch
 
     rng = np.random.default_rng(0)

@@ -1,10 +1,10 @@
 """Estimates everything mode on TPUs: `python -m tests.benchmarks.everything_estimate`.
 
-The number of iterations of its loops depends on the image, so that no compiler knows it. The
-programs of one iteration are compiled, and their estimated times are multiplied for an image of
-1500 x 2250 pixels with 1024 points. Three in five points give a mask with a high predicted IoU, a
-point gives 1.2 such masks on average, each of them reaches into TILES tiles, and 100 masks remain.
-Needs the extra [tpu].
+The number of iterations of its loops depends on the image, so the compiler cannot estimate the
+total time. This script compiles the programs of one iteration. It multiplies their estimated times
+by numbers of iterations for an image of 1500 x 2250 pixels with 1024 points. It assumes that three
+in five points have a mask with a high predicted IoU, that a point has 1.2 such masks on average,
+that each of them overlaps with TILES tiles, and that 100 masks remain. It needs the extra [tpu].
 """
 
 import os
@@ -37,8 +37,8 @@ from train.aot.lower import devices_of, lower_on_first
 
 SIZE = (1500, 2250)
 POINTS, CHUNK = 1024, 64
-GOOD_POINTS, GOOD_MASKS = 0.6, 1.2  # share of the points, and masks of a point
-TILES = 40  # of 216 that a mask reaches into
+GOOD_POINTS, GOOD_MASKS = 0.6, 1.2  # share of points with a good mask, and good masks per point
+TILES = 40  # that a mask overlaps with, of 216 tiles
 FINAL_MASKS = 100
 
 

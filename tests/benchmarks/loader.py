@@ -1,11 +1,14 @@
-"""Times the preparation of samples against a naive one: `python -m tests.benchmarks.loader`.
+"""Times the preparation of samples against a baseline: `python -m tests.benchmarks.loader`.
 
-One core, and JPEG files of 1500 x 2250 pixels with about 100 masks as run lengths, in memory; both
-give an image in a frame of 1024 and 64 of its masks there. The naive way is what one would write
-with Pillow and pycocotools: decode, resize, paint whole masks, resize them. The two take turns; a
-row is the median over the turns, a ratio the median of the turns' ratios. Time is what the process
-spends on the core, as nothing here waits. Results are compared before anything is timed: images to
-equality, masks up to ties of the nearest neighbour.
+The samples are JPEG files of 1500 x 2250 pixels with 100 masks as run lengths, in memory. The
+result is an image padded to 1024 x 1024 pixels and 64 of its masks at this size. The baseline is a
+direct implementation with Pillow and pycocotools: it decodes and resizes the image, decodes each
+mask at its full size, and resizes it.
+
+Everything runs on one core, and the times are CPU times of the process. In each round, the
+implementations are timed one after the other. The table shows medians over the rounds, and medians
+of the ratios of each round. Results are compared before anything is timed: images must be equal,
+and masks must be equal except at ties of the nearest neighbour.
 """
 
 import argparse
@@ -26,16 +29,21 @@ from sam_jax.images.read import read_image
 from sam_jax.images.resize import fit_size
 from sam_jax.masks import rle
 
-FRAME = (1024, 1024)
+FRAME = (1024, 1024)  # the padded image
 SIZE = (1500, 2250)
 NUM_MASKS, MASKS_PER_IMAGE = 100, 64
-AREAS = (100, 0.4 * SIZE[0] * SIZE[1])  # pixels of the smallest and the largest mask
+AREAS = (100, 0.4 * SIZE[0] * SIZE[1])  # pixels of the smallest and of the largest mask
 JPEG_QUALITY = 90
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A file's bytes, and its masks."""
+    """An image and its masks.
+
+    Attributes:
+      jpeg: The content of a JPEG file.
+      masks: Run lengths.
+    """
 
     jpeg: bytes
     masks: list
@@ -44,49 +52,49 @@ class Sample:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 
     samples = [make_sample(np.random.default_rng(i)) for i in range(args.images)]
     describe(samples)
     compare(samples)
-    ways = {
-        "naive": naive,
-        "naive, masks transposed": lambda sample: naive(sample, transposed=True),
-        "ours": ours,
-        "ours, JPEG at half size": lambda sample: ours(sample, decode_size=FRAME),
-        "both, image alone": naive_image,
+    functions = {
+        "baseline": baseline,
+        "baseline, transposed masks": lambda sample: baseline(sample, transposed=True),
+        "sam_jax": sam_jax_prepare,
+        "sam_jax, JPEG at half size": lambda sample: sam_jax_prepare(sample, decode_size=FRAME),
+        "baseline, only the image": baseline_image,
     }
-    times = {name: [] for name in ways}
-    for _ in range(args.turns):
-        for name, way in ways.items():
-            began = time.process_time()
+    times = {name: [] for name in functions}
+    for _ in range(args.rounds):
+        for name, function in functions.items():
+            start = time.process_time()
             for sample in samples:
-                way(sample)
-            times[name].append((time.process_time() - began) / len(samples))
-    print(f"\n{args.turns} turns of {len(samples)} images, one core")
-    print(f"{'':26}{'images/s':>10}   CPU ms an image [least, most]     naive / this")
+                function(sample)
+            times[name].append((time.process_time() - start) / len(samples))
+    print(f"\n{args.rounds} rounds of {len(samples)} images, one core")
+    print(f"{'':26}{'images/s':>10}   CPU ms per image [min, max]     baseline / this")
     for name, t in times.items():
-        ratio = statistics.median(np.divide(times["naive"], t))
+        ratio = statistics.median(np.divide(times["baseline"], t))
         ms = [1e3 * x for x in (statistics.median(t), min(t), max(t))]
         spread = f"{ms[0]:.1f} [{ms[1]:.1f}, {ms[2]:.1f}]"
-        print(f"{name:26}{1e3 / ms[0]:10.2f}   {spread:30}{ratio:15.2f}")
+        print(f"{name:26}{1e3 / ms[0]:10.2f}   {spread:29}{ratio:16.2f}")
 
 
-def ours(sample, decode_size=None):
-    """The loader's preparation; every call draws the same masks."""
+def sam_jax_prepare(sample, decode_size=None):
+    """Prepares a sample as the loader does; every call chooses the same masks."""
     example = Example(image=read_image(sample.jpeg, decode_size), masks=sample.masks)
     return SegmentationTransform(FRAME, MASKS_PER_IMAGE)(example, np.random.default_rng(0))
 
 
-def naive(sample, transposed=False):
-    """The same, with 'n h w' bool masks.
+def baseline(sample, transposed=False):
+    """Prepares a sample with Pillow and pycocotools; its masks are 'n h w' bool.
 
-    pycocotools paints by columns and Pillow wants rows: to resize a mask `transposed` saves a copy
-    in an order that memory dislikes, if one knows of it.
+    Masks of pycocotools are in column-major order, and Pillow needs row-major order. Resizing the
+    transposed mask (`transposed`) avoids a slow copy.
     """
-    image, size = naive_image(sample)
+    image, size = baseline_image(sample)
     masks = np.zeros((MASKS_PER_IMAGE, *FRAME), bool)
     count = 0
     for i in np.random.default_rng(0).permutation(len(sample.masks)):
@@ -106,8 +114,8 @@ def naive(sample, transposed=False):
     return {"image": image, "masks": masks}
 
 
-def naive_image(sample):
-    """The image in the frame, and the (height, width) that it fills."""
+def baseline_image(sample):
+    """Returns the padded image and its (height, width) without padding."""
     image = Image.open(io.BytesIO(sample.jpeg)).convert("RGB")
     size = fit_size((image.height, image.width), FRAME)
     padded = np.zeros((*FRAME, 3), np.uint8)
@@ -116,42 +124,43 @@ def naive_image(sample):
 
 
 def compare(samples):
-    """Nobody may be fast and wrong."""
+    """Exits if the results of the baseline and of sam_jax differ, except at ties."""
     height, width = fit_size(SIZE, FRAME)
     tie = np.zeros(FRAME, bool)
     tie[:height][is_tie(SIZE[0], height)] = True
     tie[:, :width][:, is_tie(SIZE[1], width)] = True
-    differing = painted = 0
+    num_different = num_pixels = 0
     for sample in samples:
-        got, expected = ours(sample), naive(sample)
-        if not np.array_equal(got["image"], expected["image"]):
+        actual, expected = sam_jax_prepare(sample), baseline(sample)
+        if not np.array_equal(actual["image"], expected["image"]):
             sys.exit("the images differ")
-        masks = np.unpackbits(got["masks"], axis=-1).astype(bool)
+        masks = np.unpackbits(actual["masks"], axis=-1).astype(bool)
         difference = masks != expected["masks"]
         if (difference & ~tie).any():
-            sys.exit("the masks differ, and not only where two pixels are as near")
-        differing += np.count_nonzero(difference)
-        painted += np.count_nonzero(masks)
+            sys.exit("the masks differ where the nearest pixel is unique")
+        num_different += np.count_nonzero(difference)
+        num_pixels += np.count_nonzero(masks)
     print(
-        f"images are equal; masks differ in {differing / painted:.1e} of their pixels, all of them "
-        f"ties of the nearest neighbour"
+        f"images are equal; masks differ in {num_different / num_pixels:.1e} of their pixels, all "
+        f"of which are ties of the nearest neighbour"
     )
 
 
 def is_tie(size, new_size):
-    """'new_size': whether two pixels of an axis of `size` are equally near."""
+    """Returns where two pixels of an axis of `size` are equally near, as 'new_size' bool."""
     return (2 * np.arange(new_size) + 1) * size % (2 * new_size) == 0
 
 
 def describe(samples):
+    """Prints the sizes of the files and of the masks."""
     jpeg = np.mean([len(sample.jpeg) for sample in samples]) / 1e6
     lengths = [len(mask["counts"]) for sample in samples for mask in sample.masks]
     areas = [rle.area(mask) for sample in samples for mask in sample.masks]
     print(
-        f"JPEG of {jpeg:.2f} MB on average; run lengths of {np.mean(lengths):.0f} characters on "
-        f"average, {np.median(lengths):.0f} in the median, {max(lengths)} at most; masks of "
+        f"JPEG files: {jpeg:.2f} MB on average. Run lengths: {np.mean(lengths):.0f} characters on "
+        f"average, {np.median(lengths):.0f} in the median, {max(lengths)} at most. Masks: "
         f"{np.median(areas):.0f} pixels in the median, {np.mean(areas) / np.prod(SIZE):.1%} of the "
-        f"image on average"
+        f"image on average."
     )
 
 
@@ -163,7 +172,7 @@ def make_sample(rng):
 
 
 def draw_texture(rng):
-    """Noise of all scales, 'h w 3' uint8; the coarser, the stronger."""
+    """Returns noise 'h w 3' uint8 at several scales; coarser noise has a larger amplitude."""
     image = np.zeros((*SIZE, 3), np.float32)
     for cell in (256, 64, 16, 4, 1):
         shape = (-(-SIZE[0] // cell), -(-SIZE[1] // cell), 3)
@@ -175,7 +184,7 @@ def draw_texture(rng):
 
 
 def draw_blob(rng):
-    """A lobed region with a ragged outline, 'h w' bool, cut off at the image's border."""
+    """Returns a mask 'h w' bool of a lobed region with an irregular outline."""
     mask = np.zeros(SIZE, bool)
     radius = np.sqrt(np.exp(rng.uniform(*np.log(AREAS))) / np.pi)
     cy, cx = rng.uniform(0, 1, 2) * SIZE
@@ -186,7 +195,7 @@ def draw_blob(rng):
         / waves
         @ np.cos(waves[:, None] * angles + rng.uniform(0, 2 * np.pi, waves.shape)[:, None])
     )
-    outline = radius * np.exp(outline) + rng.normal(0, 0.7, angles.shape)  # ragged
+    outline = radius * np.exp(outline) + rng.normal(0, 0.7, angles.shape)  # makes it irregular
     box = [slice(max(0, int(c - 3 * radius)), int(c + 3 * radius) + 2) for c in (cy, cx)]
     y, x = (np.arange(n)[part] - c for n, part, c in zip(SIZE, box, (cy, cx), strict=True))
     y = y[:, None]

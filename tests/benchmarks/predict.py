@@ -1,11 +1,13 @@
 """Times prediction on CPU against PyTorch's segment-anything: `make bench`.
 
-All contestants have the same random ViT-B weights and inputs, float32 and two threads. Each runs in
-a separate process, and they take turns within one run. A row is the median over the rounds, and a
-ratio is the median of the rounds' ratios. Outputs are compared before anything is timed. PyTorch
-runs twice: with its default allocator, and with one that keeps its memory, which is faster.
+All implementations use the same random ViT-B weights and inputs, float32 and two threads. Each runs
+in a separate process. In each round, they are timed one after the other. The table shows medians
+over the rounds, and medians of the ratios of each round. Outputs are compared before anything is
+timed. PyTorch is timed with the default allocator, and with an allocator that does not return
+memory to the system, which is faster ("torch kept").
 
-Peak memory is the resident set of a fresh process that does one thing once, compilation included.
+Peak memory is the largest resident set of a new process that does the work once, including
+compilation.
 """
 
 import argparse
@@ -26,31 +28,31 @@ KEEP_MEMORY = (
     "glibc.malloc.mmap_threshold=34359738368:glibc.malloc.trim_threshold=34359738368"
     ":glibc.malloc.mmap_max=0"
 )
-CONTESTANTS = {"ours": {}, "torch": {}, "torch kept": {"GLIBC_TUNABLES": KEEP_MEMORY}}
+IMPLEMENTATIONS = {"sam_jax": {}, "torch": {}, "torch kept": {"GLIBC_TUNABLES": KEEP_MEMORY}}
 WORK = ("encoder", "decoder, 1 prompt", "decoder, 64 prompts")
-REPEATS = {"encoder": 1, "decoder, 1 prompt": 20, "decoder, 64 prompts": 1}  # calls in one round
+CALLS = {"encoder": 1, "decoder, 1 prompt": 20, "decoder, 64 prompts": 1}  # calls in one round
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--implementation", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.contestant:
-        return work(args.contestant, args.weights)
+    if args.implementation:
+        return serve(args.implementation, args.weights)
 
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "sam_vit_b.pth")
         write_weights(weights)
-        times = time_in_turns(weights, args.rounds)
-        peaks = {name: {w: peak_memory(name, weights, w) for w in WORK} for name in CONTESTANTS}
+        times = time_implementations(weights, args.rounds)
+        peaks = {name: {w: peak_memory(name, weights, w) for w in WORK} for name in IMPLEMENTATIONS}
     print_table(times, peaks)
 
 
-def time_in_turns(weights, rounds):
-    """Returns {work: {contestant: seconds of each round}}."""
-    workers = {name: start(name, weights) for name in CONTESTANTS}
+def time_implementations(weights, rounds):
+    """Returns {work: {implementation: seconds of each round}}."""
+    workers = {name: start(name, weights) for name in IMPLEMENTATIONS}
     times = {w: {name: [] for name in workers} for w in WORK}
     for w in WORK:
         compare({name: ask(worker, w, "output") for name, worker in workers.items()})
@@ -65,7 +67,7 @@ def time_in_turns(weights, rounds):
 
 
 def peak_memory(name, weights, w):
-    """Returns the MiB that a fresh process needs to load the weights and do the work once."""
+    """Returns the peak memory, in MiB, of a new process that does the work once."""
     worker = start(name, weights)
     ask(worker, w, "output")
     peak = ask(worker, w, "peak")
@@ -75,7 +77,7 @@ def peak_memory(name, weights, w):
 
 
 def compare(outputs):
-    """Exits unless 5 sampled values of each output agree, to 1e-3 of the largest."""
+    """Exits if sampled values differ from torch by more than 1e-3 of the largest value."""
     expected = np.array(outputs["torch"])
     for name, output in outputs.items():
         if np.abs(np.array(output) - expected).max() > 1e-3 * np.abs(expected).max():
@@ -83,9 +85,9 @@ def compare(outputs):
 
 
 def print_table(times, peaks):
-    rounds = len(times[WORK[0]]["ours"])
+    rounds = len(times[WORK[0]]["sam_jax"])
     print(f"\nmedian seconds [fastest, slowest]; {THREADS} threads, {rounds} rounds")
-    print(f"{'':22}" + "".join(f"{name:>26}" for name in CONTESTANTS))
+    print(f"{'':22}" + "".join(f"{name:>26}" for name in IMPLEMENTATIONS))
     for w, by_name in times.items():
         cells = (
             f"{statistics.median(t):.4f} [{min(t):.4f}, {max(t):.4f}]" for t in by_name.values()
@@ -96,18 +98,18 @@ def print_table(times, peaks):
     )
     for w, by_name in times.items():
         ratios = {
-            name: statistics.median(np.divide(by_name["ours"], by_name[name]))
+            name: statistics.median(np.divide(by_name["sam_jax"], by_name[name]))
             for name in ("torch", "torch kept")
         }
-        memory = [peaks["ours"][w] / peaks[name][w] for name in ("torch", "torch kept")]
+        memory = [peaks["sam_jax"][w] / peaks[name][w] for name in ("torch", "torch kept")]
         print(
             f"{w:22}{ratios['torch']:20.2f}{ratios['torch kept']:7.2f}"
-            f"{memory[0]:27.2f}{memory[1]:7.2f}   (sam_jax: {peaks['ours'][w]:.0f} MiB)"
+            f"{memory[0]:27.2f}{memory[1]:7.2f}   (sam_jax: {peaks['sam_jax'][w]:.0f} MiB)"
         )
 
 
 def write_weights(path):
-    subprocess.run(  # so that this process does not keep the memory of torch
+    subprocess.run(  # in a new process, which releases the memory of torch when it ends
         [sys.executable, "-c", WRITE_WEIGHTS, path], check=True, env=environment({})
     )
 
@@ -122,31 +124,33 @@ torch.save(randomize(model.eval()).state_dict(), sys.argv[1])
 
 
 def environment(extra):
+    """Returns the environment of a process that is timed."""
     settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": str(THREADS)}
     return os.environ | settings | extra
 
 
 def start(name, weights):
-    """Starts a process that answers questions, one JSON line each."""
+    """Starts a process that runs `serve` for one implementation."""
     return subprocess.Popen(
-        [sys.executable, __file__, "--contestant", name, "--weights", weights],
+        [sys.executable, __file__, "--implementation", name, "--weights", weights],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(CONTESTANTS[name]),
+        env=environment(IMPLEMENTATIONS[name]),
     )
 
 
 def ask(worker, w, question):
+    """Sends a question to a process and returns its answer."""
     worker.stdin.write(json.dumps([w, question]) + "\n")
     worker.stdin.flush()
     return json.loads(worker.stdout.readline())
 
 
-def work(name, weights):
-    """Answers the questions on stdin about one contestant."""
+def serve(name, weights):
+    """Answers questions about one implementation; each is a line of JSON on stdin."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    calls = (sam_jax_calls if name == "ours" else torch_calls)(weights)
+    calls = (sam_jax_calls if name == "sam_jax" else torch_calls)(weights)
     for line in sys.stdin:
         w, question = json.loads(line)
         if question == "output":
@@ -155,15 +159,15 @@ def work(name, weights):
         elif question == "peak":
             answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         else:
-            began = time.perf_counter()
-            for _ in range(REPEATS[w]):
+            start_time = time.perf_counter()
+            for _ in range(CALLS[w]):
                 calls[w]()
-            answer = (time.perf_counter() - began) / REPEATS[w]
+            answer = (time.perf_counter() - start_time) / CALLS[w]
         print(json.dumps(answer), flush=True)
 
 
 def inputs():
-    """Returns a normalized image, an embedding, and 64 points on a canvas of 1024 pixels."""
+    """Returns a normalized image, an embedding, and 64 points in an image of 1024 x 1024 pixels."""
     rng = np.random.default_rng(0)
     image = rng.normal(size=(1, 1024, 1024, 3)).astype(np.float32)
     embedding = rng.normal(size=(1, 64, 64, 256)).astype(np.float32)

@@ -1,12 +1,14 @@
 """Times a training step on CPU against PyTorch: `python -m tests.benchmarks.train`.
 
-A whole step of `sam_tiny` (prompts, forward, backward, AdamW) of the same scenes, masks and first
-weights, float32, two threads each, against `tests.reference.training_twin`, whose losses and
-gradients are compared with ours in `tests.reference.test_training`. Contestants and their turns are
-as in `tests.benchmarks.predict`; everyone draws prompts of their own.
+It times a complete step of `sam_tiny`: prompts, forward pass, backward pass and AdamW. All
+implementations use the same scenes, masks and initial weights, float32 and two threads. The PyTorch
+step is that of `tests.reference.training_twin`; `tests.reference.test_training` compares its losses
+and gradients with those of sam_jax. The implementations are those of `tests.benchmarks.predict`,
+and they are timed in the same way. Each implementation samples different prompts.
 
-Then what our step costs by the number of rounds, in fresh processes: what the compiled program
-allocates, and the largest resident set while steps are taken, compilation not included.
+It then measures how the cost of a sam_jax step depends on the number of rounds. It measures in new
+processes the time, the memory that the compiled program allocates, and the largest resident set
+during the steps, without compilation.
 """
 
 import argparse
@@ -22,12 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks.predict import CONTESTANTS, THREADS, ask, environment
+from tests.benchmarks.predict import IMPLEMENTATIONS, THREADS, ask, environment
 
-ROUNDS = {1: (0, 0), 3: (2, 0), 9: (8, 0), 11: (8, 2)}  # clicks, and rounds without one
-COMPARED = (3, 11)
-CALLS = 3  # steps a turn
-LOSS_TOLERANCE = 0.03  # prompts differ, and so do losses
+# {rounds: (sampled clicks, rounds without a new click)}
+ROUNDS = {1: (0, 0), 3: (2, 0), 9: (8, 0), 11: (8, 2)}
+COMPARED = (3, 11)  # numbers of rounds
+CALLS = 3  # steps that are timed together
+LOSS_TOLERANCE = 0.03  # losses differ because prompts do
 
 
 def main():
@@ -35,22 +38,22 @@ def main():
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--masks", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--implementation", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.contestant:
-        return work(args.contestant, Path(args.folder))
+    if args.implementation:
+        return serve(args.implementation, Path(args.folder))
 
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(  # their memory must not stay in this process
+        subprocess.run(  # in a new process, which releases the memory of torch when it ends
             [sys.executable, "-c", WRITE_WEIGHTS, folder], check=True, env=environment({})
         )
         for images in args.images:
-            np.savez(Path(folder) / f"{images}.npz", **scenes(images, args.masks))
-        times, first = time_in_turns(folder, args.images, args.repeats)
-        print_times(times, first, args.masks)
+            np.savez(Path(folder) / f"{images}.npz", **make_scenes(images, args.masks))
+        times, first_step = time_implementations(folder, args.images, args.repeats)
+        print_times(times, first_step, args.masks)
         for images in args.images:
-            print_costs(images, args.masks, {r: cost(folder, images, r) for r in ROUNDS})
+            print_costs(images, args.masks, {r: measure_cost(folder, images, r) for r in ROUNDS})
 
 
 WRITE_WEIGHTS = """
@@ -58,120 +61,129 @@ import sys, torch
 from sam_jax.model.sam import Sam, sam_tiny
 from sam_jax.model.init import init_variables
 from sam_jax.weights.convert import to_torch
-model = sam_tiny(decoder_heads=8)  # no weight has a shape that tells
+model = sam_tiny(decoder_heads=8)  # the number of heads changes no shape
 state = to_torch(model, init_variables(model, seed=0))
 torch.save({name: torch.tensor(x) for name, x in state.items()}, f"{sys.argv[1]}/weights.pth")
 """
 
 
-def scenes(images, masks):
-    """The arrays of a `Batch`: the first generated scenes that have so many masks."""
+def make_scenes(images, masks):
+    """Returns the arrays of a `Batch` of the first generated scenes with enough masks."""
     from sam_jax.data.segmentation_batch import SegmentationTransform
     from sam_jax.data.sources.synthetic import SyntheticScenes
     from sam_jax.model.sam import sam_tiny
 
     transform, source = SegmentationTransform(sam_tiny().image_size, masks), SyntheticScenes()
     rng = np.random.default_rng(0)
-    found = (i for i in range(len(source)) if len(source[i].masks) >= masks)
+    indices = (i for i in range(len(source)) if len(source[i].masks) >= masks)
     rows = []
-    for i in (next(found) for _ in range(images)):
+    for i in (next(indices) for _ in range(images)):
         row = transform(source[i], rng)
         rows.append(row | {"image_id": np.int32(i)})
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def time_in_turns(folder, images, repeats):
-    """{(images, rounds): {contestant: seconds of each turn}}, and the same of the first steps."""
-    workers = {name: start(name, folder) for name in CONTESTANTS}
-    times, first = {}, {}
+def time_implementations(folder, images, repeats):
+    """Times the steps of all implementations, one after the other in each repetition.
+
+    Returns:
+      {(images, rounds): {implementation: seconds of a step, for each repetition}}, and
+      {(images, rounds): {implementation: seconds of the first step, including compilation}}.
+    """
+    workers = {name: start(name, folder) for name in IMPLEMENTATIONS}
+    times, first_step = {}, {}
     for case in ((n, rounds) for n in images for rounds in COMPARED):
-        losses, first[case] = {}, {}
+        losses, first_step[case] = {}, {}
         for name, worker in workers.items():
-            losses[name], first[case][name] = ask(worker, case, "first")
+            losses[name], first_step[case][name] = ask(worker, case, "first")
         for name, loss in losses.items():
             if abs(loss / losses["torch"] - 1) > LOSS_TOLERANCE:
-                sys.exit(f"{name} computes something else than torch: losses {losses}")
+                sys.exit(f"the loss of {name} differs from that of torch: {losses}")
         times[case] = {name: [] for name in workers}
         for i in range(repeats):
             for name, worker in workers.items():
                 times[case][name].append(ask(worker, case, "time"))
-            print(f"{case}, turn {i + 1} of {repeats}", file=sys.stderr)
+            print(f"{case}, repetition {i + 1} of {repeats}", file=sys.stderr)
     for worker in workers.values():
         finish(worker)
-    return times, first
+    return times, first_step
 
 
-def cost(folder, images, rounds):
-    """Returns the seconds and MiB that a fresh process of sam_jax needs for a step."""
-    worker = start("ours", folder)
+def measure_cost(folder, images, rounds):
+    """Returns the results of `cost_of` for sam_jax in a new process."""
+    worker = start("sam_jax", folder)
     answer = ask(worker, (images, rounds), "cost")
     finish(worker)
     return answer
 
 
-def print_times(times, first, masks):
-    repeats = len(next(iter(times.values()))["ours"])
-    print(f"\nmedian seconds of a step [fastest, slowest]; {THREADS} threads, {repeats} turns")
-    print(f"{'':32}" + "".join(f"{name:>26}" for name in CONTESTANTS) + "   first step of ours")
+def print_times(times, first_step, masks):
+    repeats = len(next(iter(times.values()))["sam_jax"])
+    print(f"\nmedian seconds of a step [min, max]; {THREADS} threads, {repeats} repetitions")
+    names = "".join(f"{name:>26}" for name in IMPLEMENTATIONS)
+    print(f"{'':32}{names}  first step, sam_jax")
     for (images, rounds), by_name in times.items():
         cells = (
             f"{statistics.median(t):.4f} [{min(t):.4f}, {max(t):.4f}]" for t in by_name.values()
         )
         case = f"{images} x {masks} masks, {rounds} rounds"
-        compiling = first[images, rounds]["ours"]
-        print(f"{case:32}" + "".join(f"{cell:>26}" for cell in cells) + f"{compiling:19.1f}")
-    print(f"\n{'ours / PyTorch, of each turn':32}{'as it comes':>26}{'kept':>26}")
+        compilation = first_step[images, rounds]["sam_jax"]
+        print(f"{case:32}" + "".join(f"{cell:>26}" for cell in cells) + f"{compilation:21.1f}")
+    print(f"\n{'sam_jax / PyTorch':32}{'default':>26}{'kept':>26}")
     for (images, rounds), by_name in times.items():
         case = f"{images} x {masks} masks, {rounds} rounds"
-        ratios = (np.divide(by_name["ours"], by_name[name]) for name in ("torch", "torch kept"))
+        ratios = (np.divide(by_name["sam_jax"], by_name[name]) for name in ("torch", "torch kept"))
         cells = (f"{np.median(r):.2f} [{r.min():.2f}, {r.max():.2f}]" for r in ratios)
         print(f"{case:32}" + "".join(f"{cell:>26}" for cell in cells))
 
 
 def print_costs(images, masks, costs):
-    """By round: growth over one round; 9 to 11 rounds have equally many slots for clicks."""
-    print(f"\nour step alone, {images} x {masks} masks")
+    """Prints costs and their growth per round; 9 and 11 rounds have the same number of clicks."""
+    print(f"\nsam_jax, {images} x {masks} masks")
     print(f"{'rounds':8}{'seconds':>10}{'program, MiB':>14}{'resident, MiB':>15}")
     for rounds, (seconds, program, resident) in costs.items():
         print(f"{rounds:<8}{seconds:10.4f}{program:14.1f}{resident:15.1f}")
     for a, b in ((1, 3), (1, 11), (9, 11)):
         growth = [100 * (y / x - 1) / (b - a) for x, y in zip(costs[a], costs[b], strict=True)]
         print(
-            f"a round more, {a} to {b}: program {growth[1]:+.2f} %, resident {growth[2]:+.2f} %, "
+            f"per round, from {a} to {b} rounds: program {growth[1]:+.2f} %, "
+            f"resident {growth[2]:+.2f} %, "
             f"{(costs[b][0] - costs[a][0]) / (b - a):.4f} s"
         )
 
 
 def start(name, folder):
-    """A process that answers questions, one JSON line each."""
+    """Starts a process that runs `serve` for one implementation."""
+    module = "tests.benchmarks.train"
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.benchmarks.train", "--contestant", name, "--folder", folder],
+        [sys.executable, "-m", module, "--implementation", name, "--folder", folder],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(CONTESTANTS[name]),
+        env=environment(IMPLEMENTATIONS[name]),
     )
 
 
 def finish(worker):
+    """Ends a process that runs `serve`."""
     worker.stdin.close()
     worker.wait()
 
 
-def work(name, folder):
-    """Answers questions on stdin about one contestant."""
+def serve(name, folder):
+    """Answers questions about one implementation; each is a line of JSON on stdin."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    make, steps = (our_step if name == "ours" else torch_step), {}
+    make, steps = (sam_jax_step if name == "sam_jax" else torch_step), {}
     for line in sys.stdin:
         (images, rounds), question = json.loads(line)
         case = folder, images, *ROUNDS[rounds]
         if question == "cost":
-            answer = cost_of(*our_step(*case))
+            answer = cost_of(*sam_jax_step(*case))
         elif question == "first":
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             steps[images, rounds], _ = make(*case)
             losses = [steps[images, rounds]()]
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start_time
             losses += [steps[images, rounds]() for _ in range(9)]
             answer = statistics.mean(losses), seconds
         else:
@@ -180,23 +192,24 @@ def work(name, folder):
 
 
 def seconds_of(step):
-    began = time.perf_counter()
+    """Returns the mean seconds of CALLS steps."""
+    start_time = time.perf_counter()
     for _ in range(CALLS):
         step()
-    return (time.perf_counter() - began) / CALLS
+    return (time.perf_counter() - start_time) / CALLS
 
 
 def cost_of(step, program):
-    """Seconds of a step, MiB of the compiled program, MiB resident while it runs."""
+    """Returns the seconds of a step, the MiB of its program, and the peak resident MiB."""
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the largest resident set
     seconds = statistics.median(seconds_of(step) for _ in range(3))
     resident = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return seconds, program, int(resident[1]) / 1024
 
 
-def our_step(folder, images, points, num_extra_rounds):
-    """A function that takes a step and returns its loss, and MiB: temporaries and results."""
+def sam_jax_step(folder, images, num_clicks, num_extra_rounds):
+    """Returns a function that runs a step and returns its loss, and the MiB of its program."""
     import jax
 
     import sam_jax
@@ -212,11 +225,11 @@ def our_step(folder, images, points, num_extra_rounds):
     model, (_, variables) = sam_tiny(), sam_jax.load(folder / "weights.pth")
     batch = Batch(**np.load(folder / f"{images}.npz"))
     objective = InteractiveObjective(
-        model, Interactive(num_clicks=points, num_extra_rounds=num_extra_rounds)
+        model, Interactive(num_clicks=num_clicks, num_extra_rounds=num_extra_rounds)
     )
     optimizer = make_optimizer(Optimizer(), model.image_encoder.depth)
     mesh = make_mesh(images)
-    state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
+    state = init_sharded(mesh, lambda x: init_state(x, optimizer), variables)
     batch = shard_batch(mesh, batch)
     compiled = make_step(objective, optimizer, 0, mesh, state).lower(state, batch).compile()
     memory = compiled.memory_analysis()
@@ -229,8 +242,8 @@ def our_step(folder, images, points, num_extra_rounds):
     return step, (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
 
 
-def torch_step(folder, images, points, num_extra_rounds):
-    """A function that takes a step and returns its loss, and None."""
+def torch_step(folder, images, num_clicks, num_extra_rounds):
+    """Returns a function that runs a step and returns its loss, and None."""
     import torch
 
     from sam_jax.model.sam import sam_tiny
@@ -238,7 +251,7 @@ def torch_step(folder, images, points, num_extra_rounds):
     from train.config import Optimizer
 
     torch.set_num_threads(THREADS)
-    model = twin.use_native(reference_like(sam_tiny())).train()
+    model = twin.use_native(build_same_reference(sam_tiny())).train()
     model.load_state_dict(torch.load(folder / "weights.pth"))
     arrays = np.load(folder / f"{images}.npz")
     assert arrays["valid"].all()
@@ -256,13 +269,13 @@ def torch_step(folder, images, points, num_extra_rounds):
         nonlocal count
         twin.set_rates(optimizer, Optimizer(), count)
         count += 1
-        return twin.train_step(model, optimizer, batch, points, num_extra_rounds, generator)
+        return twin.train_step(model, optimizer, batch, num_clicks, num_extra_rounds, generator)
 
     return step, None
 
 
-def reference_like(model):
-    """segment-anything's model of the same sizes as ours."""
+def build_same_reference(model):
+    """Builds the model of segment-anything with the sizes of a given `Sam`."""
     from tests.reference.conftest import build_reference
 
     fields = "patch_size embed_dim depth num_heads global_blocks window_size prompt_dim"

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom in a new process, with a tiny model."""
+"""Tests that every notebook runs from top to bottom in a new process, with a tiny model."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "sam_tiny"
-    model = sam_jax.sam_tiny(decoder_heads=8, position_scale=1.0)  # an official form tells neither
+    model = sam_jax.sam_tiny(decoder_heads=8, position_scale=1.0)  # official files have neither
     sam_jax.save(path, model, jax.jit(lambda: init_variables(model, seed=0))())
     return path
 

@@ -1,4 +1,4 @@
-"""Every config loads, and its training step can be traced without computing anything."""
+"""Tests that every config loads, and that its training step can be traced."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from train.tasks.base import make_task
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-# These differ from ViT-H in numbers alone.
+# These configs differ from that of ViT-H only in sizes.
 SLOW = ("mae_vit_b", "mae_vit_l", "sam_vit_b", "sam_vit_l")
 
 
@@ -28,7 +28,7 @@ def config_of(name, monkeypatch):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CONFIGS]
 )
-def test_the_step_traces(name, monkeypatch):
+def test_the_training_step_can_be_traced(name, monkeypatch):
     config = config_of(name, monkeypatch)
     task = make_task(config)
     optimizer = make_optimizer(config.optimizer, task.encoder_depth, config.trainable)
@@ -44,7 +44,7 @@ def test_the_step_traces(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_docstring_names_the_command(name, monkeypatch):
+def test_the_docstring_contains_the_command(name, monkeypatch):
     config = config_of(name, monkeypatch)
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python -m train configs/{name}.py --workdir runs/" in text

@@ -1,7 +1,7 @@
-"""The PyTorch implementations that ours is compared with, and random weights for them.
+"""Fixtures with PyTorch reference models, random weights for them, and inputs.
 
-segment-anything imports four functions of torchvision, which has no build for CPUs alone: small
-stand-ins take its place meanwhile.
+segment-anything imports four functions of torchvision. The tests do not need torchvision: small
+substitutes replace these functions while segment-anything is imported.
 """
 
 import functools
@@ -19,7 +19,7 @@ from PIL import Image
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.weights.names import official_names
 
-# A frame of 8x8 tokens, whose windows of 3x3 need padding in both directions.
+# The grid has 8x8 tokens. Windows of 3x3 tokens need padding in both directions.
 TINY = dict(
     image_size=64,
     patch_size=8,
@@ -49,8 +49,9 @@ PROMPT_KINDS = (
 
 @pytest.fixture(scope="session")
 def segment_anything():
+    """Returns the module, or skips the test if it is not installed."""
     torch = pytest.importorskip("torch")
-    torch.set_num_threads(1)  # more do not pay for tiny models
+    torch.set_num_threads(1)  # more threads do not speed up tiny models
     try:
         return import_segment_anything()
     except ModuleNotFoundError as error:
@@ -61,25 +62,29 @@ def segment_anything():
 
 @pytest.fixture(scope="session")
 def build_tiny_reference(segment_anything):
-    """A function that builds a reference model of the sizes TINY, or of others by keyword."""
-    return lambda **sizes: build_reference(**TINY | sizes)
+    """Returns a function that builds a reference model. Keyword arguments override TINY."""
+
+    def build(**sizes):
+        return build_reference(**TINY | sizes)
+
+    return build
 
 
 @pytest.fixture(scope="session")
 def randomize_weights(segment_anything):
-    """`randomize`."""
+    """Returns `randomize`."""
     return randomize
 
 
 @pytest.fixture(scope="session")
 def tiny_reference(build_tiny_reference):
-    """The reference model of the sizes TINY; who changes it must take a copy."""
+    """Returns the reference model with the sizes TINY. Tests must copy it before changing it."""
     return build_tiny_reference()
 
 
 @pytest.fixture(scope="session")
 def official_shapes():
-    """`shapes_of_official`."""
+    """Returns `shapes_of_official`."""
     return shapes_of_official
 
 
@@ -95,32 +100,32 @@ def multimask_output(request):
 
 @pytest.fixture(scope="session")
 def prompts():
-    """`make_prompts`."""
+    """Returns `make_prompts`."""
     return make_prompts
 
 
 @pytest.fixture(scope="session")
 def photo():
-    """`make_photo`."""
+    """Returns `make_photo`."""
     return make_photo
 
 
 @pytest.fixture(scope="session")
 def difference():
-    """`relative_difference`."""
+    """Returns `relative_difference`."""
     return relative_difference
 
 
-def relative_difference(ours, theirs):
-    """The largest difference of two arrays, over the largest magnitude of the second."""
-    ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
-    assert ours.shape == theirs.shape
-    assert np.isfinite(ours).all()
-    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+def relative_difference(actual, expected):
+    """Returns the maximum absolute difference, divided by the largest magnitude in `expected`."""
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    assert np.isfinite(actual).all()
+    return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 def shapes_of_official(model):
-    """{official name: PyTorch's shape} of a model of ours, without making any variables."""
+    """Returns the PyTorch shape for each official name of a `sam_jax` model, without variables."""
     grid = [side // model.patch_size for side in model.image_size]
     given = Prompts(
         points=np.zeros((1, 1, 1, 2), np.float32),
@@ -140,7 +145,7 @@ def shapes_of_official(model):
 
 
 def make_photo(size, seed=0):
-    """Smooth blobs with some noise, 'h w 3' uint8."""
+    """Returns an image of smooth blobs and noise, 'h w 3' uint8."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC), np.float64)
@@ -148,7 +153,7 @@ def make_photo(size, seed=0):
 
 
 def make_prompts(size, low_res):
-    """Arguments of `predict` on an image of (height, width), by every one of PROMPT_KINDS."""
+    """Returns arguments of `predict` for each of PROMPT_KINDS, on an image of (height, width)."""
     height, width = size
     rng = np.random.default_rng(0)
     coords = rng.uniform(0.05, 0.95, (6, 2)) * (width, height)
@@ -176,7 +181,7 @@ def build_reference(
     iou_hidden_dim,
     seed=0,
 ):
-    """segment-anything's `Sam` of any size on a square frame, with the weights of `randomize`."""
+    """Returns segment-anything's `Sam` for square images, with the weights of `randomize`."""
     import_segment_anything()
     import torch
     from segment_anything import modeling
@@ -216,10 +221,11 @@ def build_reference(
 
 
 def randomize(model, seed=0):
-    """Draws the weights anew that PyTorch initialises to 0 or 1, so that every tensor matters.
+    """Replaces initial values so that every tensor affects the output.
 
-    Some are enlarged, so that logits span about +-10 and depend on the click: with PyTorch's values
-    attention is all but uniform, and a mean that all channels share drowns the image.
+    Weights that PyTorch initializes to 0 or 1 become random. Some other weights are scaled up, so
+    that the logits span about -10 to 10 and depend on the click. With the initial values of
+    PyTorch, attention is almost uniform, and the mean over channels dominates the image features.
     """
     import torch
 
@@ -252,14 +258,15 @@ def randomize(model, seed=0):
 
 
 def import_segment_anything():
-    """Imports segment-anything with stand-ins for torchvision, which nobody else gets to see.
+    """Imports segment-anything with substitutes for torchvision.
 
-    (transformers would take them for torchvision itself.)
+    The substitutes are removed from `sys.modules` after the import. Otherwise transformers would
+    use them as if they were torchvision.
     """
     if "segment_anything" not in sys.modules:
-        before = {name: sys.modules.get(name) for name in _STAND_INS}
+        before = {name: sys.modules.get(name) for name in _SUBSTITUTES}
         try:
-            for name, functions in _STAND_INS.items():
+            for name, functions in _SUBSTITUTES.items():
                 sys.modules[name] = types.ModuleType(name)
                 vars(sys.modules[name]).update(functions)
             importlib.import_module("segment_anything")
@@ -277,9 +284,9 @@ def _box_area(boxes):
 
 
 def _batched_nms(boxes, scores, idxs, iou_threshold):
-    """Indices of the boxes 'n 4' that no better box of the same category overlaps, best first.
+    """Returns the indices that non-maximum suppression keeps of the boxes 'n 4', best first.
 
-    As torchvision's on CPUs: ratios in float32, compared with a double.
+    Like torchvision on CPUs, it computes IoUs in float32 and compares them with a double.
     """
     import torch
 
@@ -290,10 +297,10 @@ def _batched_nms(boxes, scores, idxs, iou_threshold):
     for i, box in enumerate(boxes):
         sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
         overlap = sides.clip(0).prod(axis=1)
-        rivals = kept & (idxs == idxs[i])
+        same_category = kept & (idxs == idxs[i])
         with np.errstate(invalid="ignore"):
             iou = overlap / (area + area[i] - overlap)
-        kept[i] = not (iou > np.float64(iou_threshold))[rivals].any()
+        kept[i] = not (iou > np.float64(iou_threshold))[same_category].any()
     return order[torch.from_numpy(kept)]
 
 
@@ -301,7 +308,7 @@ def _resize(image, size):
     return image.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
-_STAND_INS = {
+_SUBSTITUTES = {
     "torchvision": {},
     "torchvision.ops": {},
     "torchvision.ops.boxes": {"batched_nms": _batched_nms, "box_area": _box_area},

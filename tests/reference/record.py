@@ -1,12 +1,19 @@
-"""Records what segment-anything predicts, so that `make test` compares with it without torch.
+"""Records predictions of segment-anything, so that `make test` needs no torch to compare them.
 
     python tests/reference/record.py
 
-writes, for each of the models below, `tests/data/NAME.safetensors` (its random weights, under
-official names) and `tests/data/NAME.npz`: for each photo `PHOTO/image`, and for each kind of prompt
-its arguments, `PHOTO/KIND/ARGUMENT`, with the predictions `low_res_logits` 'm lh lw', `scores` 'm'
-and `masks` 'm h w' (eight pixels of a row in a byte) of the masks m = 0 to 3, the first of which is
-the one of multimask_output=False.
+For each model in MODELS, the script writes two files:
+
+* `tests/data/NAME.safetensors` has the random weights under their official names.
+* `tests/data/NAME.npz` has the images, the prompts and the predictions.
+
+The second file has the key `PHOTO/image` for each photo, and these keys for each kind of prompt:
+
+* `PHOTO/KIND/ARGUMENT` is an argument of `predict`.
+* `PHOTO/KIND/low_res_logits` 'm lh lw', `PHOTO/KIND/scores` 'm' and `PHOTO/KIND/masks` 'm h w' are
+  predictions. A byte of `masks` has eight pixels of a row.
+
+The masks are m = 0 to 3. Mask 0 is the output of multimask_output=False.
 """
 
 from pathlib import Path
@@ -22,7 +29,8 @@ from conftest import (
 
 DATA = Path(__file__).parents[1] / "data"
 PHOTOS = {"landscape": (43, 70), "portrait": (61, 37)}  # (height, width)
-KINDS = {  # of prompts; fewer of the second model, as its tests compile anew
+# Kinds of prompts. The second model has fewer because its tests compile another program.
+KINDS = {
     "reference_tiny": PROMPT_KINDS,
     "reference_deep": ("one point", "box", "mask and points", "mask and box"),
 }
@@ -42,7 +50,7 @@ MODELS = {
         decoder_mlp_dim=64,
         iou_hidden_dim=24,
     ),
-    # Windows of 4 on a grid of 6, photos that are enlarged, three blocks in the decoder.
+    # Windows of 4 on a grid of 6, photos that are enlarged, and three blocks in the decoder.
     "reference_deep": dict(
         image_size=96,
         patch_size=16,
@@ -74,7 +82,7 @@ def main():
 
 
 def record(model, kinds):
-    """The arrays of a model's file."""
+    """Returns the arrays for the npz file of a model."""
     from segment_anything import SamPredictor
 
     arrays = {}

@@ -1,4 +1,4 @@
-"""Everything mode finds the masks of segment-anything, in the same order."""
+"""Compares the masks of everything mode and their order with segment-anything."""
 
 from pathlib import Path
 
@@ -18,20 +18,21 @@ pytestmark = pytest.mark.reference
 TRUCK = Path(__file__).parents[3] / "shared" / "realdata" / "sam_images" / "truck.jpg"
 LANDSCAPE, PORTRAIT = (180, 270), (290, 190)
 CROPS = dict(crop_n_layers=1, crop_n_points_downscale_factor=2)
-ALL = dict(box_nms_thresh=1.0, crop_nms_thresh=1.0)  # nothing is a duplicate
+ALL = dict(box_nms_thresh=1.0, crop_nms_thresh=1.0)  # no mask is dropped as a duplicate
 
 
 @pytest.fixture(scope="module")
 def random_pair(tiny_reference, tmp_path_factory):
-    """The reference model with random weights, and the same model in `sam_jax`."""
+    """Returns the reference model with random weights, and the same model in `sam_jax`."""
     return tiny_reference, _load(tiny_reference, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def trained_pair(build_tiny_reference, tmp_path_factory):
-    """The trained model of the package as a reference model, and itself.
+    """Returns the packaged trained model as a reference model, and in `sam_jax`.
 
-    Its decoder has fewer heads than the reference's default, which the weights do not tell.
+    Its decoder has fewer heads than the default of the reference. The number of heads cannot be
+    inferred from the weights, so that it is set here.
     """
     torch = pytest.importorskip("torch")
     model, variables = sam_jax.load("sam_tiny")
@@ -57,8 +58,10 @@ def trained_pair(build_tiny_reference, tmp_path_factory):
 
 @pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT], ids=["landscape", "portrait"])
 @pytest.mark.parametrize("options", [{}, CROPS, dict(min_mask_region_area=40)], ids=str)
-def test_random_weights(segment_anything, random_pair, photo, size, options):
-    """Masks extend over the image, and their boxes hardly differ."""
+def test_masks_of_random_weights_equal_the_reference(
+    segment_anything, random_pair, photo, size, options
+):
+    """Checks masks that extend over the image and have almost equal boxes."""
     limits = dict(points_per_side=16, pred_iou_thresh=-1.0, stability_score_thresh=0.2)
     masks = _compare(segment_anything, random_pair, photo(size), limits | ALL | options)
     assert len(masks) > 100
@@ -66,8 +69,10 @@ def test_random_weights(segment_anything, random_pair, photo, size, options):
 
 @pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT], ids=["landscape", "portrait"])
 @pytest.mark.parametrize("options", [{}, CROPS, CROPS | dict(min_mask_region_area=60)], ids=str)
-def test_trained_weights(segment_anything, trained_pair, size, options):
-    """Masks are those of objects, and many are duplicates."""
+def test_masks_of_trained_weights_equal_the_reference(
+    segment_anything, trained_pair, size, options
+):
+    """Checks masks of objects, of which many are duplicates."""
     limits = dict(
         points_per_side=16,
         pred_iou_thresh=0.3,
@@ -84,7 +89,7 @@ def test_trained_weights(segment_anything, trained_pair, size, options):
 
 
 @pytest.mark.parametrize("upright", [False, True], ids=["landscape", "portrait"])
-def test_real_photo(segment_anything, random_pair, upright):
+def test_masks_of_a_photo_equal_the_reference(segment_anything, random_pair, upright):
     if not TRUCK.is_file():
         pytest.skip(f"no photo at {TRUCK}")
     image = read_image(TRUCK)
@@ -94,7 +99,7 @@ def test_real_photo(segment_anything, random_pair, upright):
     assert len(masks) > 30
 
 
-def test_unequal_thresholds(segment_anything, trained_pair):
+def test_unequal_nms_thresholds(segment_anything, trained_pair):
     options = CROPS | dict(
         points_per_side=16,
         pred_iou_thresh=0.3,
@@ -111,7 +116,7 @@ def test_unequal_thresholds(segment_anything, trained_pair):
 
 
 def test_default_thresholds(segment_anything, trained_pair):
-    """The image is larger than the canvas. Custom point grids and no thresholds work too."""
+    """Checks an image larger than the canvas, a custom point grid, and disabled thresholds."""
     image = SyntheticScenes((700, 1100)).image(2)
     _compare(segment_anything, trained_pair, image, dict(points_per_side=8))
     grid = np.random.default_rng(0).uniform(0, 1, (20, 2))
@@ -120,8 +125,8 @@ def test_default_thresholds(segment_anything, trained_pair):
     assert len(_compare(segment_anything, trained_pair, image, options | limits)) > 20
 
 
-def test_small_regions():
-    """Small regions are those of the reference, which uses OpenCV, for blobs of all sizes."""
+def test_removed_small_regions_equal_the_reference():
+    """Compares the removal of small regions with the reference, which uses OpenCV."""
     pytest.importorskip("cv2")
     amg = pytest.importorskip("segment_anything.utils.amg")
     rng = np.random.default_rng(0)
@@ -132,7 +137,7 @@ def test_small_regions():
         min_area = int(rng.integers(1, 60))
         areas = np.sort(np.bincount(ndimage.label(mask, np.ones((3, 3)))[0].ravel())[1:])
         if not len(areas) or (len(areas) > 1 and areas[-1] == areas[-2] < min_area):
-            continue  # no island, or equally large ones, whose order differs: see `regions`
+            continue  # no island, or a tie for the largest, which OpenCV breaks differently
         actual, changed = remove_small_regions(mask, min_area)
         filled, holes_changed = amg.remove_small_regions(mask, min_area, mode="holes")
         expected, islands_changed = amg.remove_small_regions(filled, min_area, mode="islands")
@@ -164,7 +169,7 @@ def _compare(segment_anything, pair, image, options):
 
 
 def _compare_masks(record, other):
-    """Compares masks, allowing pixels whose logits equal a level up to rounding to differ."""
+    """Compares masks. Pixels may differ where rounding decides the sign of the logit."""
     mask, expected = rle.decode(record["segmentation"]), rle.decode(other["segmentation"])
     union = max(1, np.sum(mask | expected))
     assert np.sum(mask & expected) >= 0.999 * union - 1

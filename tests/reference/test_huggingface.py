@@ -1,6 +1,7 @@
-"""Hugging Face's `SamModel` and `SamProcessor`: they open what we write, and we what they write.
+"""Compares files and predictions with Hugging Face's `SamModel` and `SamProcessor`.
 
-They are also a second reference, where they agree with the released code.
+Each library must read the files that the other one writes. Where Hugging Face agrees with the
+released code, it is also a second reference for predictions.
 """
 
 import jax
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.reference
 
 TOLERANCE = 1e-4  # of the largest magnitude
 MASK_IOU = 0.9999
-PHOTOS = {"landscape": (75, 131), "portrait": (50, 27)}  # (height, width); the frame is 64 x 64
+PHOTOS = {"landscape": (75, 131), "portrait": (50, 27)}  # (height, width); the canvas is 64 x 64
 VISION = {
     "vit_b": dict(),
     "vit_l": dict(
@@ -36,23 +37,23 @@ VISION = {
 
 
 @pytest.fixture(scope="module")
-def ours(tiny_reference, tmp_path_factory):
-    """Our model and variables."""
+def model_and_variables(tiny_reference, tmp_path_factory):
+    """Returns the `sam_jax` model and its variables."""
     path = tmp_path_factory.mktemp("official") / "tiny.pth"
     torch.save(tiny_reference.state_dict(), path)
     return sam_jax.load(path)
 
 
 @pytest.fixture(scope="module")
-def folder(ours, tmp_path_factory):
-    """The Hugging Face folder that we write."""
+def folder(model_and_variables, tmp_path_factory):
+    """Returns a Hugging Face folder that `sam_jax.save` wrote."""
     path = tmp_path_factory.mktemp("huggingface") / "tiny"
-    sam_jax.save(path, *ours, format="huggingface")
+    sam_jax.save(path, *model_and_variables, format="huggingface")
     return path
 
 
 @pytest.fixture(scope="module")
-def theirs(folder):
+def hf_model(folder):
     return _from_pretrained(folder)
 
 
@@ -61,14 +62,14 @@ def processor(folder):
     return transformers.SamProcessor.from_pretrained(folder)
 
 
-def test_folder_opens_whole(folder):
+def test_huggingface_loads_every_tensor(folder):
     model, report = transformers.SamModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("size", PHOTOS.values(), ids=PHOTOS)
-def test_processor_prepares_images_as_we_do(processor, photo, difference, size):
+def test_preprocessed_images_equal_those_of_the_processor(processor, photo, difference, size):
     expected = processor(images=photo(size), return_tensors="pt")
     image, inside = resize_and_pad(photo(size), (64, 64))
     assert inside == tuple(expected["reshaped_input_sizes"][0])
@@ -77,12 +78,20 @@ def test_processor_prepares_images_as_we_do(processor, photo, difference, size):
 
 
 @pytest.mark.parametrize("size", PHOTOS.values(), ids=PHOTOS)
-def test_prediction(
-    ours, theirs, processor, photo, prompts, difference, size, kind, multimask_output
+def test_predictions_equal_huggingface(
+    model_and_variables,
+    hf_model,
+    processor,
+    photo,
+    prompts,
+    difference,
+    size,
+    kind,
+    multimask_output,
 ):
     given = prompts(size, 32)[kind]
-    expected = _predict(theirs, processor, photo(size), given, multimask_output)
-    predictor = sam_jax.SamPredictor(*ours)
+    expected = _predict(hf_model, processor, photo(size), given, multimask_output)
+    predictor = sam_jax.SamPredictor(*model_and_variables)
     predictor.set_image(photo(size))
     masks, scores, low_res = predictor.predict(**given, multimask_output=multimask_output)
     assert difference(low_res, expected["low_res"]) <= TOLERANCE
@@ -91,8 +100,8 @@ def test_prediction(
         assert (a & b).sum() >= MASK_IOU * (a | b).sum()
 
 
-def test_several_objects(ours, theirs, processor, photo, difference):
-    """Theirs are the points' second axis, ours a list."""
+def test_several_objects(model_and_variables, hf_model, processor, photo, difference):
+    """Checks that several objects in one call have the predictions of Hugging Face."""
     size = (75, 131)
     rng = np.random.default_rng(0)
     points = rng.uniform(0, (size[1], size[0]), (3, 2, 2))
@@ -104,12 +113,12 @@ def test_several_objects(ours, theirs, processor, photo, difference):
         return_tensors="pt",
     )
     with torch.no_grad():
-        expected = theirs(
+        expected = hf_model(
             pixel_values=inputs["pixel_values"],
             input_points=inputs["input_points"],
             input_labels=inputs["input_labels"],
         )
-    predictor = sam_jax.SamPredictor(*ours)
+    predictor = sam_jax.SamPredictor(*model_and_variables)
     predictor.set_image(photo(size))
     _, scores, low_res = predictor.predict_many(
         [dict(point_coords=p, point_labels=k) for p, k in zip(points, labels, strict=True)]
@@ -118,25 +127,27 @@ def test_several_objects(ours, theirs, processor, photo, difference):
     assert difference(scores, expected.iou_scores[0]) <= TOLERANCE
 
 
-def test_ours_to_theirs_to_ours_is_bitwise(ours, folder, theirs, tmp_path):
-    _assert_same(sam_jax.load(folder), ours)
-    theirs.save_pretrained(tmp_path / "theirs")
-    _assert_same(sam_jax.load(tmp_path / "theirs"), ours)
+def test_sam_jax_to_huggingface_and_back_is_bitwise(
+    model_and_variables, folder, hf_model, tmp_path
+):
+    _assert_same(sam_jax.load(folder), model_and_variables)
+    hf_model.save_pretrained(tmp_path / "huggingface")
+    _assert_same(sam_jax.load(tmp_path / "huggingface"), model_and_variables)
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "200KB"], ids=["one file", "shards"])
-def test_theirs_to_ours_to_theirs_is_bitwise(
+def test_huggingface_to_sam_jax_and_back_is_bitwise(
     folder, processor, photo, prompts, difference, tmp_path, max_shard_size
 ):
     model = _perturbed(transformers.SamModel(transformers.SamConfig.from_pretrained(folder)))
-    model.save_pretrained(tmp_path / "theirs", max_shard_size=max_shard_size)
-    shards = list((tmp_path / "theirs").glob("*.safetensors"))
+    model.save_pretrained(tmp_path / "huggingface", max_shard_size=max_shard_size)
+    shards = list((tmp_path / "huggingface").glob("*.safetensors"))
     assert (len(shards) > 1) == (max_shard_size == "200KB")
 
-    loaded = sam_jax.load(tmp_path / "theirs")
-    sam_jax.save(tmp_path / "ours", *loaded, format="huggingface")
+    loaded = sam_jax.load(tmp_path / "huggingface")
+    sam_jax.save(tmp_path / "saved", *loaded, format="huggingface")
     before, after = (
-        m.state_dict() for m in (model, transformers.SamModel.from_pretrained(tmp_path / "ours"))
+        m.state_dict() for m in (model, transformers.SamModel.from_pretrained(tmp_path / "saved"))
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -149,8 +160,8 @@ def test_theirs_to_ours_to_theirs_is_bitwise(
 
 
 @pytest.mark.parametrize("size", VISION)
-def test_sizes(official_shapes, size):
-    """The names and shapes of the three sizes are theirs."""
+def test_official_sizes_have_the_huggingface_names_and_shapes(official_shapes, size):
+    """Compares the names and shapes of the three official sizes."""
     config = transformers.SamConfig(vision_config=VISION[size])
     with torch.device("meta"):
         expected = transformers.SamModel(config).state_dict()
@@ -165,7 +176,7 @@ def _from_pretrained(folder):
 
 
 def _as_released(model):
-    """Gives the decoder's norms the epsilon that they have in the released code, and not here."""
+    """Sets the epsilon of the decoder's norms as in the released code. Hugging Face differs."""
     for layer in model.mask_decoder.transformer.layers:
         for norm in (layer.layer_norm1, layer.layer_norm2, layer.layer_norm3, layer.layer_norm4):
             norm.eps = 1e-5
@@ -173,7 +184,7 @@ def _as_released(model):
 
 
 def _perturbed(model):
-    """Adds noise to what was just initialised: position tables and biases are zero then."""
+    """Adds noise to initial values, since position tables and biases are initialized to zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.parameters():
@@ -182,7 +193,7 @@ def _perturbed(model):
 
 
 def _predict(model, processor, image, given, multimask_output):
-    """Their pipeline, with prompts as our `predict` takes them."""
+    """Predicts with Hugging Face, given the arguments of `sam_jax`'s `predict`."""
     inputs = {}
     if "point_coords" in given:
         inputs["input_points"] = [[given["point_coords"].tolist()]]
@@ -202,11 +213,13 @@ def _predict(model, processor, image, given, multimask_output):
 
 
 def _assert_same(loaded, expected):
-    """Asserts that models are equal, and variables to the last bit."""
+    """Asserts that models are equal, and that variables are bitwise equal."""
     assert loaded[0] == expected[0]
-    ours, theirs = (dict(jax.tree_util.tree_leaves_with_path(v)) for _, v in (loaded, expected))
-    assert ours.keys() == theirs.keys()
-    for path in ours:
-        a, b = np.asarray(ours[path]), np.asarray(theirs[path])
+    leaves, expected_leaves = (
+        dict(jax.tree_util.tree_leaves_with_path(v)) for _, v in (loaded, expected)
+    )
+    assert leaves.keys() == expected_leaves.keys()
+    for path in leaves:
+        a, b = np.asarray(leaves[path]), np.asarray(expected_leaves[path])
         assert a.dtype == b.dtype == np.float32
         np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32), str(path))

@@ -1,4 +1,4 @@
-"""pycocotools reads our COCO files."""
+"""Compares the annotations that pycocotools reads from `instances.json` with their RLEs."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def test_masks_boxes_and_areas_are_those_of_pycocotools(tmp_path):
+def test_masks_boxes_and_areas_equal_those_of_pycocotools(tmp_path):
     scenes = open_source("scenes:40x60")
     found = list(label_images(scenes, [2, 5, 8], [generate], tmp_path))
     write_instances(tmp_path, [2, 5, 8])

@@ -1,4 +1,4 @@
-"""Our masked autoencoder against Hugging Face's, on weights that exercise every tensor."""
+"""Compares the masked autoencoder with Hugging Face, for weights where every tensor matters."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ B = 3
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def reference():
     config = transformers.ViTMAEConfig(
         image_size=64,
         patch_size=8,
@@ -30,7 +30,7 @@ def theirs():
         decoder_num_hidden_layers=2,
         decoder_num_attention_heads=3,
         decoder_intermediate_size=192,
-        layer_norm_eps=1e-6,  # theirs is 1e-12, the original's this
+        layer_norm_eps=1e-6,  # as in the original code; the default of Hugging Face is 1e-12
         norm_pix_loss=True,
         attn_implementation="eager",
     )
@@ -38,7 +38,7 @@ def theirs():
     model = transformers.ViTMAEForPreTraining(config).eval()
     embeddings, decoder = model.vit.embeddings, model.decoder
     for x in (embeddings.patch_embeddings.projection, *model.parameters()):
-        x._is_hf_initialized = False  # or the fixed positions would be left as they are
+        x._is_hf_initialized = False  # otherwise the fixed positions would not be initialized
     embeddings.initialize_weights()
     decoder.initialize_weights(64)
     with torch.no_grad():
@@ -50,11 +50,15 @@ def theirs():
 
 
 @pytest.fixture(scope="module")
-def params(theirs):
-    """Their parameters under our names."""
-    state = {name: x.numpy() for name, x in theirs.state_dict().items()}
-    dense = lambda name: {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
-    norm = lambda name: {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+def params(reference):
+    """Returns the parameters of the reference under the names of `sam_jax`."""
+    state = {name: x.numpy() for name, x in reference.state_dict().items()}
+
+    def dense(name):
+        return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
+
+    def norm(name):
+        return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
 
     def block(name):
         q, k, v = (dense(f"{name}.attention.{x}_proj") for x in "qkv")
@@ -95,13 +99,13 @@ def keys():
     return jax.random.split(jax.random.key(7), B)
 
 
-def noise_of(keys):
-    """Returns noise whose order is that of the patches here."""
+def noise_for(keys):
+    """Returns noise for which Hugging Face orders the patches as `sam_jax` does for these keys."""
     order = np.asarray(jax.vmap(MODEL.sample_order)(keys))
     return torch.tensor(np.argsort(order, axis=1).astype(np.float32))
 
 
-def tensor_of(image):
+def to_torch(image):
     return torch.tensor(image.transpose(0, 3, 1, 2))
 
 
@@ -111,42 +115,42 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * scale)
 
 
-def test_positions_are_theirs(theirs):
+def test_positions_equal_the_reference(reference):
     for table, c in (
-        (theirs.vit.embeddings.position_embeddings, 64),
-        (theirs.decoder.decoder_pos_embed, 48),
+        (reference.vit.embeddings.position_embeddings, 64),
+        (reference.decoder.decoder_pos_embed, 48),
     ):
         np.testing.assert_allclose(table[0, 1:].numpy(), encode_positions(8, 8, c), atol=1e-5)
         assert not table[0, 0].any()
 
 
-def test_encodings_and_reconstructions_are_theirs(theirs, params, image, keys):
+def test_encodings_and_reconstructions_equal_the_reference(reference, params, image, keys):
     with torch.no_grad():
-        outputs = theirs(tensor_of(image), noise=noise_of(keys))
-        encoded = theirs.vit(tensor_of(image), noise=noise_of(keys)).last_hidden_state
+        outputs = reference(to_torch(image), noise=noise_for(keys))
+        encoded = reference.vit(to_torch(image), noise=noise_for(keys)).last_hidden_state
     visible = jax.vmap(MODEL.sample_order)(keys)[:, : MODEL.num_visible]
-    ours = MODEL.apply({"params": params}, image, visible, method="encode")
-    assert_close(ours, encoded.numpy())
+    actual = MODEL.apply({"params": params}, image, visible, method="encode")
+    assert_close(actual, encoded.numpy())
     reconstructed = jax.jit(MODEL.apply)({"params": params}, image, keys)
     assert_close(reconstructed.patches, outputs.logits.numpy())
     np.testing.assert_array_equal(reconstructed.mask, outputs.mask.numpy() > 0)
 
 
-def test_the_loss_and_its_gradients_are_theirs(theirs, params, image, keys):
-    def ours(params):
+def test_loss_and_gradients_equal_the_reference(reference, params, image, keys):
+    def loss_of(params):
         reconstructed = MODEL.apply({"params": params}, image, keys)
         return jnp.mean(reconstruction_loss(reconstructed, image, 8, normalized=True))
 
-    loss, gradients = jax.jit(jax.value_and_grad(ours))(jax.tree.map(jnp.asarray, params))
-    theirs.zero_grad()
-    expected = theirs(tensor_of(image), noise=noise_of(keys)).loss
+    loss, gradients = jax.jit(jax.value_and_grad(loss_of))(jax.tree.map(jnp.asarray, params))
+    reference.zero_grad()
+    expected = reference(to_torch(image), noise=noise_for(keys)).loss
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=TOLERANCE)
-    layer = theirs.vit.layers[0]
+    layer = reference.vit.layers[0]
     assert_close(gradients["block_00"]["lin1"]["kernel"], layer.mlp.fc1.weight.grad.T.numpy())
-    assert_close(gradients["class_token"], theirs.vit.embeddings.cls_token.grad.ravel().numpy())
-    assert_close(gradients["mask_token"], theirs.decoder.mask_token.grad.ravel().numpy())
-    kernel = theirs.vit.embeddings.patch_embeddings.projection.weight.grad
+    assert_close(gradients["class_token"], reference.vit.embeddings.cls_token.grad.ravel().numpy())
+    assert_close(gradients["mask_token"], reference.decoder.mask_token.grad.ravel().numpy())
+    kernel = reference.vit.embeddings.patch_embeddings.projection.weight.grad
     assert_close(gradients["patch_embed"]["kernel"], kernel.permute(2, 3, 1, 0).numpy())
 
 

@@ -1,6 +1,6 @@
-"""The model and its predictor against segment-anything, live and in float32.
+"""Compares the model and its predictor with segment-anything in float32.
 
-Random weights stand in for the released ones, and are shown first to leave no tensor out.
+The weights are random. The first tests check that every tensor affects the outputs.
 """
 
 import copy
@@ -22,18 +22,18 @@ TOLERANCE = 1e-4  # of the largest magnitude
 MASK_IOU = 0.9999
 BFLOAT16_TOLERANCE = 0.02  # relative L2
 
-SMALL = 0.01  # activations of a model in which the epsilons of norms are seen
-PHOTOS = {  # (height, width); the frame is 64 x 64
+SMALL = 0.01  # scale of activations at which the epsilons of norms affect the outputs
+PHOTOS = {  # (height, width); the canvas is 64 x 64
     "landscape, larger": (75, 131),
     "portrait, larger": (200, 87),
     "square, larger": (90, 90),
     "landscape, smaller": (21, 50),
     "portrait, smaller": (43, 30),
-    "square, as the frame": (64, 64),
+    "square, same size": (64, 64),
 }
 TRUCK = Path(__file__).parents[3] / "shared" / "realdata" / "sam_images" / "truck.jpg"
 
-# All values of a file, those of the image encoder, and how many tensors they are.
+# The number of values in a file, the number in the image encoder, and the number of tensors.
 SIZES = {
     "vit_b": (93_735_728, 89_670_912, 314),
     "vit_l": (312_343_088, 308_278_272, 482),
@@ -42,7 +42,7 @@ SIZES = {
 
 
 class TestRandomWeights:
-    """That parity with these weights means parity: what is wrong would be seen."""
+    """Tests that an error in any tensor of the random weights changes the outputs."""
 
     def test_logits_span_ten(self, tiny_reference):
         for logits, _ in _outputs(tiny_reference):
@@ -51,14 +51,14 @@ class TestRandomWeights:
 
     def test_logits_depend_on_the_click(self, tiny_reference):
         clicks = [(_points(tiny_reference, x, 0.4), None, None) for x in (0.3, 0.7)]
-        one, other = (
+        first, second = (
             logits for logits, _ in _run(tiny_reference, _noise(tiny_reference), clicks)[1]
         )
-        change = (one - other).flatten(1).norm(dim=1) / one.flatten(1).norm(dim=1)
+        change = (first - second).flatten(1).norm(dim=1) / first.flatten(1).norm(dim=1)
         assert (change > 0.05).all()
 
     def test_every_tensor_matters(self, tiny_reference):
-        """As much noise as there is signal in a tensor changes outputs tenfold the tolerance."""
+        """Adds noise as large as the tensor. Outputs must change by ten times the tolerance."""
         model = copy.deepcopy(tiny_reference)
         before, changes = _outputs(model), {}
         for name, tensor in model.state_dict().items():
@@ -67,14 +67,16 @@ class TestRandomWeights:
             tensor.add_(noise * kept.square().mean().sqrt())
             changes[name] = _change(_outputs(model), before)
             tensor.copy_(kept)
-        # A bias of the keys adds one number to all logits of a query, which softmax takes out.
-        immaterial = {name for name in changes if name.endswith(".k_proj.bias")}
-        assert len(immaterial) == 7
-        assert all(changes[name] < 0.1 * TOLERANCE for name in immaterial)
-        assert not {n: c for n, c in changes.items() if n not in immaterial and c < 10 * TOLERANCE}
+        # Key biases add one number to all logits of a query, which does not change the softmax.
+        without_effect = {name for name in changes if name.endswith(".k_proj.bias")}
+        assert len(without_effect) == 7
+        assert all(changes[name] < 0.1 * TOLERANCE for name in without_effect)
+        assert not {
+            n: c for n, c in changes.items() if n not in without_effect and c < 10 * TOLERANCE
+        }
 
     def test_every_epsilon_matters_where_activations_are_small(self, tiny_reference):
-        model = _quiet(tiny_reference)
+        model = _with_small_activations(tiny_reference)
         before = _outputs(model, SMALL)
         norms = [m for m in model.modules() if "Norm" in type(m).__name__]
         assert len(norms) == 22
@@ -85,63 +87,67 @@ class TestRandomWeights:
 
 
 @pytest.fixture(scope="module")
-def tiny_ours(tiny_reference, tmp_path_factory):
+def tiny_model(tiny_reference, tmp_path_factory):
     return _load(tiny_reference, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module", params=PHOTOS.values(), ids=PHOTOS)
-def pair(request, segment_anything, tiny_reference, tiny_ours, photo):
-    """Both predictors on the same photo."""
-    return _pair(segment_anything, tiny_reference, tiny_ours, photo(request.param))
+def pair(request, segment_anything, tiny_reference, tiny_model, photo):
+    """Returns both predictors with the same photo."""
+    return _pair(segment_anything, tiny_reference, tiny_model, photo(request.param))
 
 
-def test_embedding(pair, difference):
-    ours, theirs = pair.ours.get_image_embedding(), pair.theirs.get_image_embedding()
-    assert difference(ours, theirs) <= TOLERANCE
+def test_embeddings_equal_the_reference(pair, difference):
+    actual, expected = (p.get_image_embedding() for p in (pair.predictor, pair.reference))
+    assert difference(actual, expected) <= TOLERANCE
 
 
-def test_prediction(pair, prompts, difference, kind, multimask_output):
+def test_predictions_equal_the_reference(pair, prompts, difference, kind, multimask_output):
     _check_prediction(pair, prompts, difference, kind, multimask_output)
 
 
-def test_logits_of_masks(pair, prompts, difference):
+def test_full_size_logits_equal_the_reference(pair, prompts, difference):
     given = prompts(pair.photo.shape[:2], 32)["box and points"]
-    theirs, ours = (p.predict(**given, return_logits=True)[0] for p in (pair.theirs, pair.ours))
-    assert ours.dtype == theirs.dtype
-    assert difference(ours, theirs) <= TOLERANCE
+    expected, actual = (
+        p.predict(**given, return_logits=True)[0] for p in (pair.reference, pair.predictor)
+    )
+    assert actual.dtype == expected.dtype
+    assert difference(actual, expected) <= TOLERANCE
 
 
-def test_bgr(pair, difference):
-    for predictor in (pair.ours, pair.theirs):
+def test_embeddings_of_bgr_images_equal_the_reference(pair, difference):
+    for predictor in (pair.predictor, pair.reference):
         predictor.set_image(np.ascontiguousarray(pair.photo[..., ::-1]), image_format="BGR")
-    ours, theirs = pair.ours.get_image_embedding(), pair.theirs.get_image_embedding()
-    assert difference(ours, theirs) <= TOLERANCE
+    actual, expected = (p.get_image_embedding() for p in (pair.predictor, pair.reference))
+    assert difference(actual, expected) <= TOLERANCE
 
 
-def test_three_decoder_blocks(
+def test_predictions_of_three_decoder_blocks_equal_the_reference(
     segment_anything, build_tiny_reference, tmp_path, photo, prompts, difference
 ):
-    theirs = build_tiny_reference(decoder_depth=3)
-    pair = _pair(segment_anything, theirs, _load(theirs, tmp_path), photo((75, 131)))
+    reference = build_tiny_reference(decoder_depth=3)
+    pair = _pair(segment_anything, reference, _load(reference, tmp_path), photo((75, 131)))
     for kind, multimask_output in (("several points", True), ("mask and box", False)):
         _check_prediction(pair, prompts, difference, kind, multimask_output)
 
 
-def test_epsilons(segment_anything, tiny_reference, tmp_path, photo, prompts, difference):
-    theirs = _quiet(tiny_reference)
-    pair = _pair(segment_anything, theirs, _load(theirs, tmp_path), photo((75, 131)))
-    test_embedding(pair, difference)
+def test_epsilons_equal_the_reference(
+    segment_anything, tiny_reference, tmp_path, photo, prompts, difference
+):
+    reference = _with_small_activations(tiny_reference)
+    pair = _pair(segment_anything, reference, _load(reference, tmp_path), photo((75, 131)))
+    test_embeddings_equal_the_reference(pair, difference)
     for kind in ("several points", "mask and box"):
         given = prompts((75, 131), 32)[kind]
         given = given | {k: SMALL * v for k, v in given.items() if k == "mask_input"}
-        theirs, ours = (p.predict(**given) for p in (pair.theirs, pair.ours))
-        assert difference(ours[1], theirs[1]) <= TOLERANCE
-        assert difference(ours[2], theirs[2]) <= TOLERANCE
+        expected, actual = (p.predict(**given) for p in (pair.reference, pair.predictor))
+        assert difference(actual[1], expected[1]) <= TOLERANCE
+        assert difference(actual[2], expected[2]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("grid", [(5, 11), (10, 7)], ids=["landscape", "portrait"])
-def test_frame_that_is_not_square(tiny_reference, tiny_ours, encode, decode, difference, grid):
-    """The reference takes such frames when its position tables are interpolated by hand."""
+def test_images_that_are_not_square(tiny_reference, tiny_model, encode, decode, difference, grid):
+    """Compares with a reference whose position tables were interpolated to the other grid."""
     reference = _on_grid(tiny_reference, grid)
     height, width = reference.prompt_encoder.input_image_size
     rng = np.random.default_rng(0)
@@ -152,25 +158,27 @@ def test_frame_that_is_not_square(tiny_reference, tiny_ours, encode, decode, dif
     prompt = ((torch.tensor(points), torch.tensor(labels)), None, torch.tensor(mask[None]))
     embedding, [(logits, iou)] = _run(reference, torch.tensor(image).permute(0, 3, 1, 2), [prompt])
 
-    model, variables = tiny_ours
+    model, variables = tiny_model
     given = sam_jax.Prompts(
         points=np.append(points, np.zeros((1, 1, 2), np.float32), axis=1)[None],
-        labels=np.append(labels, [[-1]], axis=1)[None],  # the reference adds this one by itself
+        labels=np.append(labels, [[-1]], axis=1)[
+            None
+        ],  # the reference appends the padding point itself
         mask=mask[None],
         has_mask=np.ones((1, 1), bool),
     )
-    ours = encode(model, variables, image)
-    masks = decode(model, variables, ours, given)
-    assert difference(ours, embedding.permute(0, 2, 3, 1)) <= TOLERANCE
+    actual = encode(model, variables, image)
+    masks = decode(model, variables, actual, given)
+    assert difference(actual, embedding.permute(0, 2, 3, 1)) <= TOLERANCE
     assert difference(masks.logits[0, 0], logits) <= TOLERANCE
     assert difference(masks.iou[0, 0], iou) <= TOLERANCE
 
 
 @pytest.fixture(scope="module")
 def vit_b(segment_anything, randomize_weights, tmp_path_factory):
-    """Both ViT-B, with the same weights."""
+    """Returns ViT-B as a reference model and in `sam_jax`, with the same weights."""
     if not TRUCK.exists():
-        pytest.skip(f"there is no {TRUCK}")
+        pytest.skip(f"no photo at {TRUCK}")
     torch.manual_seed(0)
     reference = randomize_weights(segment_anything.sam_model_registry["vit_b"]())
     return reference, _load(reference, tmp_path_factory.mktemp("vit_b"))
@@ -178,7 +186,10 @@ def vit_b(segment_anything, randomize_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truck(segment_anything, vit_b):
-    """Both predictors on the truck. What was compiled before is dropped: it takes memory."""
+    """Yields both predictors with the photo of a truck.
+
+    Compiled programs are dropped before and after, since they take memory.
+    """
     jax.clear_caches()
     torch.set_num_threads(2)
     yield _pair(segment_anything, *vit_b, np.asarray(Image.open(TRUCK)))
@@ -186,37 +197,42 @@ def truck(segment_anything, vit_b):
     jax.clear_caches()
 
 
-def test_vit_b_embedding(truck, difference):
-    ours, theirs = truck.ours.get_image_embedding(), truck.theirs.get_image_embedding()
-    assert difference(ours, theirs) <= TOLERANCE
+def test_vit_b_embeddings_equal_the_reference(truck, difference):
+    actual, expected = (p.get_image_embedding() for p in (truck.predictor, truck.reference))
+    assert difference(actual, expected) <= TOLERANCE
 
 
-def test_vit_b_prediction(truck, prompts, difference, kind, multimask_output):
+def test_vit_b_predictions_equal_the_reference(truck, prompts, difference, kind, multimask_output):
     if kind == "one point" and multimask_output:
-        low_res = truck.theirs.predict(**prompts((1200, 1800), 256)[kind])[2]
+        low_res = truck.reference.predict(**prompts((1200, 1800), 256)[kind])[2]
         assert 5 < np.abs(low_res).max() < 30
     _check_prediction(truck, prompts, difference, kind, multimask_output)
 
 
-def test_vit_b_bfloat16(truck, prompts):
-    model, variables = truck.ours.model, truck.ours.variables
-    half = sam_jax.SamPredictor(sam_jax.replace_fields(model, dtype="bfloat16"), variables)
-    half.set_image(truck.photo)
+def test_vit_b_predictions_in_bfloat16_are_close_to_float32(truck, prompts):
+    model, variables = truck.predictor.model, truck.predictor.variables
+    bfloat16_predictor = sam_jax.SamPredictor(
+        sam_jax.replace_fields(model, dtype="bfloat16"), variables
+    )
+    bfloat16_predictor.set_image(truck.photo)
     errors = {}
     for kind in ("one point", "box", "mask and points", "mask and box"):
         given = prompts(truck.photo.shape[:2], 256)[kind]
         for multimask_output in (True, False):
-            expected, got = (
-                p.predict(**given, multimask_output=multimask_output)[2] for p in (truck.ours, half)
+            expected, actual = (
+                p.predict(**given, multimask_output=multimask_output)[2]
+                for p in (truck.predictor, bfloat16_predictor)
             )
-            error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+            error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
             errors[kind, multimask_output] = float(error)
     assert max(errors.values()) <= BFLOAT16_TOLERANCE, errors
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_sizes(segment_anything, official_shapes, size):
-    """The same names and shapes as the reference, and as many values as are published."""
+def test_official_sizes_have_the_reference_names_and_shapes(
+    segment_anything, official_shapes, size
+):
+    """Compares names and shapes with the reference, and the number of values with SIZES."""
     with torch.device("meta"):
         reference = segment_anything.sam_model_registry[size]()
     shapes = official_shapes(getattr(sam_jax, f"sam_{size}")())
@@ -228,7 +244,7 @@ def test_sizes(segment_anything, official_shapes, size):
 
 
 def _run(reference, image, given):
-    """The reference's embedding of an image, and its four masks and IoUs for each prompt."""
+    """Returns the reference embedding of an image, and four masks and IoUs for each prompt."""
     outputs = []
     with torch.no_grad():
         embedding = reference.image_encoder(image)
@@ -245,7 +261,7 @@ def _run(reference, image, given):
 
 
 def _outputs(reference, mask_scale=1):
-    """The reference's masks and IoUs on noise, for three prompts that use all of it."""
+    """Returns reference masks and IoUs on noise. The three prompts use all parts of the model."""
     grid = reference.prompt_encoder.mask_input_size
     mask = 6 * torch.randn((1, 1, *grid), generator=torch.Generator().manual_seed(0))
     box = reference.image_encoder.img_size * torch.tensor([[0.1, 0.15, 0.7, 0.6]])
@@ -260,34 +276,34 @@ def _noise(reference):
 
 
 def _points(reference, *xy):
-    """Points at fractions of the frame, of alternating labels, as the prompt encoder takes them."""
+    """Returns points at fractions of the image and alternating labels, for the prompt encoder."""
     points = reference.image_encoder.img_size * torch.tensor(xy).reshape(1, -1, 2)
     return points, 1 - torch.arange(points.shape[1])[None] % 2
 
 
 def _change(new, old):
-    """The largest relative difference of any masks or IoUs."""
+    """Returns the largest relative difference of any masks or IoUs."""
     pairs = [p for a, b in zip(new, old, strict=True) for p in zip(a, b, strict=True)]
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def _quiet(reference):
-    """The reference with activations so small that norms would amplify them but for epsilon."""
+def _with_small_activations(reference):
+    """Returns a copy whose activations are so small that the epsilons of the norms matter."""
     model = copy.deepcopy(reference)
-    loud = [model.image_encoder.pos_embed, *model.image_encoder.patch_embed.parameters()]
+    scaled = [model.image_encoder.pos_embed, *model.image_encoder.patch_embed.parameters()]
     for module in model.modules():
         kind = type(module).__name__
         if "Norm" in kind or kind == "Embedding":
-            loud += module.parameters()
+            scaled += module.parameters()
         elif kind in ("Linear", "Conv2d", "ConvTranspose2d") and module.bias is not None:
-            loud.append(module.bias)
-    for tensor in {id(tensor): tensor for tensor in loud}.values():
+            scaled.append(module.bias)
+    for tensor in {id(tensor): tensor for tensor in scaled}.values():
         tensor.data.mul_(SMALL)
     return model
 
 
 def _load(reference, folder):
-    """Our model and variables from a checkpoint of the reference."""
+    """Returns the `sam_jax` model and variables, loaded from a checkpoint of the reference."""
     path = folder / "reference.pth"
     torch.save(reference.state_dict(), path)
     loaded = sam_jax.load(path)
@@ -296,26 +312,27 @@ def _load(reference, folder):
 
 
 def _pair(segment_anything, reference, loaded, photo):
-    theirs, ours = segment_anything.SamPredictor(reference), sam_jax.SamPredictor(*loaded)
-    for predictor in (theirs, ours):
-        predictor.set_image(photo)
-    return types.SimpleNamespace(theirs=theirs, ours=ours, photo=photo)
+    predictor, expected = sam_jax.SamPredictor(*loaded), segment_anything.SamPredictor(reference)
+    for each in (expected, predictor):
+        each.set_image(photo)
+    return types.SimpleNamespace(predictor=predictor, reference=expected, photo=photo)
 
 
 def _check_prediction(pair, prompts, difference, kind, multimask_output):
-    """Compares masks and their logits, scores and low-resolution logits of one prompt."""
-    low_res = 4 * pair.theirs.get_image_embedding().shape[-1]
+    """Compares the masks, the scores and the low-resolution logits of one prompt."""
+    low_res = 4 * pair.reference.get_image_embedding().shape[-1]
     given = prompts(pair.photo.shape[:2], low_res)[kind]
-    theirs, ours = (
-        p.predict(**given, multimask_output=multimask_output) for p in (pair.theirs, pair.ours)
+    expected, actual = (
+        p.predict(**given, multimask_output=multimask_output)
+        for p in (pair.reference, pair.predictor)
     )
-    for got, expected in zip(ours, theirs, strict=True):
-        assert got.shape == expected.shape
-        assert got.dtype == expected.dtype
-    assert difference(ours[1], theirs[1]) <= TOLERANCE
-    assert difference(ours[2], theirs[2]) <= TOLERANCE
-    for got, expected in zip(ours[0], theirs[0], strict=True):
-        assert _iou(got, expected) >= MASK_IOU
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+    assert difference(actual[1], expected[1]) <= TOLERANCE
+    assert difference(actual[2], expected[2]) <= TOLERANCE
+    for mask, expected_mask in zip(actual[0], expected[0], strict=True):
+        assert _iou(mask, expected_mask) >= MASK_IOU
 
 
 def _iou(a, b):
@@ -324,7 +341,10 @@ def _iou(a, b):
 
 
 def _on_grid(reference, grid):
-    """The reference with its tables interpolated to a grid (gh, gw): bicubic, and linear."""
+    """Returns a copy whose position tables are interpolated to a grid (gh, gw).
+
+    Absolute positions are interpolated bicubically, and relative positions linearly.
+    """
     model = copy.deepcopy(reference)
     interpolate = torch.nn.functional.interpolate
     encoder, prompt_encoder = model.image_encoder, model.prompt_encoder

@@ -1,4 +1,4 @@
-"""Compares the IoU of run lengths with pycocotools, bit by bit."""
+"""Checks that the IoU of run lengths is bitwise equal to that of pycocotools."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_random_masks(count, largest):
 
 
 def _random_mask(rng: np.random.Generator, height: int, width: int) -> dict:
-    """Noise of any density in a rectangle, which may be empty."""
+    """Returns a mask with noise of random density in a rectangle, which may be empty."""
     mask = np.zeros((height, width), bool)
     top, bottom = np.sort(rng.integers(0, height + 1, 2))
     left, right = np.sort(rng.integers(0, width + 1, 2))

@@ -56,7 +56,7 @@ def _assert_same(polygons, size):
 
 
 def _random_polygon(rng, height, width):
-    """Corners inside and outside of the image, in fractions, integers or fifths."""
+    """Returns corners inside and outside of the image, at fractions, integers or fifths."""
     corners = rng.uniform(rng.choice([-0.5, 0.0]), rng.choice([1.0, 1.5]), (rng.integers(3, 15), 2))
     corners *= [width, height]
     grid = rng.choice([1e6, 1, 5])

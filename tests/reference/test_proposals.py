@@ -1,4 +1,4 @@
-"""Average recall compared with COCOeval of pycocotools, all categories as one."""
+"""Compares average recall with COCOeval of pycocotools, with all categories as one."""
 
 import contextlib
 import io
@@ -59,19 +59,19 @@ def test_real_objects_and_results():
 
 
 def _assert_same(proposed, truths):
-    """Proposals and objects of each image, both as run lengths."""
+    """Compares recall for the proposals and objects of each image, both given as run lengths."""
     pairs = [(i, i) for i in range(len(truths))]
     scores = proposals.evaluate_proposals(ToySource(proposed), ToySource(truths), pairs)
     coco_recall = _coco_recall(proposed, truths)
-    for name, of_size in zip(proposals.AREA_RANGES, coco_recall, strict=True):
-        for top, expected in zip(proposals.NUM_PROPOSALS, of_size, strict=True):
+    for name, recalls in zip(proposals.AREA_RANGES, coco_recall, strict=True):
+        for top, expected in zip(proposals.NUM_PROPOSALS, recalls, strict=True):
             actual = scores["recall"][name][str(top)]
             assert (-1 if actual is None else actual) == pytest.approx(expected, abs=5.1e-5)
     assert 0 < scores["recall"]["all"][str(proposals.NUM_PROPOSALS[-1])] < 1
 
 
 def _coco_recall(proposed, truths):
-    """Average recall 's t', -1 where there is no object of a size."""
+    """Returns the average recall 's t', which is -1 where there is no object of a size."""
     with contextlib.redirect_stdout(io.StringIO()):
         annotations = coco.COCO()
         annotations.dataset = {
@@ -106,7 +106,7 @@ def _annotation(image, mask):
 
 
 def _rectangle(rng):
-    """A mask of any size, often exactly on the border between two."""
+    """Returns a mask of random size, often with the area where two size ranges meet."""
     mask = np.zeros((160, 130), bool)
     height, width = (32, 32) if rng.random() < 0.2 else rng.integers(1, 130, 2)
     top, left = rng.integers(0, 160 - height + 1), rng.integers(0, 130 - width + 1)

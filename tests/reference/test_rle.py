@@ -43,7 +43,7 @@ def test_runs_of_every_number_of_characters():
             _assert_same(flat[None])
 
 
-def test_uncompressed():
+def test_uncompressed_rles():
     rng = np.random.default_rng(2)
     for _ in range(200):
         height, width = (int(side) for side in rng.integers(1, 40, 2))
@@ -54,8 +54,11 @@ def test_uncompressed():
         np.testing.assert_array_equal(rle.decode(uncompressed), coco.decode(compressed))
 
 
-def test_fuzz():
-    """Valid ones of 100,000 strings; pycocotools would read past the end of the others."""
+def test_fuzzed_strings():
+    """Compares the valid ones of 100,000 strings.
+
+    pycocotools would read past the end of the invalid strings, so that it does not get them.
+    """
     valid = {}
     for string in fuzzed(100_000):
         try:
@@ -93,7 +96,7 @@ def _assert_same(mask: np.ndarray) -> None:
 
 
 def _random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Noise of any density, in blocks, so that runs of all lengths occur."""
+    """Returns noise of random density in blocks, so that runs of many lengths occur."""
     block = int(rng.integers(1, 12))
     coarse = rng.random((height // block + 1, width // block + 1)) < rng.random()
     return np.repeat(np.repeat(coarse, block, axis=0), block, axis=1)[:height, :width]
@@ -105,7 +108,7 @@ def _ellipse(height: int, width: int) -> np.ndarray:
 
 
 def _strings(node) -> list[dict]:
-    """Every compressed RLE in a JSON tree."""
+    """Returns all compressed RLEs in a JSON tree."""
     if isinstance(node, dict) and isinstance(node.get("counts"), str):
         return [{"size": node["size"], "counts": node["counts"]}]
     children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

@@ -1,4 +1,4 @@
-"""Weights into ours and out again: official files bit for bit, and MAE encoders in their place."""
+"""Checks that weights survive loading and saving: official files bitwise, and MAE encoders."""
 
 import logging
 
@@ -18,7 +18,7 @@ def suffix(request):
 
 
 @pytest.mark.parametrize("decoder_depth", [2, 3])
-def test_official_to_ours_to_official_is_bitwise(
+def test_official_to_sam_jax_and_back_is_bitwise(
     build_tiny_reference, tmp_path, suffix, decoder_depth
 ):
     reference = build_tiny_reference(decoder_depth=decoder_depth)
@@ -31,7 +31,7 @@ def test_official_to_ours_to_official_is_bitwise(
     _assert_same(other.state_dict(), reference.state_dict())
 
 
-def test_through_every_format_of_ours_is_bitwise(tiny_reference, tmp_path):
+def test_round_trip_through_every_format_is_bitwise(tiny_reference, tmp_path):
     _write(tmp_path / "a.pth", tiny_reference.state_dict())
     paths = {"b": "sam_jax", "c": "huggingface", "d.safetensors": None, "e.pth": None}
     loaded = sam_jax.load(tmp_path / "a.pth")
@@ -42,7 +42,7 @@ def test_through_every_format_of_ours_is_bitwise(tiny_reference, tmp_path):
     _assert_same(_read(tmp_path / "e.pth"), tiny_reference.state_dict())
 
 
-def test_size_is_found_from_the_shapes(tiny_reference, tmp_path):
+def test_the_model_is_inferred_from_the_shapes(tiny_reference, tmp_path):
     _write(tmp_path / "a.pth", tiny_reference.state_dict())
     model, _ = sam_jax.load(tmp_path / "a.pth")
     assert model == sam_jax.build_sam(
@@ -62,8 +62,8 @@ def test_size_is_found_from_the_shapes(tiny_reference, tmp_path):
     )
 
 
-def test_frame_that_is_not_square(tiny_reference, tmp_path, suffix):
-    """Position tables of a grid of 6 by 11 tokens; the window's are those of before."""
+def test_position_tables_of_images_that_are_not_square(tiny_reference, tmp_path, suffix):
+    """Loads position tables for a grid of 6 by 11 tokens. The tables of windows are unchanged."""
     state = dict(tiny_reference.state_dict())
     state["image_encoder.pos_embed"] = torch.randn(1, 6, 11, 64)
     for i in (1, 3):
@@ -78,7 +78,7 @@ def test_frame_that_is_not_square(tiny_reference, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_widened_exactly(tiny_reference, tmp_path, suffix, dtype):
+def test_half_precision_converts_exactly_to_float32(tiny_reference, tmp_path, suffix, dtype):
     halved = {k: v.to(getattr(torch, dtype)) for k, v in tiny_reference.state_dict().items()}
     _write(tmp_path / f"a{suffix}", halved)
     sam_jax.save(tmp_path / f"b{suffix}", *sam_jax.load(tmp_path / f"a{suffix}"))
@@ -86,8 +86,8 @@ def test_half_precision_is_widened_exactly(tiny_reference, tmp_path, suffix, dty
     _assert_same(_read(tmp_path / f"b{suffix}"), expected)
 
 
-def test_training_checkpoint(tiny_reference, tmp_path):
-    """The model among other things, its names prefixed, and the pixel statistics with it."""
+def test_training_checkpoints_are_loaded(tiny_reference, tmp_path):
+    """Loads a checkpoint with other entries, prefixed names and the pixel statistics."""
     state = tiny_reference.state_dict() | {
         "pixel_mean": tiny_reference.pixel_mean,
         "pixel_std": tiny_reference.pixel_std,
@@ -98,8 +98,10 @@ def test_training_checkpoint(tiny_reference, tmp_path):
     _assert_same(_read(tmp_path / "b.pth"), tiny_reference.state_dict())
 
 
-def test_tables_of_another_frame_are_resized(tiny_reference, tmp_path, difference, caplog):
-    """The reference resizes such tables whenever it runs; the loader does once, and says so."""
+def test_position_tables_of_another_image_size_are_resized(
+    tiny_reference, tmp_path, difference, caplog
+):
+    """Checks that the loader resizes tables with a warning. The reference resizes in every call."""
     state, stored = dict(tiny_reference.state_dict()), {}
     for i in (1, 3):
         for axis in "hw":
@@ -119,13 +121,13 @@ def test_tables_of_another_frame_are_resized(tiny_reference, tmp_path, differenc
     _assert_same(saved, state)
 
 
-# Width, patch and grid of a pre-training image of 224 pixels. The depths are cut to 4.
 PATCH_KERNEL = "patch_embed.proj.weight"
+# Width, patch size and grid side for pre-training images of 224 pixels. All depths are 4 here.
 MAE = {"vit_b": (768, 16, 14), "vit_h": (1280, 14, 16)}
 
 
 @pytest.mark.parametrize("size", MAE)
-def test_mae_checkpoint(tmp_path, difference, caplog, size):
+def test_mae_checkpoints_initialize_the_image_encoder(tmp_path, difference, caplog, size):
     width, patch, grid = MAE[size]
     state = _mae_state(width, patch, grid)
     torch.save({"model": state, "epoch": 799, "scaler": {}}, tmp_path / "mae.pth")
@@ -157,7 +159,7 @@ def test_mae_checkpoint(tmp_path, difference, caplog, size):
     assert difference(got, positions) <= 1e-5
 
     kernel = state[PATCH_KERNEL]
-    if patch == 14:  # so that the response to a constant patch stays as it was
+    if patch == 14:  # scaled so that the response to a constant patch is unchanged
         kernel = (14 / 16) ** 2 * torch.nn.functional.interpolate(kernel, size=(16, 16), **bicubic)
     got = saved[f"image_encoder.{PATCH_KERNEL}"]
     assert difference(got, kernel) <= 1e-5
@@ -165,7 +167,7 @@ def test_mae_checkpoint(tmp_path, difference, caplog, size):
     tables = [tensor for name, tensor in saved.items() if "rel_pos" in name]
     assert len(tables) == 4 * 2
     assert not any(table.any() for table in tables)
-    for i in (0, 2):  # PyTorch's initial values: uniform in +-1 / sqrt(fan in)
+    for i in (0, 2):  # PyTorch initializes them uniformly within 1 / sqrt(fan in)
         kernel = saved[f"image_encoder.neck.{i}.weight"]
         scaled = kernel * kernel[0].numel() ** 0.5
         assert scaled.abs().max() <= 1
@@ -173,7 +175,10 @@ def test_mae_checkpoint(tmp_path, difference, caplog, size):
 
 
 def _mae_state(width, patch, grid):
-    """A checkpoint of facebookresearch/mae's pre-training: four blocks, and a decoder of one."""
+    """Returns random tensors as in a pre-training checkpoint of facebookresearch/mae.
+
+    The encoder has four blocks, and the decoder has one.
+    """
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid**2, width)}
     shapes |= _layer("patch_embed.proj", width, 3, patch, patch) | _layer("norm", width)
     for i in range(4):
@@ -214,7 +219,7 @@ def _read(path):
 
 
 def _assert_same(state, expected):
-    """Asserts that float32 tensors are equal to the last bit."""
+    """Asserts that float32 tensors are bitwise equal."""
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         assert tensor.dtype == expected[name].dtype == torch.float32, name

@@ -1,4 +1,4 @@
-"""torch and `sam_jax.weights.torch_file` read each other's files bit for bit."""
+"""Checks that torch and `sam_jax.weights.torch_file` read each other's files bitwise."""
 
 import argparse
 from collections import OrderedDict
@@ -28,7 +28,7 @@ SHAPES = [(), (0,), (0, 3), (1,), (5,), (2, 3), (3, 1, 2, 5)]
 
 
 def random_tensor(dtype, shape) -> "torch.Tensor":
-    """Any bits, NaNs and subnormal numbers included."""
+    """Returns a tensor of random bits, which include NaNs and subnormal numbers."""
     size = torch.empty((), dtype=dtype).element_size()
     high = 2 if dtype == torch.bool else 256
     data = torch.randint(high, (int(np.prod(shape)) * size,), dtype=torch.uint8)
@@ -97,7 +97,7 @@ def test_reads_views(path):
     assert np.shares_memory(read["tied"], read["tied too"])
 
 
-def test_reads_a_module_and_torch_loads_it_back(path):
+def test_a_module_round_trips_through_torch(path):
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4)).bfloat16()
     torch.save(module.state_dict(), path)
     read = torch_file.read(path)
@@ -145,19 +145,19 @@ def test_reads_a_training_checkpoint(path):
     ],
     ids=["module", "complex", "uint16", "expanded", "NumPy scalar"],
 )
-def test_refuses(path, value, message):
+def test_unsupported_values_are_refused(path, value, message):
     torch.save({"value": value}, path)
     with pytest.raises(torch_file.TorchFileError, match=message):
         torch_file.read(path)
 
 
-def test_refuses_what_torch_wrote_before_1_6(path):
+def test_files_of_torch_before_1_6_are_refused(path):
     torch.save({"value": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(torch_file.TorchFileError, match=r"before 1\.6"):
         torch_file.read(path)
 
 
-def test_refuses_another_pickle_protocol(path):
+def test_other_pickle_protocols_are_refused(path):
     torch.save({"value": torch.zeros(2)}, path, pickle_protocol=4)
     with pytest.raises(torch_file.TorchFileError, match="protocol 4"):
         torch_file.read(path)

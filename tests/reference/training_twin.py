@@ -1,11 +1,11 @@
-"""SAM's training in PyTorch, on the modules of segment-anything: what ours must agree with.
+"""SAM's training in PyTorch, with the modules of segment-anything, as a reference.
 
-It has two uses. `replay` computes the loss of recorded prompts, mask by mask, with nothing but the
-forwards of segment-anything: gradients are compared with it. `train_step` is a whole step that
-draws its own prompts, written to be fast in eager PyTorch: ours is timed against it.
+The module has two uses. `replay` computes the loss of recorded prompts for one mask at a time, and
+calls only the forward functions of segment-anything. The tests compare gradients with it.
+`train_step` draws its prompts itself and is written to be fast in eager PyTorch. The benchmark
+compares training speed with it.
 
-Source of what the paper leaves unsaid: `train.objectives.interactive`, whose defaults are spelled
-out here.
+Details that the paper does not specify follow the defaults of `train.objectives.interactive`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 FOCAL, DICE = 20, 1  # weights in the loss of a mask; the squared error of its IoU has weight 1
 FOCAL_ALPHA = 0.25
-BOX_NOISE, MAX_BOX_NOISE = 0.1, 20  # of the side; in pixels
+BOX_NOISE, MAX_BOX_NOISE = 0.1, 20  # a fraction of the side, and pixels
 
 # Labels of points, as in segment-anything's ONNX wrapper; -2 is an empty slot.
 ABSENT, NOT_A_POINT, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = range(-2, 4)
@@ -25,11 +25,13 @@ FIRST_SLOTS = 2  # a click and the padding point, or a box's two corners
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Images in the model's frame and their masks; there are no fillers.
+    """Padded images and their masks. There are no empty slots.
 
     Attributes:
-      image: 'b 3 h w' float32 in 0..255; size: 'b' (height, width) without the padding.
-      mask: 'n h w' bool; owner: 'n', the index of the image of each.
+      image: images 'b 3 h w', float32 in 0..255.
+      size: the (height, width) of each of the b images without padding.
+      mask: masks 'n h w', bool.
+      owner: the index of the image of each mask, 'n'.
     """
 
     image: torch.Tensor
@@ -43,8 +45,9 @@ class Round:
     """The prompts of one round, for n masks.
 
     Attributes:
-      points: 'n k 2' (x, y) in pixels of the frame; labels: 'n k', empty slots last.
-      mask: 'n lh lw' logits of the round before, or None.
+      points: points 'n k 2', (x, y) in pixels of the padded image.
+      labels: labels of the points, 'n k'. Empty slots are last.
+      mask: logits 'n lh lw' of the previous round, or None.
       multimask: whether there are three outputs.
     """
 
@@ -55,7 +58,7 @@ class Round:
 
 
 def replay(model, batch, rounds):
-    """The loss of recorded prompts, and the logits that go on from each round: 'round n lh lw'."""
+    """Returns the loss of recorded prompts, and the logits 'round n lh lw' for the next rounds."""
     embedding = model.image_encoder(normalize(model, batch))
     target = to_loss_size(model, batch.mask)
     losses, chosen = [], []
@@ -71,7 +74,7 @@ def replay(model, batch, rounds):
 
 
 def decode_one(model, embedding, prompts, i):
-    """The masks '1 m lh lw' and IoUs '1 m' of mask i, by the reference's forwards."""
+    """Returns the masks '1 m lh lw' and IoUs '1 m' for the prompts of mask i."""
     points, labels = prompts.points[i], prompts.labels[i]
     is_click, is_corner = (labels == 0) | (labels == 1), labels >= TOP_LEFT
     clicks = (points[is_click][None], labels[is_click][None]) if is_click.any() else None
@@ -88,7 +91,10 @@ def decode_one(model, embedding, prompts, i):
 
 
 def make_optimizer(model, config, fused=True):
-    """`torch.optim.AdamW` for an `Optimizer` of ours, one group a learning rate and decay."""
+    """Returns AdamW with the settings of a `train.config.Optimizer`.
+
+    Each learning rate and weight decay has a parameter group.
+    """
     groups = {}
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
@@ -113,7 +119,7 @@ LAYERS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 
 
 def rate_of(name, layer_decay, depth):
-    """The learning rate of a parameter over that of the decoder."""
+    """Returns the ratio of the learning rate of a parameter to that of the decoder."""
     parts = name.split(".")
     if parts[0] != "image_encoder" or parts[1] == "neck":
         return 1.0
@@ -122,7 +128,7 @@ def rate_of(name, layer_decay, depth):
 
 
 def set_rates(optimizer, config, step):
-    """Warm-up and drops."""
+    """Sets the learning rates for a step: linear warm-up, then a decay at each boundary."""
     rate = config.peak_lr * min(1, (step + 1) / config.warmup_steps)
     rate *= config.lr_decay_factor ** sum(step >= drop for drop in config.lr_boundaries)
     for group in optimizer.param_groups:
@@ -130,7 +136,7 @@ def set_rates(optimizer, config, step):
 
 
 def use_native(model):
-    """Puts PyTorch's own attention and norm where segment-anything spells them out: faster."""
+    """Replaces attention and norms of segment-anything by the faster functions of PyTorch."""
     for module in model.modules():
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if kind.endswith("transformer.Attention"):
@@ -155,7 +161,7 @@ def native_norm(self, x):
 
 
 def train_step(model, optimizer, batch, num_clicks, num_extra_rounds, generator):
-    """One step on prompts of its own -> its loss."""
+    """Draws prompts, takes one optimizer step and returns the loss."""
     optimizer.zero_grad()
     loss, _ = backward(model, batch, num_clicks, num_extra_rounds, generator)
     optimizer.step()
@@ -163,10 +169,10 @@ def train_step(model, optimizer, batch, num_clicks, num_extra_rounds, generator)
 
 
 def backward(model, batch, num_clicks, num_extra_rounds, generator):
-    """Adds gradients to the parameters' -> the loss, and the `Round`s that it is the loss of.
+    """Accumulates gradients of the parameters, and returns the loss and its `Round`s.
 
-    Each round goes backward into the embedding at once, as no gradient flows between rounds: no
-    slower than one backward pass for all, and memory does not grow.
+    No gradient flows between rounds. Each round therefore runs its backward pass to the embedding
+    at once. This is as fast as a single backward pass, and memory does not grow with the rounds.
     """
     embedding = model.image_encoder(normalize(model, batch))
     leaf = embedding.detach().requires_grad_()
@@ -175,14 +181,14 @@ def backward(model, batch, num_clicks, num_extra_rounds, generator):
     points, labels = first_prompts(batch, num_clicks, generator)
     count = torch.zeros(len(points), dtype=torch.long)
     num_rounds = 1 + num_clicks + num_extra_rounds
-    inserted = torch.randint(1, num_clicks + 1, count.shape, generator=generator)
+    without_click = torch.randint(1, num_clicks + 1, count.shape, generator=generator)
     previous, total, rounds = None, 0.0, []
     for index in range(num_rounds):
         has_click = torch.full(count.shape, 0 < index < num_rounds - min(num_extra_rounds, 1))
         if num_extra_rounds == 2:
-            has_click &= inserted != index
+            has_click &= without_click != index
         if has_click.any():
-            click, label = click_on_error(model, previous, target, inside, generator)
+            click, label = sample_click_on_error(model, previous, target, inside, generator)
             slot = (has_click.nonzero()[:, 0], FIRST_SLOTS + count[has_click])
             points, labels = points.clone(), labels.clone()
             points[slot], labels[slot] = click[has_click], label[has_click]
@@ -198,27 +204,27 @@ def backward(model, batch, num_clicks, num_extra_rounds, generator):
 
 
 def decode(model, embedding, owner, prompts, count):
-    """The masks 'n m lh lw' and IoUs 'n m' of all masks, those with equally many clicks at once."""
+    """Returns the masks 'n m lh lw' and IoUs 'n m', batched by the number of clicks."""
     order, outputs = [], []
     for clicks in count.unique().tolist():
         rows = (count == clicks).nonzero()[:, 0]
         slots = slice(FIRST_SLOTS + clicks)
-        some = Round(
+        group = Round(
             points=prompts.points[rows, slots],
             labels=prompts.labels[rows, slots],
             mask=None if prompts.mask is None else prompts.mask[rows],
             multimask=prompts.multimask,
         )
         order.append(rows)
-        outputs.append(decode_alike(model, embedding[owner[rows]], some))
+        outputs.append(decode_without_empty_slots(model, embedding[owner[rows]], group))
     if len(outputs) == 1:
         return outputs[0]
-    back = torch.cat(order).argsort()
-    return tuple(torch.cat(parts)[back] for parts in zip(*outputs, strict=True))
+    inverse = torch.cat(order).argsort()
+    return tuple(torch.cat(parts)[inverse] for parts in zip(*outputs, strict=True))
 
 
-def decode_alike(model, image, prompts):
-    """`decode` where no slot is empty, on each mask's embedding; makes the wanted masks only."""
+def decode_without_empty_slots(model, image, prompts):
+    """Decodes prompts without empty slots. `image` has the embedding for each mask."""
     encoder, decoder = model.prompt_encoder, model.mask_decoder
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     sparse = encode_points(encoder, prompts.points, prompts.labels)
@@ -230,15 +236,15 @@ def decode_alike(model, image, prompts):
     shape = image.shape
     tokens, image = decoder.transformer(image, encoder.get_dense_pe(), tokens)
     image = decoder.output_upscaling(image.transpose(1, 2).view(shape))
-    wanted = [1, 2, 3] if prompts.multimask else [0]
-    hyper = [decoder.output_hypernetworks_mlps[m](tokens[:, 1 + m]) for m in wanted]
-    logits = torch.stack(hyper, dim=1) @ image.flatten(2)
+    selected = [1, 2, 3] if prompts.multimask else [0]
+    hypernetwork_out = [decoder.output_hypernetworks_mlps[m](tokens[:, 1 + m]) for m in selected]
+    logits = torch.stack(hypernetwork_out, dim=1) @ image.flatten(2)
     iou = decoder.iou_prediction_head(tokens[:, 0])
-    return logits.unflatten(2, image.shape[2:]), iou[:, wanted]
+    return logits.unflatten(2, image.shape[2:]), iou[:, selected]
 
 
 def encode_points(encoder, points, labels):
-    """Points with boxes' corners among them, as tokens."""
+    """Returns tokens of points and box corners."""
     table = [encoder.not_a_point_embed, *encoder.point_embeddings]
     table = torch.cat([embedding.weight for embedding in table])
     positions = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size)
@@ -247,7 +253,7 @@ def encode_points(encoder, points, labels):
 
 
 def first_prompts(batch, num_clicks, generator):
-    """A click on each mask or a noisy box, with room for the clicks to come: points and labels."""
+    """Returns points and labels: a click or a noisy box for each mask, and slots for clicks."""
     n, height, width = batch.mask.shape
     is_box = torch.rand((n, 1), generator=generator) < 0.5
     click = draw_pixel(batch.mask, generator)
@@ -269,8 +275,8 @@ def first_prompts(batch, num_clicks, generator):
     )
 
 
-def click_on_error(model, logits, target, inside, generator):
-    """A pixel of each mask that the last prediction got wrong, in the frame, and its true label."""
+def sample_click_on_error(model, logits, target, inside, generator):
+    """Returns a wrongly predicted pixel for each mask, as a point of the image, and its label."""
     background = ~target & inside
     wrong = ((logits > 0) != target) & inside
     is_right = ~wrong.flatten(1).any(1)
@@ -281,11 +287,11 @@ def click_on_error(model, logits, target, inside, generator):
     pixel = draw_pixel(wrong, generator)
     x, y = pixel.long().unbind(1)
     label = target[torch.arange(len(target)), y, x].long()
-    return (pixel + 0.5) * cell_size(model) - 0.5, label
+    return (pixel + 0.5) * loss_stride(model) - 0.5, label
 
 
 def draw_pixel(region, generator):
-    """A pixel (x, y) float32 of each region 'n h w', all being equally likely."""
+    """Returns a uniformly sampled pixel (x, y), float32, of each region 'n h w'."""
     noise = torch.rand(region.shape, generator=generator).masked_fill_(~region, -1)
     place = noise.flatten(1).argmax(1)
     width = region.shape[2]
@@ -293,38 +299,41 @@ def draw_pixel(region, generator):
 
 
 def normalize(model, batch):
-    """Normalised images, zero outside."""
+    """Returns normalized images with zeros in the padding."""
     image = (batch.image - model.pixel_mean) / model.pixel_std
-    for one, (height, width) in zip(image, batch.size, strict=True):
-        one[:, height:] = 0
-        one[:, :, width:] = 0
+    for pixels, (height, width) in zip(image, batch.size, strict=True):
+        pixels[:, height:] = 0
+        pixels[:, :, width:] = 0
     return image
 
 
 def to_loss_size(model, mask):
-    """Returns the targets 'n lh lw': pixels covered by half, or at all if there is none."""
-    fraction = functional.avg_pool2d(mask.float(), cell_size(model))
+    """Returns the targets 'n lh lw': the pixels that a mask covers by at least half.
+
+    If there is no such pixel, the target has all pixels that the mask covers in part.
+    """
+    fraction = functional.avg_pool2d(mask.float(), loss_stride(model))
     target = fraction >= 0.5
     vanished = ~target.flatten(1).any(1)
     return target | (vanished[:, None, None] & (fraction > 0))
 
 
 def is_inside(model, batch, target):
-    """Returns the pixels 'n lh lw' for clicks: those not centred in padding, and targets."""
-    inside, cell = torch.zeros_like(target), cell_size(model)
-    for one, owner in zip(inside, batch.owner.tolist(), strict=True):
+    """Returns the pixels 'n lh lw' for clicks: those with centers in the image, and targets."""
+    inside, cell = torch.zeros_like(target), loss_stride(model)
+    for region, owner in zip(inside, batch.owner.tolist(), strict=True):
         height, width = ((2 * side + cell) // (2 * cell) for side in batch.size[owner])
-        one[:height, :width] = True
+        region[:height, :width] = True
     return inside | target
 
 
-def cell_size(model):
-    """Pixels of the frame to one of the decoder's."""
+def loss_stride(model):
+    """Returns the number of image pixels per pixel of the decoder, along a side."""
     return model.image_encoder.img_size // model.prompt_encoder.mask_input_size[0]
 
 
 def round_loss(logits, iou, target):
-    """The loss 'n' of outputs 'n m h w' and 'n m': that of the best output."""
+    """Returns the loss 'n' of the best of the outputs 'n m h w' with predicted IoUs 'n m'."""
     mask_loss = FOCAL * focal_loss(logits, target[:, None]) + DICE * dice_loss(
         logits, target[:, None]
     )
@@ -334,7 +343,7 @@ def round_loss(logits, iou, target):
 
 
 def focal_loss(logits, target):
-    """As torchvision's `sigmoid_focal_loss`, averaged over pixels."""
+    """Computes the focal loss like torchvision's `sigmoid_focal_loss`, averaged over pixels."""
     target = target.float().expand_as(logits)
     p = logits.sigmoid()
     p_t = p * target + (1 - p) * (1 - target)
@@ -357,6 +366,6 @@ def mask_iou(logits, target):
 
 
 def most_confident(logits, iou):
-    """The logits 'n lh lw' that go on."""
+    """Returns the logits 'n lh lw' of the output with the highest predicted IoU."""
     best = iou.argmax(1)
     return logits.detach()[torch.arange(len(best)), best]

@@ -1,4 +1,4 @@
-"""The public names of the package, and what importing them imports."""
+"""Tests the public names of the package, and the packages that importing them loads."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ HEAVY = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "orbax", "
 
 
 def imported_by(statement):
-    """Returns the outside packages in `sys.modules` of a new process after a statement."""
+    """Returns the third-party packages that a statement imports in a new process."""
     code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -23,7 +23,7 @@ def imported_by(statement):
     return set(done.stdout.split())
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_imports_no_heavy_package():
     found = imported_by("import sam_jax; dir(sam_jax); sam_jax.__version__")
     assert "sam_jax" in found
     assert not found & (HEAVY | {"jax", "jaxlib", "flax", "numpy", "matplotlib"})

@@ -1,4 +1,4 @@
-"""Small runs of `python -m train` in processes of their own."""
+"""Small runs of `python -m train` in separate processes."""
 
 import os
 import subprocess
@@ -67,11 +67,13 @@ def start_run(
       workdir: The workdir of the run.
       *settings: Arguments of `--set`.
       devices: Number of devices of the process; one for each core if None.
-      hosts: Arguments that number the process among several hosts.
-      quick: Compiles with few optimizations, as these runs wait for the compiler above all.
+      hosts: Arguments that give the coordinator, the number of processes and the process index.
+      quick: Whether to compile with few optimizations. Compilation takes most of the time of these
+        runs.
 
     Returns:
-      The process. Programs that another process of the session compiled are not compiled again.
+      The process. It does not compile programs again that another process of the test session has
+      compiled.
     """
     environment = os.environ | {"XLA_FLAGS": compilation.XLA_FLAGS if quick else ""}
     if devices:
@@ -95,6 +97,6 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def losses(workdir: Path) -> list[tuple[int, float, list[float] | None]]:
-    """Returns step, loss and IoUs of the rounds of every logged step."""
+    """Returns (step, loss, mean IoU of each round) for every logged step."""
     rows = read_rows(workdir / "metrics.jsonl")
     return [(row["step"], row["loss"], row.get("miou_of_rounds")) for row in rows]

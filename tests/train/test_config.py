@@ -1,4 +1,4 @@
-"""Configurations: rules that name the field, its value and the allowed values; defaults."""
+"""The rules and defaults of configs."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ MODEL = sam_tiny(image_size=(128, 128), patch_size=8, depth=4)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
 
 
-def refused(function, *args):
+def error_message(function, *args):
     """Returns the message of the ConfigError that a call raises."""
     with pytest.raises(ConfigError) as error:
         function(*args)
@@ -59,19 +59,19 @@ def refused(function, *args):
         ("model.image_encoder.image_size=(0, 128)", "(0, 128)", "two multiples of patch_size = 8"),
     ],
 )
-def test_a_rule_names_the_field_what_it_is_and_what_it_may_be(setting, got, allowed):
-    message = refused(override, CONFIG, [setting])
+def test_error_names_the_field_the_allowed_values_and_the_value(setting, got, allowed):
+    message = error_message(override, CONFIG, [setting])
     assert message.startswith(f"{setting.split('=')[0]} must be ")
     assert message.endswith(f"; got {got}")
     assert allowed in message
 
 
 @pytest.mark.parametrize(("scale", "patch"), [(1, 2), (2, 4), (4, 8), (4, 12)])
-def test_the_loss_must_be_at_whole_pixels(scale, patch):
+def test_patch_size_must_be_divisible_by_four_times_the_loss_scale(scale, patch):
     part = "model.image_encoder"
     settings = [f"{part}.image_size=(96, 96)", f"{part}.patch_size={patch}"]
     config = override(CONFIG, [*settings, f"objective.loss_scale={scale}"])
-    message = refused(make_task, config)
+    message = error_message(make_task, config)
     assert message.startswith(
         "model.image_encoder.patch_size must be divisible by 4 x objective.loss_scale"
     )
@@ -93,14 +93,14 @@ def test_the_loss_must_be_at_whole_pixels(scale, patch):
         "objective.loss_scale=2",
     ],
 )
-def test_the_limits_of_the_rules_are_allowed(setting):
+def test_limits_of_the_rules_are_allowed(setting):
     make_task(override(CONFIG, [setting]))
 
 
-@pytest.mark.parametrize("move", ["flips", "rot90"])
-def test_random_transforms_need_an_encoder_that_is_trained(move):
-    settings = [f"data.{move}=True", "trainable=mask_decoder,prompt_encoder"]
-    message = refused(make_task, override(CONFIG, settings))
+@pytest.mark.parametrize("field", ["flips", "rot90"])
+def test_random_transforms_need_an_encoder_that_is_trained(field):
+    settings = [f"data.{field}=True", "trainable=mask_decoder,prompt_encoder"]
+    message = error_message(make_task, override(CONFIG, settings))
     assert message.startswith("data.flips and data.rot90 must be False if the image encoder")
     assert message.endswith("; got trainable=('mask_decoder', 'prompt_encoder')")
     make_task(override(CONFIG, [settings[0], "trainable=mask_decoder,image_encoder/neck"]))
@@ -115,18 +115,18 @@ def test_random_transforms_need_an_encoder_that_is_trained(move):
         (("mask_decoder", "prompt_encoder/top_left"), False),
     ],
 )
-def test_the_encoder_is_trained_if_a_part_of_it_is(trainable, expected):
+def test_the_encoder_is_trained_if_any_part_of_it_is_trained(trainable, expected):
     assert trains_encoder(dataclasses.replace(CONFIG, trainable=trainable)) == expected
 
 
-def test_rules_hold_for_configs_that_are_written_in_python():
-    assert "batch_size must be at least 1; got 0" in refused(
+def test_rules_apply_to_configs_constructed_in_python():
+    assert "batch_size must be at least 1; got 0" in error_message(
         lambda: dataclasses.replace(CONFIG, batch_size=0)
     )
 
 
-def test_defaults_are_the_papers():
-    """Kirillov et al. 2023, appendix A, for ViT-H; and our choices."""
+def test_defaults_are_those_of_the_paper():
+    """Source: Kirillov et al. 2023, appendix A, for ViT-H; the paper does not give all of them."""
     config = TrainConfig(model=Sam(), data=Data(source="x"))
     assert (config.batch_size, config.num_steps) == (256, 90_000)
     assert config.optimizer == Optimizer(
@@ -177,7 +177,7 @@ def test_defaults_are_the_papers():
     ],
 )
 def test_rules_of_masked_autoencoders(setting, got, allowed):
-    message = refused(lambda: make_task(override(pretraining, [setting])))
+    message = error_message(lambda: make_task(override(pretraining, [setting])))
     assert message.startswith(f"{setting.split('=')[0]} must be ")
     assert message.endswith(f"; got {got}")
     assert allowed in message
@@ -187,14 +187,14 @@ def test_rules_of_masked_autoencoders(setting, got, allowed):
     "change", [{"model": MODEL}, {"data": Data(source="scenes")}, {"objective": Interactive()}]
 )
 def test_model_data_and_objective_belong_to_one_task(change):
-    message = refused(make_task, dataclasses.replace(pretraining, **change))
+    message = error_message(make_task, dataclasses.replace(pretraining, **change))
     assert message.startswith(
         "model, data and objective must be Sam, Data, Interactive or MaskedAutoencoder, "
         "PretrainData, Reconstruction; got "
     )
     assert type(next(iter(change.values()))).__name__ in message.split("got ")[1]
     mixed = dataclasses.replace(CONFIG, objective=Reconstruction())
-    assert "Reconstruction" in refused(make_task, mixed)
+    assert "Reconstruction" in error_message(make_task, mixed)
 
 
 def test_every_task_has_the_members_of_the_protocol():

@@ -1,4 +1,4 @@
-"""FLOP counts by formula, against tables that were made by hand from the architecture."""
+"""Compares FLOP counts with tables that were computed by hand from the architecture."""
 
 import pytest
 
@@ -20,7 +20,7 @@ from train.flops import (
     ("make", "encoder", "step"),
     [(sam_vit_b, 972, 10.79), (sam_vit_l, 2986, 16.83), (sam_vit_h, 5961, 25.76)],
 )
-def test_official_sizes_have_the_flops_of_the_table(make, encoder, step):
+def test_flops_of_official_sizes_match_the_table(make, encoder, step):
     assert encoder_flops(make()) / 1e9 == pytest.approx(encoder, abs=0.5)
     assert step_flops(make(), Interactive()) / 1e12 == pytest.approx(step, abs=0.005)
 
@@ -28,16 +28,16 @@ def test_official_sizes_have_the_flops_of_the_table(make, encoder, step):
 @pytest.mark.parametrize(
     ("make", "gigaflops"), [(mae_vit_b, 58.7), (mae_vit_l, 124.5), (mae_vit_h, 223.4)]
 )
-def test_masked_autoencoders_have_the_flops_of_the_table(make, gigaflops):
+def test_flops_of_masked_autoencoders_match_the_table(make, gigaflops):
     assert reconstruction_flops(make()) / 1e9 == pytest.approx(gigaflops, abs=0.1)
 
 
 @pytest.mark.parametrize(("tokens", "flops"), [(2, 3659), (7, 3741), (12, 3823)])
-def test_a_mask_has_the_flops_of_the_table(tokens, flops):
+def test_flops_of_one_mask_match_the_table(tokens, flops):
     assert decoder_flops(sam_vit_b(), tokens) / 1e6 == pytest.approx(flops, abs=0.6)
 
 
-def test_blocks_are_most_of_the_encoder():
+def test_blocks_have_most_flops_of_the_encoder():
     model = sam_vit_h()
     blocks = 28 * block_flops(model, in_windows=True) + 4 * block_flops(model, in_windows=False)
     assert 0.99 < blocks / encoder_flops(model) < 1
@@ -46,8 +46,8 @@ def test_blocks_are_most_of_the_encoder():
 @pytest.mark.parametrize(
     ("points", "extra", "clicks"), [(8, 2, 47.5), (8, 1, 44), (3, 0, 6), (0, 0, 0)]
 )
-def test_rounds_count_the_tokens_of_their_clicks(points, extra, clicks):
-    """`clicks` is summed over the rounds; the inserted round has 0 to 7, with equal chances."""
+def test_flops_of_rounds_include_the_tokens_of_clicks(points, extra, clicks):
+    """`clicks` is summed over the rounds. The inserted round has 0 to 7, with equal probability."""
     model, rounds = sam_vit_b(), 1 + points + extra
     one_click = decoder_flops(model, 3) - decoder_flops(model, 2)
     config = Interactive(num_clicks=points, num_extra_rounds=extra)

@@ -1,7 +1,7 @@
-"""A workdir and weights of version 0.1.0 load, and the run resumes as if nothing had changed.
+"""Checks that weights of version 0.1.0 load and that a run of version 0.1.0 resumes.
 
-`tests/data/former_run` holds what a run of four steps left, with the field names of that version,
-and the losses of the steps 5 to 8 of the same run when it was not interrupted.
+`tests/data/former_run` contains the workdir of a run of four steps, with the field names of that
+version. It also contains the losses of steps 5 to 8 of the same run without an interruption.
 """
 
 import json
@@ -46,8 +46,8 @@ config = TrainConfig(
 """
 
 
-def this_machine():
-    """Returns what the compiler's choice of instructions depends on."""
+def describe_machine():
+    """Returns the properties of the machine on which the choice of instructions depends."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = next(
         (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), ""
@@ -60,7 +60,7 @@ def this_machine():
 
 
 def test_a_former_run_resumes_with_the_same_losses(tmp_path):
-    """The losses are equal but for a rounding on the kind of machine that recorded them."""
+    """On the same kind of machine, the losses are equal up to one rounding."""
     workdir = tmp_path / "run"
     shutil.copytree(FORMER_RUN, workdir, ignore=shutil.ignore_patterns("recorded.json"))
     config = tmp_path / "former.py"
@@ -68,8 +68,9 @@ def test_a_former_run_resumes_with_the_same_losses(tmp_path):
     finish(start_run(config, workdir, devices=1, quick=False))
     steps = read_rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in steps] == [5, 6, 7, 8]
-    # A logged mean is the quotient of sums, where that version summed quotients: one rounding.
-    tolerance = 2e-7 if this_machine() == RECORDED["machine"] else 1e-4
+    # Logged means are quotients of sums. Version 0.1.0 summed quotients, which differs by one
+    # rounding.
+    tolerance = 2e-7 if describe_machine() == RECORDED["machine"] else 1e-4
     for row, recorded in zip(steps, RECORDED["steps"], strict=True):
         for name, value in recorded.items():
             assert row[name] == pytest.approx(value, rel=tolerance, abs=0), name

@@ -1,4 +1,4 @@
-"""The initial variables of a run: given weights, mimetic attention, an autoencoder's encoder."""
+"""The initial variables of a run: saved weights, mimetic initialization, and autoencoders."""
 
 import dataclasses
 
@@ -19,25 +19,31 @@ from train.tasks.base import make_task
 
 MODEL = sam_tiny(position_scale=1.0)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
-SIDE = 8  # tokens
+GRID = 8  # tokens along each side
 
 
-def begin(config):
+def initial_variables(config):
     return make_task(config).initial_variables()
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    return begin(CONFIG)
+def default_variables():
+    """Variables without `init_from` and `mimetic_init_scale`."""
+    return initial_variables(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def matched():
-    return begin(dataclasses.replace(CONFIG, mimetic_init_scale=2.0))
+def mimetic_variables():
+    """The same variables with `mimetic_init_scale=2.0`."""
+    return initial_variables(dataclasses.replace(CONFIG, mimetic_init_scale=2.0))
 
 
-def test_matching_changes_queries_and_keys_of_cross_attention_alone(drawn, matched):
-    before, after = (flatten_dict(v["params"], sep="/") for v in (drawn, matched))
+def test_mimetic_init_changes_only_queries_and_keys_of_cross_attention(
+    default_variables, mimetic_variables
+):
+    before, after = (
+        flatten_dict(v["params"], sep="/") for v in (default_variables, mimetic_variables)
+    )
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     layers = [
         f"layer_{i}/{attention}"
@@ -52,38 +58,41 @@ def test_matching_changes_queries_and_keys_of_cross_attention_alone(drawn, match
             after[f"{path}/q/kernel"], 2 * np.asarray(before[f"{path}/q/kernel"])
         )
     assert before.keys() == after.keys()
-    assert jax.tree.all(jax.tree.map(np.array_equal, drawn["constants"], matched["constants"]))
+    constants = (v["constants"] for v in (default_variables, mimetic_variables))
+    assert jax.tree.all(jax.tree.map(np.array_equal, *constants))
 
 
-def test_matched_attention_looks_where_the_prompt_is(drawn, matched):
-    def where_it_looks(variables):
-        """The tokens '(gh gw)' that positions equal to each of theirs look at most."""
-        grid = MODEL.apply(variables, method=lambda sam: sam.prompt_encoder.encode_grid(SIDE, SIDE))
+def test_mimetic_attention_is_strongest_at_the_prompt(default_variables, mimetic_variables):
+    def argmax_of_attention(variables):
+        """Returns, for a query at each token's position, the token of the highest logit."""
+        positions = MODEL.apply(
+            variables, method=lambda sam: sam.prompt_encoder.encode_grid(GRID, GRID)
+        )
         weights = variables["params"]["mask_decoder"]["transformer"]["layer_0"]["token_to_image"]
-        logits = (grid @ weights["q"]["kernel"]) @ (grid @ weights["k"]["kernel"]).T
+        logits = (positions @ weights["q"]["kernel"]) @ (positions @ weights["k"]["kernel"]).T
         return jnp.argmax(logits, axis=1)
 
-    own = np.arange(SIDE**2)
-    assert np.mean(where_it_looks(matched) == own) > 0.7
-    assert np.mean(where_it_looks(drawn) == own) < 0.2
+    tokens = np.arange(GRID**2)
+    assert np.mean(argmax_of_attention(mimetic_variables) == tokens) > 0.7
+    assert np.mean(argmax_of_attention(default_variables) == tokens) < 0.2
 
 
-def test_given_weights_are_taken_as_they_are(drawn, tmp_path):
-    sam_jax.save(tmp_path / "w", MODEL, drawn)
+def test_saved_weights_are_used_without_changes(default_variables, tmp_path):
+    sam_jax.save(tmp_path / "w", MODEL, default_variables)
     config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "w"), mimetic_init_scale=2.0)
-    taken = begin(config)
-    assert jax.tree.all(jax.tree.map(np.array_equal, taken, drawn))
-    other = dataclasses.replace(config, model=sam_tiny(embed_dim=32))
+    variables = initial_variables(config)
+    assert jax.tree.all(jax.tree.map(np.array_equal, variables, default_variables))
+    other_config = dataclasses.replace(config, model=sam_tiny(embed_dim=32))
     with pytest.raises(ConfigError, match="embed_dim was 64, is 32"):
-        begin(other)
+        initial_variables(other_config)
 
 
-def test_a_negative_scale_is_refused():
+def test_a_negative_mimetic_init_scale_is_an_error():
     with pytest.raises(ConfigError, match="mimetic_init_scale must be at least 0"):
         dataclasses.replace(CONFIG, mimetic_init_scale=-1.0)
 
 
-# From masked autoencoders.
+# Weights of masked autoencoders.
 
 MAE = mae_tiny(image_size=(32, 48))
 
@@ -93,48 +102,50 @@ def autoencoder():
     return init_variables(MAE, 3)
 
 
-def test_an_autoencoders_encoder_is_taken_and_the_rest_is_drawn(drawn, autoencoder, tmp_path):
+def test_encoder_of_an_autoencoder_is_used_and_the_rest_is_initialized(
+    default_variables, autoencoder, tmp_path
+):
     sam_jax.save(tmp_path / "mae", MAE, autoencoder)
     config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "mae"))
-    begun = sam_variables(config, lambda: drawn)
-    before, after = (flatten_dict(v["params"], sep="/") for v in (drawn, begun))
+    variables = sam_variables(config, lambda: default_variables)
+    before, after = (flatten_dict(v["params"], sep="/") for v in (default_variables, variables))
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     parts = ("attention/qkv/kernel", "attention/proj/kernel", "lin1/kernel", "lin2/kernel")
     assert changed == {
         *(f"image_encoder/block_0{i}/{part}" for i in range(2) for part in parts),
         *("image_encoder/patch_embed/kernel", "image_encoder/pos_embed"),
-    }  # biases and norms are drawn alike
+    }  # biases and norms have the same initial values in both models
     kernel = autoencoder["params"]["block_01"]["lin1"]["kernel"]
     np.testing.assert_array_equal(after["image_encoder/block_01/lin1/kernel"], kernel)
     file = tmp_path / "mae.pth"
     sam_jax.save(file, MAE.clone(image_size=(40, 40)), init_variables(MAE, 3))
-    matched = dataclasses.replace(CONFIG, init_from=str(file), mimetic_init_scale=2.0)
-    begun = sam_variables(matched, lambda: drawn)
-    again = flatten_dict(begun["params"], sep="/")
-    np.testing.assert_array_equal(again["image_encoder/block_01/lin1/kernel"], kernel)
-    assert again["image_encoder/pos_embed"].shape == before["image_encoder/pos_embed"].shape
+    mimetic = dataclasses.replace(CONFIG, init_from=str(file), mimetic_init_scale=2.0)
+    variables = sam_variables(mimetic, lambda: default_variables)
+    after = flatten_dict(variables["params"], sep="/")
+    np.testing.assert_array_equal(after["image_encoder/block_01/lin1/kernel"], kernel)
+    assert after["image_encoder/pos_embed"].shape == before["image_encoder/pos_embed"].shape
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (sam_tiny(num_heads=4), "an encoder of 2 heads; model.image_encoder.num_heads is 4"),
         (sam_tiny(embed_dim=32), "64 wide and 2 deep; the model's is 32 wide"),
     ],
 )
-def test_an_autoencoder_of_another_encoder_is_refused(autoencoder, tmp_path, model, said):
+def test_an_autoencoder_with_another_encoder_is_an_error(autoencoder, tmp_path, model, message):
     sam_jax.save(tmp_path / "mae", MAE, autoencoder)
-    with pytest.raises(ConfigError, match=said):
-        begin(dataclasses.replace(CONFIG, model=model, init_from=str(tmp_path / "mae")))
+    with pytest.raises(ConfigError, match=message):
+        initial_variables(dataclasses.replace(CONFIG, model=model, init_from=str(tmp_path / "mae")))
 
 
-def test_an_autoencoder_begins_with_another_of_the_same_sizes(autoencoder, tmp_path):
+def test_an_autoencoder_is_initialized_from_another_of_the_same_sizes(autoencoder, tmp_path):
     sam_jax.save(tmp_path / "mae", MAE, autoencoder)
     config = dataclasses.replace(pretraining, model=MAE, init_from=str(tmp_path / "mae"))
-    assert jax.tree.all(jax.tree.map(np.array_equal, begin(config), autoencoder))
+    assert jax.tree.all(jax.tree.map(np.array_equal, initial_variables(config), autoencoder))
     with pytest.raises(ConfigError, match="decoder_depth was 1, is 2"):
-        begin(dataclasses.replace(config, model=MAE.clone(decoder_depth=2)))
+        initial_variables(dataclasses.replace(config, model=MAE.clone(decoder_depth=2)))
     sam_jax.save(tmp_path / "mae.pth", MAE, autoencoder)
     with pytest.raises(ConfigError, match="must be the weights directory of a masked autoencoder"):
-        begin(dataclasses.replace(config, init_from=str(tmp_path / "mae.pth")))
+        initial_variables(dataclasses.replace(config, init_from=str(tmp_path / "mae.pth")))

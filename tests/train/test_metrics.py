@@ -1,4 +1,4 @@
-"""The speed in the log of a run."""
+"""The timing metrics in the log of a run."""
 
 import time
 
@@ -10,15 +10,15 @@ VALUES = {"loss": 1.0, "miou": 0.5}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_waiting_for_data_is_measured_separately(tmp_path):
+def test_time_spent_waiting_for_data_is_logged(tmp_path):
     metrics = Metrics(tmp_path, start=0, stop=4, batch_size=3, peak_step_seconds=0.01)
 
-    def slow():
+    def slow_loader():
         for i in range(4):
             time.sleep(0.06)
             yield i
 
-    for done, batch in enumerate(metrics.timed(slow()), start=1):
+    for done, batch in enumerate(metrics.timed(slow_loader()), start=1):
         assert batch == done - 1
         time.sleep(0.02)
         if done % 2 == 0:
@@ -34,7 +34,7 @@ def test_waiting_for_data_is_measured_separately(tmp_path):
         assert row["mfu"] == pytest.approx(0.01 / row["step_seconds"], abs=1e-3)
 
 
-def test_without_a_known_peak_there_is_no_mfu(tmp_path):
+def test_mfu_is_not_logged_without_a_known_peak(tmp_path):
     metrics = Metrics(tmp_path, start=0, stop=1, batch_size=1)
     metrics.log(1, VALUES)
     metrics.close()

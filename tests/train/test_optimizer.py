@@ -1,4 +1,4 @@
-"""The optimizer: its schedule, learning rates by depth, weight decay, and steps by hand."""
+"""The optimizer: schedule, layer-wise learning rates, weight decay, and AdamW steps."""
 
 import functools
 import re
@@ -30,8 +30,8 @@ SIZES = {
 
 
 @functools.cache
-def params_of(model):
-    """Returns the shapes of a model's parameters, nested, without computing anything."""
+def param_shapes(model):
+    """Returns the nested shapes of a model's parameters, without computing the parameters."""
     return jax.eval_shape(lambda: init_variables(model, 0))["params"]
 
 
@@ -42,7 +42,7 @@ def flatten(tree):
 # The schedule.
 
 
-def test_schedule_of_the_paper():
+def test_default_schedule_is_that_of_the_paper():
     rate = make_schedule(Optimizer())
     expected = {
         0: 8e-4 / 250,
@@ -62,7 +62,7 @@ def test_schedule_of_the_paper():
         np.testing.assert_allclose(rate(jnp.int32(step)), value, rtol=1e-6, err_msg=str(step))
 
 
-def test_a_half_cosine_follows_the_warm_up():
+def test_half_cosine_follows_the_warm_up():
     rate = make_schedule(
         Optimizer(peak_lr=2e-3, warmup_steps=100, lr_boundaries=(), cosine_steps=1100)
     )
@@ -72,12 +72,12 @@ def test_a_half_cosine_follows_the_warm_up():
     assert rate(5000) == pytest.approx(0, abs=1e-9)
 
 
-def test_schedule_without_warm_up_and_drops():
+def test_schedule_without_warm_up_and_drops_is_constant():
     rate = make_schedule(Optimizer(peak_lr=0.5, warmup_steps=0, lr_boundaries=()))
     np.testing.assert_allclose([rate(0), rate(1), rate(10**6)], 0.5)
 
 
-def test_a_drop_in_the_warm_up_counts():
+def test_drops_apply_during_the_warm_up():
     rate = make_schedule(
         Optimizer(peak_lr=1.0, warmup_steps=4, lr_boundaries=(1, 3), lr_decay_factor=0.5)
     )
@@ -85,14 +85,14 @@ def test_a_drop_in_the_warm_up_counts():
     np.testing.assert_allclose([rate(step) for step in range(5)], expected)
 
 
-# Layer-wise rates.
+# Layer-wise learning rates.
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rates_of_every_parameter(size):
+def test_learning_rate_of_every_parameter(size):
     model, depth, decay = SIZES[size]
-    of_rule = []
-    for path in flatten(params_of(model())):
+    all_expected = []
+    for path in flatten(param_shapes(model())):
         multiplier = lr_multiplier(path, decay, depth)
         block = re.match(r"image_encoder/block_(\d\d)/", path)
         if block:
@@ -103,13 +103,15 @@ def test_rates_of_every_parameter(size):
             assert path.startswith(("image_encoder/neck/", "prompt_encoder/", "mask_decoder/"))
             expected = 1.0
         assert multiplier == pytest.approx(expected, rel=1e-12), path
-        of_rule.append(expected)
-    # A rate for the embeddings, one for each block, one for all that follows.
-    assert len({round(np.log(x) / np.log(decay)) for x in of_rule}) == depth + 2
+        all_expected.append(expected)
+    # One rate for the embeddings, one for each block and one for all other parameters.
+    assert len({round(np.log(x) / np.log(decay)) for x in all_expected}) == depth + 2
 
 
-def test_smallest_and_largest_rate_of_vit_h():
-    rate = lambda path: lr_multiplier(path, 0.8, 32)
+def test_learning_rates_of_vit_h():
+    def rate(path):
+        return lr_multiplier(path, 0.8, 32)
+
     assert rate("image_encoder/pos_embed") == pytest.approx(6.3e-4, rel=0.01)
     assert rate("image_encoder/block_00/lin1/bias") == pytest.approx(0.8**32)
     assert rate("image_encoder/block_31/attention/rel_pos_h") == pytest.approx(0.8)
@@ -119,8 +121,8 @@ def test_smallest_and_largest_rate_of_vit_h():
 
 # Weight decay.
 
-# The kinds of parameters that do not decay: biases, norms, embeddings and tokens, positions.
-NOT_DECAYED_NORMS_AND_POSITIONS = [
+# Parameters without weight decay, except biases: norms, embeddings, tokens and positions.
+NOT_DECAYED_EXCEPT_BIASES = [
     "image_encoder/block_##/attention/rel_pos_h",
     "image_encoder/block_##/attention/rel_pos_w",
     "image_encoder/block_##/norm#/scale",
@@ -170,19 +172,23 @@ DECAYED = [
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_decays(size):
-    decays = flatten(is_decayed(params_of(SIZES[size][0]())))
-    kind = lambda path: re.sub(r"\d", "#", path)
-    assert sorted({kind(path) for path, decayed in decays.items() if decayed}) == DECAYED
-    fixed = {kind(path) for path, decayed in decays.items() if not decayed}
-    biases = {path for path in fixed if path.endswith("/bias")}
-    assert sorted(fixed - biases) == NOT_DECAYED_NORMS_AND_POSITIONS
-    of_kernels = {path.replace("kernel", "bias") for path in DECAYED if "neck" not in path}
-    scales = [path for path in NOT_DECAYED_NORMS_AND_POSITIONS if path.endswith("/scale")]
-    assert biases == of_kernels | {path.replace("scale", "bias") for path in scales}
+def test_weight_decay_of_every_parameter(size):
+    is_decayed_by_path = flatten(is_decayed(param_shapes(SIZES[size][0]())))
+
+    def patterns(decayed):
+        """Returns the paths of parameters with or without weight decay; # replaces digits."""
+        return {re.sub(r"\d", "#", path) for path, x in is_decayed_by_path.items() if x == decayed}
+
+    assert sorted(patterns(decayed=True)) == DECAYED
+    not_decayed = patterns(decayed=False)
+    biases = {path for path in not_decayed if path.endswith("/bias")}
+    assert sorted(not_decayed - biases) == NOT_DECAYED_EXCEPT_BIASES
+    kernel_biases = {path.replace("kernel", "bias") for path in DECAYED if "neck" not in path}
+    scales = [path for path in NOT_DECAYED_EXCEPT_BIASES if path.endswith("/scale")]
+    assert biases == kernel_biases | {path.replace("scale", "bias") for path in scales}
 
 
-# Steps by hand.
+# Steps against an AdamW in numpy.
 
 PARAMS = {
     "image_encoder": {
@@ -212,28 +218,29 @@ CONFIG = Optimizer(
 )
 
 
-def test_what_decays_in_masked_autoencoders():
-    """As in MAE, all but biases and norms: class and mask tokens too."""
+def test_weight_decay_of_masked_autoencoders():
+    """All parameters except biases and norms have weight decay, as in MAE, also the tokens."""
     params = jax.eval_shape(lambda: init_variables(mae_tiny(), 0))["params"]
-    for path, decays in flatten(is_decayed(params)).items():
-        assert decays == (not path.endswith(("bias", "scale"))), path
+    for path, decayed in flatten(is_decayed(params)).items():
+        assert decayed == (not path.endswith(("bias", "scale"))), path
 
 
-def gradients_of(step):
+def make_gradients(step):
     flat = {path: jnp.array(steps[step]) for path, steps in GRADIENTS.items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def run(optimizer, params, steps):
+    """Applies the updates of some steps and returns the parameters and the optimizer state."""
     state = optimizer.init(params)
     for step in range(steps):
-        updates, state = optimizer.update(gradients_of(step), state, params)
+        updates, state = optimizer.update(make_gradients(step), state, params)
         params = jax.tree.map(jnp.add, params, updates)
     return params, state
 
 
-def by_hand(path, value, steps):
-    """AdamW on one parameter, as its authors write it, in float64."""
+def adamw_in_numpy(path, value, steps):
+    """Applies AdamW to one parameter in float64, with the equations of its paper."""
     rates = {"pos_embed": 0.5**3, "block_00": 0.5**2, "block_01": 0.5}
     rate = next((r for part, r in rates.items() if part in path), 1.0)
     decay = 0.2 if path.endswith("kernel") else 0.0
@@ -248,59 +255,66 @@ def by_hand(path, value, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_steps_by_hand(steps):
+def test_steps_match_adamw_in_numpy(steps):
     params, _ = run(make_optimizer(CONFIG, depth=2), PARAMS, steps)
     start = flatten(PARAMS)
     for path, value in flatten(params).items():
-        expected = by_hand(path, start[path], steps)
+        expected = adamw_in_numpy(path, start[path], steps)
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-9, err_msg=path)
 
 
 def test_the_first_step_is_the_sign_of_the_gradient():
-    """m_hat / sqrt(v_hat) is 1; the decay is 0.2 of the parameter; the rate 0.1 / 2 * 0.5**2."""
+    """The sign is multiplied by the learning rate, which is 0.1 / 2 * 0.5**2 in block_00.
+
+    m_hat / sqrt(v_hat) is 1 or -1. The weight decay of 0.2 times the parameter is added to it.
+    """
     params, _ = run(make_optimizer(CONFIG, depth=2), PARAMS, 1)
     kernel = params["image_encoder"]["block_00"]["lin1"]["kernel"]
     expected = [0.5 - 0.0125 * (-1 + 0.2 * 0.5), -4 - 0.0125 * (1 + 0.2 * -4)]
-    np.testing.assert_allclose(kernel, expected, rtol=1e-5)  # 1e-8 of the gradient 1e-3
+    np.testing.assert_allclose(
+        kernel, expected, rtol=1e-5
+    )  # epsilon is 1e-8, and a gradient is 1e-3
     bias = params["image_encoder"]["block_00"]["lin1"]["bias"]
     np.testing.assert_allclose(bias, [3 - 0.0125], rtol=1e-6)
 
 
-# Training parts.
+# Trainable parts.
 
 PART = ("mask_decoder", "image_encoder/block_01")
 
 
-def test_what_does_not_learn_stays_bit_by_bit():
+def test_frozen_parameters_do_not_change_and_others_do():
     params, _ = run(make_optimizer(CONFIG, depth=2, trainable=PART), PARAMS, 2)
-    whole, _ = run(make_optimizer(CONFIG, depth=2), PARAMS, 2)
-    start, whole = flatten(PARAMS), flatten(whole)
+    all_trained, _ = run(make_optimizer(CONFIG, depth=2), PARAMS, 2)
+    start, all_trained = flatten(PARAMS), flatten(all_trained)
     for path, value in flatten(params).items():
         if path.startswith(PART):
-            np.testing.assert_array_equal(value, whole[path], err_msg=path)
+            np.testing.assert_array_equal(value, all_trained[path], err_msg=path)
             assert not np.array_equal(value, start[path])
         else:
             assert value.tobytes() == start[path].tobytes(), path
 
 
-def test_what_does_not_learn_has_no_moments():
-    moments = lambda state: sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+def test_frozen_parameters_have_no_moments():
+    def num_moments(state):
+        return sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+
     _, state = run(make_optimizer(CONFIG, depth=2, trainable=PART), PARAMS, 1)
-    learning = [x.size for path, x in flatten(PARAMS).items() if path.startswith(PART)]
-    assert moments(state) == 2 * sum(learning)
+    trained = [x.size for path, x in flatten(PARAMS).items() if path.startswith(PART)]
+    assert num_moments(state) == 2 * sum(trained)
     _, state = run(make_optimizer(CONFIG, depth=2), PARAMS, 1)
-    assert moments(state) == 2 * sum(x.size for x in flatten(PARAMS).values())
+    assert num_moments(state) == 2 * sum(x.size for x in flatten(PARAMS).values())
 
 
-def test_the_rate_counts_steps_in_a_part_too():
-    """The state of a part can be traced, and its schedule moves on."""
+def test_schedule_of_a_trainable_part_counts_steps():
+    """The optimizer state of a part can also be traced."""
     optimizer = make_optimizer(CONFIG, depth=2, trainable=("prompt_encoder",))
     params, _ = jax.jit(lambda params: run(optimizer, params, 2))(PARAMS)
-    expected = by_hand("prompt_encoder/no_mask", [7.0], 2)
+    expected = adamw_in_numpy("prompt_encoder/no_mask", [7.0], 2)
     np.testing.assert_allclose(params["prompt_encoder"]["no_mask"], expected, rtol=1e-6)
 
 
-def test_parts_are_whole_names():
+def test_trainable_matches_complete_path_components():
     assert is_trainable("mask_decoder/iou_head/lin1/kernel", ("mask_decoder",))
     assert is_trainable("mask_decoder/iou_head/lin1/kernel", ("mask_decoder/iou_head",))
     assert is_trainable("image_encoder/pos_embed", ("prompt_encoder", "image_encoder/pos_embed"))
@@ -310,8 +324,8 @@ def test_parts_are_whole_names():
     assert is_trainable("anything/at/all", ())
 
 
-def test_a_part_that_is_not_there_is_named():
-    params = params_of(sam_tiny())
+def test_trainable_parts_without_parameters_are_named_in_the_error():
+    params = param_shapes(sam_tiny())
     check_trainable(params, ())
     check_trainable(params, ("mask_decoder", "image_encoder/neck", "image_encoder/pos_embed"))
     for wrong in ("decoder", "mask_decoder/iou", "image_encoder/block_4", "block_00", ""):

@@ -1,4 +1,4 @@
-"""Settings from the command line and configs from files; errors that say what to do."""
+"""Settings on the command line, config files, and configs as JSON."""
 
 import dataclasses
 import json
@@ -16,11 +16,15 @@ MODEL = sam_tiny(image_size=(128, 128), patch_size=8, depth=4)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
 
 
-def refused(function, *args):
+def error_message(function, *args):
     """Returns the message of the ConfigError that a call raises."""
     with pytest.raises(ConfigError) as error:
         function(*args)
     return str(error.value)
+
+
+def field_names(config_class):
+    return [field.name for field in dataclasses.fields(config_class)]
 
 
 # Overrides.
@@ -52,12 +56,12 @@ def refused(function, *args):
         ("data.held_out=0::5", "data", "held_out", "0::5"),
     ],
 )  # fmt: skip
-def test_one_field_is_replaced(setting, part, field, value):
+def test_a_setting_replaces_one_field(setting, part, field, value):
     changed = override(CONFIG, [setting])
     before, after = (getattr(c, part) if part else c for c in (CONFIG, changed))
     assert getattr(after, field) == value
     assert type(getattr(after, field)) is type(value)
-    # Nothing else is.
+    # Nothing else changes.
     assert dataclasses.replace(after, **{field: getattr(before, field)}) == before
     assert changed == (dataclasses.replace(CONFIG, **{part: after}) if part else after)
 
@@ -71,13 +75,13 @@ def test_one_field_is_replaced(setting, part, field, value):
         ("global_blocks", "0,1,2", (0, 1, 2)),
     ],
 )
-def test_a_field_of_a_part_of_the_model_is_replaced(field, text, value):
+def test_a_setting_replaces_a_field_of_the_image_encoder(field, text, value):
     changed = override(CONFIG, [f"model.image_encoder.{field}={text}"])
     assert changed.model == replace_fields(MODEL, **{field: value})
     assert dataclasses.replace(changed, model=MODEL) == CONFIG
 
 
-def test_several_settings():
+def test_later_settings_override_earlier_ones():
     settings = ["num_steps=5", "optimizer.warmup_steps=2", "num_steps=6", "optimizer.b1=0.5"]
     changed = override(CONFIG, settings)
     assert changed == dataclasses.replace(
@@ -87,53 +91,55 @@ def test_several_settings():
 
 
 @pytest.mark.parametrize("step", [1, -1])
-def test_settings_may_need_each_other_in_any_order(step):
-    settings = [
-        "objective.loss_scale=4",
-        "model.image_encoder.patch_size=16",
-    ]  # patches of 8 allow 1 and 2
+def test_rules_are_checked_after_all_settings(step):
+    # A patch size of 8 allows the loss scales 1 and 2.
+    settings = ["objective.loss_scale=4", "model.image_encoder.patch_size=16"]
     changed = override(CONFIG, settings[::step])
     assert (changed.objective.loss_scale, changed.model.patch_size) == (4, 16)
 
 
-def test_the_model_stays_a_model():
+def test_the_overridden_model_is_a_module():
     changed = override(CONFIG, ["model.image_encoder.depth=3"])
     assert changed.model == replace_fields(MODEL, depth=3)
     assert isinstance(changed.model, Sam)
 
 
 @pytest.mark.parametrize(
-    ("setting", "near", "owner", "fields"),
+    ("setting", "suggestion", "class_name", "config_class"),
     [
         ("num_step=3", "num_steps", "TrainConfig", TrainConfig),
         ("objective.num_click=3", "num_clicks", "Interactive", Interactive),
         ("optimizer.peak_rl=3", "peak_lr", "Optimizer", Optimizer),
         ("data.sorce=x", "source", "Data", Data),
         ("optimiser.peak_lr=3", "optimizer", "TrainConfig", TrainConfig),
-        ("model.image_encoder.embed_dims=3", "embed_dim", "ImageEncoder", ()),
-        ("model.image_encode.depth=3", "image_encoder", "Sam", ()),
+        ("model.image_encoder.embed_dims=3", "embed_dim", "ImageEncoder", None),
+        ("model.image_encode.depth=3", "image_encoder", "Sam", None),
     ],
 )
-def test_an_unknown_field_is_named_with_its_like_and_all_there_are(setting, near, owner, fields):
-    message = refused(override, CONFIG, [setting])
+def test_error_for_an_unknown_field_suggests_a_field_and_lists_all(
+    setting, suggestion, class_name, config_class
+):
+    message = error_message(override, CONFIG, [setting])
     assert f"no field {setting.split('=')[0]};" in message
-    assert f"did you mean {near}?" in message
-    listed = message.split(f"{owner} has ")[1].split(", ")
-    if fields:
-        assert listed == [field.name for field in dataclasses.fields(fields)]
+    assert f"did you mean {suggestion}?" in message
+    listed = message.split(f"{class_name} has ")[1].split(", ")
+    if config_class:
+        assert listed == field_names(config_class)
     else:
-        assert near in listed
-        assert not {"name", "parent"} & set(listed), "Flax adds these"
+        assert suggestion in listed
+        assert not {"name", "parent"} & set(listed), "these are fields that Flax adds"
 
 
-def test_nothing_is_like_some_fields():
-    message = refused(override, CONFIG, ["zzz=1"])
+def test_error_for_an_unknown_field_without_a_similar_one_has_no_suggestion():
+    message = error_message(override, CONFIG, ["zzz=1"])
     assert message.startswith("there is no field zzz. TrainConfig has model, data, ")
-    assert refused(override, CONFIG, ["model.name=x"]).startswith("there is no field model.name")
+    assert error_message(override, CONFIG, ["model.name=x"]).startswith(
+        "there is no field model.name"
+    )
 
 
 @pytest.mark.parametrize(
-    ("setting", "kind"),
+    ("setting", "expected_type"),
     [
         ("num_steps=1.5", "int"),
         ("num_steps=many", "int"),
@@ -151,33 +157,35 @@ def test_nothing_is_like_some_fields():
         ("objective.box_noise=none", "typing.Literal['gaussian', 'uniform']"),
     ],
 )
-def test_a_value_of_a_wrong_type(setting, kind):
+def test_a_value_of_a_wrong_type_is_an_error(setting, expected_type):
     path, text = setting.split("=")
-    assert refused(override, CONFIG, [setting]) == f"{path} must be of type {kind}; got {text!r}"
+    message = error_message(override, CONFIG, [setting])
+    assert message == f"{path} must be of type {expected_type}; got {text!r}"
 
 
-def test_a_field_that_has_fields():
-    message = refused(override, CONFIG, ["optimizer=sgd"])
-    fields = ", ".join(field.name for field in dataclasses.fields(Optimizer))
+def test_setting_a_config_with_fields_is_an_error():
+    message = error_message(override, CONFIG, ["optimizer=sgd"])
+    fields = ", ".join(field_names(Optimizer))
     assert message == f"optimizer has fields itself: {fields}"
-    assert "model has fields itself: image_encoder" in refused(override, CONFIG, ["model=1"])
+    assert "model has fields itself: image_encoder" in error_message(override, CONFIG, ["model=1"])
 
 
-def test_a_field_without_fields():
-    message = refused(override, CONFIG, ["seed.high=1"])
+def test_setting_a_field_of_a_number_is_an_error():
+    message = error_message(override, CONFIG, ["seed.high=1"])
     assert message == "seed.high: seed is a int, which has no fields"
-    assert "peak_lr is a float" in refused(override, CONFIG, ["optimizer.peak_lr.x=1"])
+    assert "peak_lr is a float" in error_message(override, CONFIG, ["optimizer.peak_lr.x=1"])
 
 
 @pytest.mark.parametrize("setting", ["num_steps", "", "optimizer.peak_lr:1"])
-def test_a_setting_without_a_value(setting):
-    assert refused(override, CONFIG, [setting]) == f"--set takes FIELD=VALUE; got {setting!r}"
+def test_a_setting_without_an_equals_sign_is_an_error(setting):
+    message = error_message(override, CONFIG, [setting])
+    assert message == f"--set takes FIELD=VALUE; got {setting!r}"
 
 
 # Files.
 
 
-def test_a_file_is_loaded(tmp_path):
+def test_a_config_file_is_loaded(tmp_path):
     path = tmp_path / "run.py"
     path.write_text(
         "from sam_jax.model.sam import sam_tiny\n"
@@ -187,32 +195,32 @@ def test_a_file_is_loaded(tmp_path):
     assert load_config(str(path)) == dataclasses.replace(CONFIG, model=sam_tiny(depth=3))
 
 
-def test_a_missing_file_lists_what_there_is(tmp_path, monkeypatch):
+def test_error_for_a_missing_file_lists_the_configs_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     for name in ("sam_b.py", "sam_a.py", "__init__.py", "notes.md"):
         (tmp_path / "configs" / name).touch()
-    message = refused(load_config, "configs/sam_c.py")
+    message = error_message(load_config, "configs/sam_c.py")
     assert message == (
         "there is no config configs/sam_c.py; in configs/ there are configs/sam_a.py, "
         "configs/sam_b.py"
     )
-    assert "there is no config configs;" in refused(load_config, "configs")
+    assert "there is no config configs;" in error_message(load_config, "configs")
 
 
 @pytest.mark.parametrize(
     ("text", "got"), [("x = 1\n", "got None"), ("config = {'a': 1}\n", "got {'a': 1}")]
 )
-def test_a_file_without_a_config(tmp_path, text, got):
+def test_a_file_without_a_config_is_an_error(tmp_path, text, got):
     path = tmp_path / "run.py"
     path.write_text(text)
-    message = refused(load_config, str(path))
+    message = error_message(load_config, str(path))
     assert message.startswith(f"{path} must assign a TrainConfig to `config`")
     assert message.endswith(got)
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "reason"),
     [
         ("config = 1 / 0\n", "ZeroDivisionError: division by zero"),
         ("config = (\n", "SyntaxError: "),
@@ -229,18 +237,18 @@ def test_a_file_without_a_config(tmp_path, text, got):
         ),
     ],
 )
-def test_a_file_that_fails_is_named(tmp_path, text, why):
+def test_error_for_a_file_that_fails_names_the_file_and_the_reason(tmp_path, text, reason):
     path = tmp_path / "run.py"
     path.write_text(text)
-    message = refused(load_config, str(path))
+    message = error_message(load_config, str(path))
     assert str(path) in message
-    assert why in message
+    assert reason in message
 
 
-def test_a_file_that_is_not_python(tmp_path):
+def test_a_file_that_is_not_python_is_an_error(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("a: 1\n")
-    message = refused(load_config, str(path))
+    message = error_message(load_config, str(path))
     assert str(path) in message
     assert "Python" in message
 
@@ -248,13 +256,12 @@ def test_a_file_that_is_not_python(tmp_path):
 # JSON.
 
 
-def test_json_holds_every_field():
+def test_json_contains_every_field():
     plain = json.loads(to_json(CONFIG))
-    fields_of = lambda kind: [field.name for field in dataclasses.fields(kind)]
-    assert list(plain) == fields_of(TrainConfig)
-    assert list(plain["objective"]) == fields_of(Interactive)
-    assert list(plain["data"]) == fields_of(Data)
-    assert list(plain["optimizer"]) == fields_of(Optimizer)
+    assert list(plain) == field_names(TrainConfig)
+    assert list(plain["objective"]) == field_names(Interactive)
+    assert list(plain["data"]) == field_names(Data)
+    assert list(plain["optimizer"]) == field_names(Optimizer)
     assert plain["model"]["image_encoder"]["image_size"] == [128, 128]
     assert plain["model"]["mask_decoder"]["dtype"] == "float32"
     assert plain["optimizer"]["lr_boundaries"] == [60_000, 86_666]
@@ -275,40 +282,40 @@ def test_json_holds_every_field():
         "model.image_encoder.remat=blocks",
     ],
 )
-def test_json_differs_when_a_field_does(setting):
+def test_json_differs_if_a_field_differs(setting):
     changed = override(CONFIG, [setting])
     assert to_json(changed) != to_json(CONFIG)
     assert to_json(override(CONFIG, [])) == to_json(CONFIG)
-    # By one value, or one line more in a list.
+    # A changed line names the field.
     lines = set(to_json(changed).splitlines()) - set(to_json(CONFIG).splitlines())
     assert any(setting.split("=")[0].split(".")[-1] in line for line in lines)
 
 
-def test_differences_name_fields_and_both_values():
+def test_differences_contain_fields_and_both_values():
     settings = ["seed=1", "optimizer.b2=0.99", "trainable=mask_decoder"]
     settings.append("model.image_encoder.depth=3")
-    before, now = to_dict(CONFIG), to_dict(override(CONFIG, settings))
+    before, after = to_dict(CONFIG), to_dict(override(CONFIG, settings))
     assert differences(before, before) == []
-    found = differences(before, now)
-    assert sorted(found) == [
+    assert sorted(differences(before, after)) == [
         "model.image_encoder.depth was 4, is 3",
         "optimizer.b2 was 0.999, is 0.99",
         "seed was 0, is 1",
         "trainable was [], is ['mask_decoder']",
     ]
-    assert differences(before, now, ["seed", "model.image_encoder.depth", "trainable"]) == [
+    assert differences(before, after, ["seed", "model.image_encoder.depth", "trainable"]) == [
         "optimizer.b2 was 0.999, is 0.99"
     ]
-    # What was read from JSON is the same; a field of another version is a difference.
+    # A config read from JSON is equal to the original. A field that only one of them has is a
+    # difference.
     assert differences(json.loads(to_json(CONFIG)), before) == []
     assert differences(before, before | {"new": 1}) == ["new was None, is 1"]
 
 
-def test_fields_are_those_of_the_task():
+def test_fields_depend_on_the_task():
     assert override(pretraining, ["model.mask_ratio=0.5"]).model.mask_ratio == 0.5
-    message = refused(override, pretraining, ["objective.num_clicks=3"])
+    message = error_message(override, pretraining, ["objective.num_clicks=3"])
     assert message == "there is no field objective.num_clicks. Reconstruction has normalized"
-    message = refused(override, pretraining, ["data.min_areas=0.5"])
+    message = error_message(override, pretraining, ["data.min_areas=0.5"])
     assert message.startswith(
         "there is no field data.min_areas; did you mean min_area? PretrainData"
     )
@@ -318,7 +325,7 @@ def test_fields_are_those_of_the_task():
 
 
 @pytest.mark.parametrize(
-    ("former", "present"),
+    ("former", "current"),
     [
         ("objective.points=3", ["objective.num_clicks=3"]),
         ("objective.extra_rounds=1", ["objective.num_extra_rounds=1"]),
@@ -343,18 +350,18 @@ def test_fields_are_those_of_the_task():
         ),
     ],
 )
-def test_former_names_are_read_with_a_warning(former, present, caplog):
-    assert override(CONFIG, [former]) == override(CONFIG, present)
-    path = present[0].split("=")[0]
+def test_former_names_are_accepted_with_a_warning(former, current, caplog):
+    assert override(CONFIG, [former]) == override(CONFIG, current)
+    path = current[0].split("=")[0]
     assert caplog.messages[0].startswith(f"{former.split('=')[0]} is now called {path}")
 
 
-def test_the_flat_names_of_an_autoencoder_are_its_present_ones(caplog):
+def test_decoder_fields_of_an_autoencoder_are_not_former_names(caplog):
     assert override(pretraining, ["model.decoder_depth=2"]).model.decoder_depth == 2
     assert not caplog.messages
 
 
-def test_saved_configs_are_read_under_former_names():
+def test_saved_configs_with_former_names_are_renamed():
     saved = {
         "model": {"prompt_dim": 64, "depth": 4, "dtype": "float32"},
         "objective": {"points": 8, "iou_l1": True, "iou_all": False},
@@ -374,7 +381,7 @@ def test_saved_configs_are_read_under_former_names():
 
 
 @pytest.mark.parametrize("config", [CONFIG, pretraining])
-def test_present_names_are_kept(config, caplog):
+def test_current_names_are_kept(config, caplog):
     saved = json.loads(to_json(config))
     assert rename_saved(saved) == saved
     assert not caplog.messages

@@ -61,20 +61,20 @@ def test_files_that_a_resumed_run_needs_are_downloaded(bucket, remote):
     assert (remote.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_other_content_is_an_error(bucket, remote):
+def test_a_folder_with_other_files_is_an_error(bucket, remote):
     (bucket / "runs" / "small" / "thesis.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ConfigError, match="gs://bucket/runs/small is neither empty nor a run's"):
+    with pytest.raises(ConfigError, match="gs://bucket/runs/small is not empty and holds no run"):
         remote.pull()
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (ImportError("Install gcsfs"), r"sam_jax\[gcs\]"),
         (RuntimeError("403"), "403"),
     ],
 )
-def test_a_store_that_cannot_be_read_is_an_error(remote, monkeypatch, error, said):
+def test_a_store_that_cannot_be_read_is_an_error(remote, monkeypatch, error, message):
     def fail(*_, **__):
         raise error
 
@@ -82,7 +82,7 @@ def test_a_store_that_cannot_be_read_is_an_error(remote, monkeypatch, error, sai
         monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
     else:
         monkeypatch.setattr(object_store.ObjectStore, "info", fail)
-    with pytest.raises(ConfigError, match=f"--workdir {RUN} cannot be read.*{said}"):
+    with pytest.raises(ConfigError, match=f"--workdir {RUN} cannot be read.*{message}"):
         remote.pull()
     monkeypatch.undo()
 
@@ -92,13 +92,12 @@ def test_other_kinds_of_stores_are_errors():
         RemoteWorkdir("s3://b/run")
 
 
-def test_a_folder_that_a_console_made_is_empty(bucket, remote):
-    """Consoles mark a folder by an object of the same name, which stores list as its content."""
+def test_a_folder_created_in_a_web_console_is_empty(bucket, remote):
+    """A console creates an object with the name of the folder, and the store lists this object."""
     (bucket / "runs" / "small" / "x").write_text("")
     listed = object_store.ObjectStore.ls
     with pytest.MonkeyPatch.context() as patch:
-        marker = lambda self, path, **kwargs: [path]
-        patch.setattr(object_store.ObjectStore, "ls", marker)
+        patch.setattr(object_store.ObjectStore, "ls", lambda self, path, **kwargs: [path])
         remote.pull()
     assert object_store.ObjectStore.ls is listed
 
@@ -119,7 +118,7 @@ def test_files_that_cannot_be_uploaded_are_kept(bucket, monkeypatch, caplog):
 
     def try_to_upload(error):
         with RemoteWorkdir(RUN) as remote:
-            (remote.folder / "weights").write_text("dear")
+            (remote.folder / "weights").write_text("content")
             monkeypatch.setattr(object_store.ObjectStore, "put_file", fail)
             if error:
                 raise error
@@ -130,7 +129,7 @@ def test_files_that_cannot_be_uploaded_are_kept(bucket, monkeypatch, caplog):
         with pytest.raises(expected):
             try_to_upload(error)
         folder = Path(caplog.messages[-1].split(" could not be uploaded")[0])
-        assert (folder / "weights").read_text() == "dear"
+        assert (folder / "weights").read_text() == "content"
         shutil.rmtree(folder)
 
 
@@ -143,11 +142,11 @@ def test_a_local_workdir_is_used_directly(tmp_path):
 
 
 def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tmp_path):
-    """The steps only count, and the fourth one fails once.
+    """The steps are replaced by a counter, and the fourth step fails once.
 
     The checkpoints are on a disk, because orbax cannot write to the store of the tests.
     """
-    failures = [RuntimeError("a broken chip")]
+    failures = [RuntimeError("device failure")]
     config = tmp_path / "small.py"
     config.write_text(CONFIG)
 
@@ -169,7 +168,7 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
     def finalize(config, task, folder, variables, eval_split):
         sam_jax.save(folder / "weights", config.model, variables)
         (folder / "report").mkdir()
-        (folder / "report" / "index.html").write_text("well")
+        (folder / "report" / "index.html").write_text("a report")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("train.run.finalize", finalize)
@@ -177,7 +176,7 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
     monkeypatch.setattr("train.run.Checkpoints", StoredOnDisk)
     argv = ["train", str(config), "--workdir", RUN, "--set", "num_steps=5"]
     monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(RuntimeError, match="a broken chip"):
+    with pytest.raises(RuntimeError, match="device failure"):
         command.main()
     assert command.main() == 0
     assert not list(tmp_path.glob("sam_jax_*"))

@@ -1,4 +1,4 @@
-"""Training runs as users start them: interrupted and resumed, rejected, fine-tuned."""
+"""Training runs as users start them: interrupted, resumed, rejected and fine-tuned."""
 
 import functools
 import hashlib
@@ -44,7 +44,7 @@ def digest(workdir):
     return hashlib.sha256((workdir / "weights" / "weights.safetensors").read_bytes()).hexdigest()
 
 
-def test_files_in_a_finished_workdir(uninterrupted):
+def test_a_finished_workdir_has_weights_an_evaluation_and_a_report(uninterrupted):
     assert [step for step, _, _ in losses(uninterrupted)] == list(range(1, 13))
     model, variables = sam_jax.load(uninterrupted / "weights")
     assert model.image_size == (48, 64)
@@ -61,7 +61,7 @@ def test_files_in_a_finished_workdir(uninterrupted):
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_the_same(start, uninterrupted, tmp_path):
+def test_a_run_killed_three_times_has_the_same_result(start, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
     for rows in (3, 6, 9):
         process = start(workdir)
@@ -78,7 +78,7 @@ def test_a_run_killed_three_times_ends_the_same(start, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(start, uninterrupted, tmp_path):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(start, uninterrupted, tmp_path):
     workdir = tmp_path / "damaged"
     finish(start(workdir, "num_steps=10"))
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -106,7 +106,7 @@ def test_frozen_parts_keep_their_parameters(start, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_masked_autoencoder_that_was_killed_ends_the_same(tmp_path):
+def test_a_killed_run_of_a_masked_autoencoder_has_the_same_result(tmp_path):
     config = tmp_path / "autoencoder.py"
     config.write_text(AUTOENCODER)
     start = functools.partial(start_run, config)
@@ -129,8 +129,8 @@ def test_a_masked_autoencoder_that_was_killed_ends_the_same(tmp_path):
     scores = json.loads((uninterrupted / "evaluation.json").read_text())
     assert (scores["images"], scores["bad_samples"]) == (5, 0)
     assert 0 < scores["loss"] < 2
-    (on_the_way,) = read_rows(uninterrupted / "evaluations.jsonl")
-    assert (on_the_way["step"], on_the_way["images"]) == (4, 5)
+    (intermediate,) = read_rows(uninterrupted / "evaluations.jsonl")
+    assert (intermediate["step"], intermediate["images"]) == (4, 5)
     assert {path.name for path in (uninterrupted / "report").iterdir()} == {
         *("index.html", "curves.png", "reconstructions.png"),
     }
@@ -147,7 +147,7 @@ def error_of(monkeypatch, capsys, config, workdir, *settings):
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("optimiser.peak_lr=1", "did you mean optimizer?"),
         ("optimizer.peak_lr=fast", "optimizer.peak_lr must be of type float; got 'fast'"),
@@ -167,30 +167,31 @@ def error_of(monkeypatch, capsys, config, workdir, *settings):
     ],
 )
 def test_an_invalid_run_is_rejected_before_anything_is_written(
-    monkeypatch, capsys, config, tmp_path, setting, said
+    monkeypatch, capsys, config, tmp_path, setting, message
 ):
-    assert said in error_of(monkeypatch, capsys, config, tmp_path / "run", *setting.split())
+    error = error_of(monkeypatch, capsys, config, tmp_path / "run", *setting.split())
+    assert message in error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_source_is_rejected(monkeypatch, capsys, config, tmp_path):
     (tmp_path / "empty").mkdir()
-    said = error_of(
+    error = error_of(
         monkeypatch, capsys, config, tmp_path / "run", f"data.source=labels:{tmp_path / 'empty'}"
     )
-    assert "empty" in said
+    assert "empty" in error
     assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_of_another_config_is_rejected(monkeypatch, capsys, config, uninterrupted):
     before = sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*"))
-    said = error_of(monkeypatch, capsys, config, uninterrupted, "seed=1", "num_steps=20")
-    assert "seed was 0, is 1" in said
-    assert "num_steps" not in said
+    error = error_of(monkeypatch, capsys, config, uninterrupted, "seed=1", "num_steps=20")
+    assert "seed was 0, is 1" in error
+    assert "num_steps" not in error
     assert sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*")) == before
 
 
-def test_a_folder_that_holds_no_run_is_rejected(monkeypatch, capsys, config, tmp_path):
+def test_a_folder_with_other_files_is_rejected(monkeypatch, capsys, config, tmp_path):
     (tmp_path / "thesis.tex").touch()
     assert "neither empty nor a run's" in error_of(monkeypatch, capsys, config, tmp_path)
 
@@ -198,8 +199,8 @@ def test_a_folder_that_holds_no_run_is_rejected(monkeypatch, capsys, config, tmp
 def test_a_full_disk_is_rejected(monkeypatch, capsys, config, tmp_path):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    said = error_of(monkeypatch, capsys, config, tmp_path / "run")
-    assert "MiB of disk space" in said
+    error = error_of(monkeypatch, capsys, config, tmp_path / "run")
+    assert "MiB of disk space" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""Spread over devices, a step is what it is on one."""
+"""Checks the mesh, and that steps on several devices have the results of one device."""
 
 import functools
 
@@ -41,7 +41,7 @@ def mean_objective(params, constants, batch, key):
 
 
 @pytest.mark.parametrize("counts", [(3, 3, 3, 3), (3, 1, 0, 2), (0, 0, 0, 1), (0, 0, 0, 0)])
-def test_devices_do_not_change_gradients(counts):
+def test_sharded_gradients_match_those_of_one_device(counts):
     rng = np.random.default_rng(0)
     batch = Batch(
         image=rng.standard_normal((4, 5)).astype(np.float32),
@@ -58,11 +58,11 @@ def test_devices_do_not_change_gradients(counts):
 
     mesh = make_mesh(4)
     assert mesh.devices.size == 4
-    found = jax.jit(make_sharded_grad_fn(mesh, objective, params))(
+    actual = jax.jit(make_sharded_grad_fn(mesh, objective, params))(
         *init_sharded(mesh, lambda x: x, (params, constants)), shard_batch(mesh, batch), key
     )
-    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(found))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), found, expected)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(actual))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -79,18 +79,18 @@ def test_devices_do_not_change_gradients(counts):
         (12, 2, (3, 2)),
     ],
 )
-def test_the_mesh_has_as_many_devices_as_divide_the_batch(batch_size, fsdp, shape):
+def test_mesh_has_the_most_devices_that_divide_the_batch(batch_size, fsdp, shape):
     assert jax.device_count() == 8
     assert make_mesh(batch_size, fsdp).devices.shape == shape
 
 
 @pytest.mark.parametrize(("batch_size", "fsdp"), [(3, 2), (8, 16), (4, 3)])
-def test_a_mesh_that_cannot_be_is_refused(batch_size, fsdp):
+def test_invalid_meshes_are_errors(batch_size, fsdp):
     with pytest.raises(ConfigError, match=rf"{batch_size} images, 8 devices and fsdp={fsdp}"):
         make_mesh(batch_size, fsdp)
 
 
-def test_large_arrays_are_split_along_whole_tiles_and_small_ones_are_not():
+def test_large_arrays_are_sharded_in_multiples_of_eight_rows():
     mesh = make_mesh(8, 4)
     shapes = {
         "kernel": (1280, 3840),
@@ -116,35 +116,40 @@ MODEL = sam_tiny(image_size=(32, 32), depth=2, embed_dim=16, prompt_dim=16, glob
                  scan_blocks=True)  # fmt: skip
 
 
-def losses_of_five_steps(mesh):
-    """Five steps of the same batches of eight scenes, from the same weights; and the last state."""
+def run_five_steps(mesh):
+    """Runs five steps with batches of eight scenes.
+
+    Returns:
+      The values of each step, and the final state.
+    """
     config = Interactive(masks_per_image=2, masks_per_chunk=1, num_clicks=2)
     loader = Loader(
         open_source("scenes"), np.arange(64), SegmentationTransform(MODEL.image_size, 2), 8, seed=0
     )
     optimizer = make_optimizer(Optimizer(peak_lr=1e-3, warmup_steps=2), MODEL.image_encoder.depth)
     variables = jax.jit(init_variables, static_argnums=(0, 1))(MODEL, 0)
-    state = init_sharded(mesh, lambda given: init_state(given, optimizer), variables)
+    state = init_sharded(mesh, lambda x: init_state(x, optimizer), variables)
     step = make_step(InteractiveObjective(MODEL, config), optimizer, 0, mesh, state)
-    losses = []
+    all_values = []
     for i in range(5):
         state, values = step(state, shard_batch(mesh, loader.batch(i)[0]))
-        losses.append(jax.device_get(values))
-    return losses, state
+        all_values.append(jax.device_get(values))
+    return all_values, state
 
 
 @pytest.fixture(scope="module")
-def on_one_device():
-    return losses_of_five_steps(make_mesh(8, devices=jax.devices()[:1]))[0]
+def one_device_values():
+    """The values of five steps on one device."""
+    return run_five_steps(make_mesh(8, devices=jax.devices()[:1]))[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 4])
-def test_a_mesh_does_not_change_a_run(fsdp, on_one_device, monkeypatch):
+def test_values_of_a_mesh_match_those_of_one_device(fsdp, one_device_values, monkeypatch):
     monkeypatch.setattr("train.sharding.MIN_SHARD_SIZE", 1)
     monkeypatch.setattr("train.sharding.ROW_MULTIPLE", 1)
-    found, state = losses_of_five_steps(make_mesh(8, fsdp))
-    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(same, found, on_one_device)
+    actual, state = run_five_steps(make_mesh(8, fsdp))
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(assert_close, actual, one_device_values)
     kernel = state.opt_state[0].mu["image_encoder"]["block_01"]["lin1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[0] == kernel.shape[0] // fsdp

@@ -1,11 +1,11 @@
-"""The files in the folder of a run."""
+"""The files in the workdir of a run."""
 
 import json
 
 from train.workdir import write_evaluation
 
 
-def test_an_evaluation_that_is_not_finite_is_written_as_null(tmp_path):
+def test_values_that_are_not_finite_are_written_as_null(tmp_path):
     evaluation = {
         "loss": float("nan"),
         "clicks": {"1": {"chosen": 0.5, "oracle": float("inf")}},

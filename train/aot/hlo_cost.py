@@ -43,7 +43,7 @@ class Instruction:
       opcode: The operation.
       shape: The shape of the result, as text.
       scope: The scope in the source, "" if unknown.
-      text: The whole line.
+      text: The full line.
     """
 
     name: str

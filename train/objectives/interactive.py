@@ -112,8 +112,8 @@ class InteractiveObjective:
 
         Returns:
           Sums over the valid masks. The values are one number per round: "round_loss", its
-          unweighted parts "focal", "dice" and "iou", and "miou", the IoU of the mask with the highest
-          predicted IoU.
+          unweighted parts "focal", "dice" and "iou", and "miou", the IoU of the mask with the
+          highest predicted IoU.
         """
         keys = jax.vmap(lambda image_id: jax.random.fold_in(key, image_id))(batch.image_id)
         embedding = batch.embedding
@@ -262,7 +262,7 @@ class InteractiveObjective:
         if batch.trunk is not None:
             return self.model.apply(variables, batch.trunk, method="apply_neck")
 
-        def encode(image: Array, key: Array) -> Array:
+        def encode_one(image: Array, key: Array) -> Array:
             rngs = {"drop_path": jax.random.fold_in(key, DROP_PATH)}
             embedding = self.model.apply(
                 variables, image[None], self.train, rngs=rngs, method="encode"
@@ -271,7 +271,7 @@ class InteractiveObjective:
 
         if batch.image is None:
             raise ValueError("batch must hold images or their features; got neither")
-        return jax.vmap(encode)(normalize(batch.image, batch.size), keys)
+        return jax.vmap(encode_one)(normalize(batch.image, batch.size), keys)
 
     def _sum_rounds(
         self, inputs: DecoderInputs, prepare: Callable[..., Any], chunks: dict[str, Any]

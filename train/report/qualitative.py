@@ -1,4 +1,4 @@
-"""A picture of held-out objects with the model's masks after one click on each, and after more."""
+"""Draws held-out objects with the model's masks after one click and after more clicks."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from train.report.curves import count_clicks
 
 NUM_OBJECTS = 8
 CLICK_COUNTS = (1, 3, 9)  # numbers of clicks after which the masks are shown
-MIN_AREA = 0.01  # fraction of the image; smaller objects are shown only if there are no others
+MIN_AREA_FRACTION = 0.01  # of the image; smaller objects are shown only if there are no others
 MAX_IMAGE_SIDE = 600  # pixels; larger images are drawn at a lower resolution
 
 # Lengths on the page, in inches.
 PANEL, GAP, MARGIN, TITLE, HEADER = 2.3, 0.12, 0.15, 0.34, 0.8
-MIN_ASPECT, MAX_ASPECT = 0.2, 1.6  # height of a row of panels over their width
+MIN_ASPECT, MAX_ASPECT = 0.2, 1.6  # height of a row of panels divided by the panels' width
 
 Click = tuple[int, int, int]  # x, y and the label: 1 on the object, 0 off it
 
@@ -74,7 +74,7 @@ class ShownObject:
 def choose_objects(
     source: Source,
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "h w 3"], Bool[np.ndarray, "h w"]]]:
-    """Chooses one object of each of up to NUM_OBJECTS images, which are spread over a source.
+    """Chooses one object from each of up to NUM_OBJECTS images, spread over a source.
 
     Args:
       source: The source.
@@ -84,7 +84,7 @@ def choose_objects(
     """
     ranges = np.array_split(np.arange(len(source)), min(NUM_OBJECTS, len(source)))
     for number, indices in enumerate(ranges):
-        # Multiples of the golden ratio: the ranks by area are spread evenly, in no obvious order.
+        # Multiples of the golden ratio spread the ranks evenly, in no obvious order.
         rank = (0.5 + number * 0.618) % 1
         for index in map(int, indices):
             try:
@@ -98,11 +98,20 @@ def choose_objects(
 
 
 def choose_mask(example: Example, rank: float) -> int:
-    """Returns the index of the mask at a rank, from 0 to 1, by area among those not too small."""
+    """Chooses a mask by its relative rank by area.
+
+    Args:
+      example: The image and its masks.
+      rank: From 0 for the smallest mask to 1 for the largest (exclusive). Masks smaller than
+        MIN_AREA_FRACTION are ranked only if there are no others.
+
+    Returns:
+      The index of the mask.
+    """
     areas = np.array([rle.area(mask) for mask in example.masks])
     order = np.argsort(areas, kind="stable")
     height, width = example.image.shape[:2]
-    large = order[areas[order] >= MIN_AREA * height * width]
+    large = order[areas[order] >= MIN_AREA_FRACTION * height * width]
     order = large if len(large) else order
     return int(order[int(rank * len(order))])
 
@@ -116,7 +125,7 @@ def click_on_object(
     """Clicks on an object as `evaluate_clicks` does.
 
     Args:
-      predictor: The predictor; its image is replaced.
+      predictor: The predictor. Its image is replaced.
       name: The name to show.
       image: The image.
       mask: The true mask.
@@ -139,7 +148,7 @@ def click_on_object(
 
 
 def draw_objects(objects: list[ShownObject]) -> Figure:
-    """Draws one row per object: the first click, its three masks, and masks after more clicks."""
+    """Draws a row per object: the first click, the three masks after it, and later masks."""
     columns = 1 + 3 + len(CLICK_COUNTS) - 1
     aspects = [shown.image.shape[0] / shown.image.shape[1] for shown in objects]
     heights = [PANEL * min(max(aspect, MIN_ASPECT), MAX_ASPECT) for aspect in aspects]
@@ -199,7 +208,7 @@ def draw_legend(figure: Figure) -> None:
 
 
 def draw_row(row: list[Axes], number: int, shown: ShownObject) -> None:
-    """Draws the panels of an object, with its number in the list of the page."""
+    """Draws the panels of an object; `number` is its number in the list on the page."""
     first, *later = shown.predictions
     draw_panel(row[0], shown, None, first.clicks)
     row[0].set_title(f"{number}: {shown.mask.mean():.1%} of the image", fontsize=11)
@@ -213,7 +222,7 @@ def draw_row(row: list[Axes], number: int, shown: ShownObject) -> None:
     for axes, count, prediction in zip(row[4:], CLICK_COUNTS[1:], later, strict=True):
         draw_panel(axes, shown, prediction.masks[prediction.best], prediction.clicks)
         title = f"IoU {prediction.iou[prediction.best]:.2f}"
-        if len(prediction.clicks) < count:  # the mask was perfect before
+        if len(prediction.clicks) < count:  # the mask was perfect after fewer clicks
             title += f", {count_clicks(str(len(prediction.clicks)))} sufficed"
         axes.set_title(title, fontsize=11)
 
@@ -224,7 +233,7 @@ def draw_panel(
     mask: Bool[np.ndarray, "h w"] | None,
     clicks: Sequence[Click] = (),
 ) -> None:
-    """Draws the image with the true outline, in grey under a predicted mask if there is one."""
+    """Draws the image and the outline of the true mask; a predicted mask is blue on grey."""
     height, width = shown.mask.shape
     step = -(-max(height, width) // MAX_IMAGE_SIDE)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -250,9 +259,9 @@ def draw_panel(
 def draw_outline(
     axes: Axes, mask: Bool[np.ndarray, "h w"], extent: tuple[float, float, float, float]
 ) -> None:
-    """Draws the border of a mask that fills the extent (left, right, bottom, top)."""
+    """Draws the outline of a mask whose array covers the extent (left, right, bottom, top)."""
     if not mask.any():
-        return  # it vanishes at the resolution of the picture
+        return  # too small for the resolution of the picture
     left, right, bottom, top = extent
     height, width = mask.shape
     x = left + (np.arange(-1, width + 1) + 0.5) * (right - left) / width

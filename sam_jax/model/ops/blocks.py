@@ -111,7 +111,7 @@ def normalize_grad(
 
 
 def full_block(x: Any) -> pl.BlockSpec:
-    """Returns the block that contains the whole array in every step."""
+    """Returns the block that contains the full array in every step."""
     return pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
 
 

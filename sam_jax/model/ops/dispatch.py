@@ -1,11 +1,12 @@
 """The operations that have several implementations, and the table that chooses among them.
 
-An operation is chosen while a program is traced: by the platform that it is traced for, the dtype
-and the shape of its main operand. Every operation has an argument `implementation`, as
-`jax.nn.dot_product_attention` has: None chooses by the table, a name chooses that implementation on
-any platform.
+An implementation is chosen while a program is traced. The choice depends on the platform that the
+program is traced for, and on the dtype and the shape of the operation's main operand. Like
+`jax.nn.dot_product_attention`, every operation has an argument `implementation`: None chooses by
+the table, and a name chooses that implementation on any platform.
 
-A new kernel is one file, with the kernel, its plain JAX twin and its cost, and one row in `TABLE`.
+To add a kernel, write a file with the kernel, an equivalent in plain JAX and the kernel's cost, and
+add a row to `TABLE`.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ class Implementation:
     costs: Mapping[str, CostFunction] = dataclasses.field(default_factory=dict)
 
 
-# For each operation, the first row that matches is chosen. The last one always matches.
+# The first row of an operation that matches is chosen. The last row always matches.
 TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "attend_among_tokens": (
         Implementation(
@@ -157,8 +158,8 @@ def choose(
       The row of the table.
 
     Raises:
-      ValueError: If the operation has no implementation of that name, or if it does not accept the
-        shape.
+      ValueError: If the operation has no implementation of that name, or if that implementation
+        does not accept the shape.
     """
     rows = TABLE[operation]
     if implementation is None:
@@ -193,7 +194,7 @@ def kernel_costs() -> dict[str, CostFunction]:
 def attend_among_tokens(
     qkv: Float[Array, "b t c3"], num_heads: int, *, implementation: str | None = None
 ) -> Float[Array, "b t c"]:
-    """Attends among a few tokens, without positions.
+    """Computes self-attention among a few tokens, without relative positions.
 
     Args:
       qkv: Queries, keys and values, '(3 head d)' channels.
@@ -215,12 +216,14 @@ def attend_globally(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "b h w c"]:
-    """Attends over whole grids with relative positions; not all logits are in memory at once.
+    """Computes self-attention over full grids of tokens, with relative positions.
+
+    The logits of a grid are never all in memory at once.
 
     Args:
       qkv: Queries, keys and values, '(3 head d)' channels.
-      rel_h: Vertical position of key row u relative to query row h, as 'h u d'.
-      rel_w: Horizontal position of key column v relative to query column w, as 'w v d'.
+      rel_h: Embeddings 'h u d' of the vertical position of key row u relative to query row h.
+      rel_w: Embeddings 'w v d' of the position of key column v relative to query column w.
       num_heads: Attention heads.
       implementation: Name of an implementation; None to choose by the table.
 
@@ -238,7 +241,7 @@ def project_windows(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "n {window} {window} d"]:
-    """Cuts grids into windows and projects their tokens, in the order that is faster.
+    """Splits grids into windows and projects the tokens, in whichever order is faster.
 
     Args:
       x: Grids of tokens.
@@ -247,7 +250,7 @@ def project_windows(
       implementation: Name of an implementation; None to choose by the table.
 
     Returns:
-      Projected windows. Padding is the projection of a zero token.
+      The projected windows. Padding tokens are zero before the projection.
     """
     row = choose("project_windows", x.shape, x.dtype, implementation)
     return row.function(x, project, window)
@@ -261,7 +264,7 @@ def attend_in_windows(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "n h w c"]:
-    """Attends within each of many small grids with relative positions.
+    """Computes self-attention within each of many small grids, with relative positions.
 
     Args:
       qkv: Queries, keys and values, '(3 head d)' channels.
@@ -293,8 +296,8 @@ def attend_to_image(
       implementation: Name of an implementation; None to choose by the table.
 
     Returns:
-      The attended pixels, and `image`, which later operations must use instead of the argument:
-      kernels accumulate its cotangents.
+      The attended pixels, and `image` unchanged. Later operations must use this image and not the
+      argument, because the kernels accumulate its cotangents.
     """
     row = choose("attend_to_image", image.shape, image.dtype, implementation)
     return row.function(queries, image, positions)
@@ -316,7 +319,7 @@ def update_image(
       image: Pixels, one image for all objects if its n is 1.
       positions: Positional encoding of the pixels.
       tokens: Tokens with the projections of the image folded in.
-      words: From `image_to_token.random_words`; None for no dropout.
+      words: Random bits from `image_to_token.random_words`; None for no dropout.
       num_heads: Attention heads.
       rate: Dropout rate.
       implementation: Name of an implementation; None to choose by the table.
@@ -335,12 +338,12 @@ def upscale_masks(
     *,
     implementation: str | None = None,
 ) -> Float32[Array, "b n m 16 p"]:
-    """Upscales images and multiplies their pixels by the outputs of the hypernetworks.
+    """Upscales images and computes mask logits with the outputs of the hypernetworks.
 
     Args:
       image: Pixels of every object.
-      weights: Weights of the upscalings.
-      hypernetwork_out: Weights of the last channels in each mask.
+      weights: Weights of both upscaling layers.
+      hypernetwork_out: The weights of the upscaled channels for each mask.
       implementation: Name of an implementation; None to choose by the table.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Attention over the whole grid of tokens, whose 't t' logits are never in memory at once.
+"""Attention over the full grid of tokens. Its 't t' logits are never all in memory at once.
 
 Source: segment-anything `modeling/image_encoder.py`, blocks without windows.
 

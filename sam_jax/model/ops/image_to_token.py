@@ -73,7 +73,7 @@ class FoldedTokens(NamedTuple):
 def random_words(
     key: Array, objects: tuple[int, int], p: int, c: int
 ) -> UInt32[Array, "b n words c"]:
-    """Draws the random words that decide on the dropout of images 'b n p c'."""
+    """Samples the random words that decide on the dropout of images 'b n p c'."""
     return jax.random.bits(key, (*objects, -(-p // PIXELS_PER_WORD), c))
 
 
@@ -198,7 +198,7 @@ def update(
 
 
 def _pad_tokens(x: Float[Array, " k *c"], num_heads: int, value: float = 0.0) -> Array:
-    """Pads the tokens of every head to whole registers, and fills with `value`."""
+    """Pads the tokens of every head with `value` until they fill entire registers."""
     by_head = x.reshape(num_heads, -1, *x.shape[1:])
     padding = ((0, 0), (0, -by_head.shape[1] % SUBLANES), *[(0, 0)] * (x.ndim - 1))
     return jnp.pad(by_head, padding, constant_values=value).reshape(-1, *x.shape[1:])
@@ -217,7 +217,7 @@ def update_columns(
     num_heads: int,
     rate: float,
 ) -> Float[Array, "c p"]:
-    """Runs the kernel, with vectors as columns and the tokens of a head in whole registers."""
+    """Runs the kernel, with vectors as columns and the tokens of a head in entire registers."""
     operands = (image, positions, tokens, words)
     return pl.pallas_call(
         functools.partial(forward_kernel, num_heads=num_heads, rate=rate),

@@ -1,4 +1,4 @@
-"""`sam-jax everything` on the command line, with the model in one test, else with a stand-in."""
+"""Tests `sam-jax everything`. One test uses the model, and the others a fake generator."""
 
 import json
 import os
@@ -20,19 +20,19 @@ SCENE = Path(__file__).parents[2] / "data" / "scene.png"
 
 
 class Bright(generator.SamAutomaticMaskGenerator):
-    """A generator with the same arguments, whose masks are bright regions."""
+    """A fake generator with the same arguments. Its masks are bright regions."""
 
     generate = staticmethod(bright.generate)
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def fake_generator(monkeypatch):
     monkeypatch.setattr(everything, "SamAutomaticMaskGenerator", Bright)
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Three photographs, a broken and a tiny one between them."""
+    """Returns a folder with three photos, a broken file and an image that is too small."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i, name in enumerate(("a.jpg", "c.png", "e.jpg")):
@@ -79,7 +79,7 @@ def test_a_model_segments_a_file(tmp_path, monkeypatch, capsys):
     assert (settings["points_per_side"], settings["crop_n_layers"]) == (3, 0)
 
 
-def test_bad_images_are_named_and_skipped(quick, photos, tmp_path, capsys):
+def test_bad_images_are_named_and_skipped(fake_generator, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -96,7 +96,7 @@ def test_bad_images_are_named_and_skipped(quick, photos, tmp_path, capsys):
     ]
 
 
-def test_a_second_run_segments_only_the_missing_images(quick, photos, tmp_path, capsys):
+def test_a_second_run_segments_only_the_missing_images(fake_generator, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out) == 0
     kept = (out / "sa_4.json").stat().st_mtime_ns
@@ -112,17 +112,19 @@ def test_a_second_run_segments_only_the_missing_images(quick, photos, tmp_path, 
     assert [image["file_name"] for image in images] == [f"sa_{i}.jpg" for i in (0, 2, 3, 4)]
 
 
-def test_processes_share_the_images_and_the_last_writes_coco(quick, photos, tmp_path, capsys):
+def test_processes_share_the_images_and_the_last_writes_coco(
+    fake_generator, photos, tmp_path, capsys
+):
     out = tmp_path / "out"
     options = ["--coco", "--index", "1:", "--processes", "2"]
-    assert run(photos, out, *options, "--process", "1") == 0  # the tiny one, and e.jpg
+    assert run(photos, out, *options, "--process", "1") == 0  # the small image, and e.jpg
     assert ids(out) == [2, 4]
     printed = capsys.readouterr().out
     assert (
         "2 images are not finished: instances.json will be written by the last process" in printed
     )
     assert not (out / "instances.json").exists()
-    assert run(photos, out, *options, "--process", "0") == 1  # both are bad
+    assert run(photos, out, *options, "--process", "0") == 1  # both images are bad
     assert "segmented 0 of 2 images" in capsys.readouterr().out
     assert len(open_source(f"coco:{out}")) == 2
     assert sorted(path.name for path in out.glob("skipped_*")) == [
@@ -132,7 +134,7 @@ def test_processes_share_the_images_and_the_last_writes_coco(quick, photos, tmp_
     assert run(photos, out, "--index", "1:", "--processes", "9", "--process", "8") == 0
 
 
-def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
+def test_other_settings_are_refused(fake_generator, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out, "--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16") == 0
     settings = json.loads((out / "everything.json").read_text())
@@ -179,8 +181,8 @@ def test_other_settings_are_refused(quick, photos, tmp_path, capsys):
         ("photos", ["--out", "."], "is not empty and has no everything.json"),
     ],
 )
-def test_a_mistake_is_one_line(
-    quick, photos, tmp_path, monkeypatch, images, options, message, capsys
+def test_wrong_arguments_are_reported_in_one_line(
+    fake_generator, photos, tmp_path, monkeypatch, images, options, message, capsys
 ):
     monkeypatch.chdir(tmp_path)
     assert run(images, "out", *options) == 1

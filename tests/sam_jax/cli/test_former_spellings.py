@@ -1,4 +1,4 @@
-"""Former spellings still work, with a warning."""
+"""Tests that deprecated spellings still work and give a warning."""
 
 import pytest
 

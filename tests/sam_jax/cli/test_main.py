@@ -1,4 +1,4 @@
-"""The command line; in a new process where imports matter."""
+"""Tests the command line. Tests of imports start a new process."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_help_is_quick_because_it_imports_no_jax():
+def test_help_does_not_import_jax():
     source = (
         "import sys, sam_jax.cli.main\n"
         "try: sam_jax.cli.main.main(['--help'])\n"
@@ -59,7 +59,7 @@ def test_help_is_quick_because_it_imports_no_jax():
         *("evaluate", *(f"evaluate {name}" for name in EVALUATIONS)),
     ],
 )
-def test_every_verb_has_an_example(verb, capsys):
+def test_every_subcommand_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])
     assert stop.value.code == 0
@@ -121,7 +121,7 @@ def test_three_masks_for_one_prompt_and_one_for_several(weights, photo, tmp_path
         (["--masks", "2"], "invalid choice"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(weights, photo, tmp_path, options, message, capsys):
+def test_wrong_usage_has_exit_code_2(weights, photo, tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["predict", photo, "--weights", weights, *options, "--out", str(tmp_path)])
     assert stop.value.code == 2
@@ -136,9 +136,7 @@ def test_wrong_usage_is_exit_code_2(weights, photo, tmp_path, options, message, 
         (["--box", "9,9,3,3"], "box must have x0 < x1"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_no_file(
-    weights, photo, tmp_path, options, message, capsys
-):
+def test_errors_are_one_line_and_leave_no_file(weights, photo, tmp_path, options, message, capsys):
     out = tmp_path / "out"
     assert main(["predict", photo, "--weights", weights, *options, "--out", str(out)]) == 1
     error = capsys.readouterr().err
@@ -171,9 +169,9 @@ def test_an_image_too_large_is_refused_before_it_is_decoded(weights, tmp_path, c
     assert "at most 67108864 pixels; got 9000 x 9000" in capsys.readouterr().err
 
 
-def test_a_rotated_photo_is_turned_upright(weights, tmp_path):
+def test_the_orientation_of_a_photo_is_applied(weights, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn a quarter clockwise
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
     path = tmp_path / "side.jpg"
     Image.new("RGB", (80, 40)).save(path, exif=exif)
     options = ["--weights", weights, "--point", "1,1", "--out", str(tmp_path)]
@@ -207,7 +205,7 @@ def test_convert_writes_an_autoencoder_with_official_names(tmp_path, capsys):
 
 @pytest.fixture
 def labels(tmp_path):
-    """A source of two usable samples."""
+    """Returns the folder of a source with two usable samples."""
     folder = tmp_path / "labels"
     for name in ("a", "b"):
         for kind, pixels in (("images", np.zeros((6, 8, 3))), ("masks", np.ones((6, 8)))):
@@ -234,7 +232,7 @@ def test_dataset_check_names_unusable_samples(labels, tmp_path, capsys):
     first, *counts = captured.out.splitlines()
     assert first.startswith(f"{image}: broken image: ")
     assert counts == ["      1  broken image", "1 of 2 samples are usable, 1 masks"]
-    assert captured.err == ""  # no progress bar without a terminal
+    assert captured.err == ""  # no progress bar outside a terminal
     assert json.loads(report.read_text())["bad"][0]["name"] == str(image)
 
 
@@ -242,7 +240,7 @@ def test_dataset_check_names_unusable_samples(labels, tmp_path, capsys):
     ("source", "message"),
     [("label:x", "did you mean labels"), ("coco:missing", "there is no missing/instances.json")],
 )
-def test_an_unknown_source_is_one_line(source, message, capsys):
+def test_an_unknown_source_is_reported_in_one_line(source, message, capsys):
     assert main(["dataset", "check", source]) == 1
     error = capsys.readouterr().err
     assert error.startswith("sam-jax dataset: ")

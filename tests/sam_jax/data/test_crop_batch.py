@@ -1,4 +1,4 @@
-"""Tests of crops: their boxes, their resize, and images that are too small."""
+"""Tests of crops: boxes, resizing, and images that are too small."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_sampled_boxes_are_inside_the_image_with_the_given_areas_and_aspects():
         ((1, 1), (0, 0, 1, 1)),
     ],
 )
-def test_an_image_too_long_for_any_crop_gives_its_middle(size, box):
+def test_an_image_too_long_for_any_crop_gives_the_center_crop(size, box):
     assert (boxes(size, 0.9, 20) == box).all()
 
 
@@ -63,12 +63,12 @@ def test_an_image_too_long_for_any_crop_gives_its_middle(size, box):
         ((1, 100), 0.5, (0, 49, 1, 1)),
     ],
 )
-def test_the_middle_box(size, aspect, box):
+def test_the_box_of_a_center_crop(size, aspect, box):
     assert middle_box(size, aspect) == box
 
 
 def test_a_crop_is_cut_before_it_is_resized():
-    """Pixels outside of the crop have no weight."""
+    """Checks that pixels outside of the crop do not affect it."""
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     cut = crop(image, 8, 16, 24, 20)
     around = image.copy()

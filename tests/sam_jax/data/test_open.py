@@ -1,4 +1,4 @@
-"""Tests of sources by name, and of subsets."""
+"""Tests of opening sources by name, and of subsets."""
 
 import importlib
 import json
@@ -56,7 +56,7 @@ def write_sa1b(folder, size=(160, 240)):
         ("sa1b", write_sa1b, (40, 60, 3)),
     ],
 )
-def test_a_folder_by_its_kind(tmp_path, monkeypatch, kind, write, small_shape):
+def test_folders_are_opened_by_their_kind(tmp_path, monkeypatch, kind, write, small_shape):
     write(tmp_path / "folder")
     source = open_source(f"{kind}:{tmp_path}/folder")
     assert (len(source), source[0].image.shape) == (1, (160, 240, 3))
@@ -83,7 +83,7 @@ def write_images(folder, size=(160, 240)):
         ("images", write_images),
     ],
 )
-def test_the_same_opened_source_in_full_size(tmp_path, monkeypatch, kind, write):
+def test_a_source_can_be_decoded_in_full_size_without_reopening(tmp_path, monkeypatch, kind, write):
     write(tmp_path / "folder")
     small = open_source(f"{kind}:{tmp_path}/folder", decode_size=(32, 32))
     in_full = open_source(f"{kind}:{tmp_path}/folder")
@@ -91,7 +91,7 @@ def test_the_same_opened_source_in_full_size(tmp_path, monkeypatch, kind, write)
 
     with monkeypatch.context() as patch:
         for name in ("is_file", "is_folder", "listdir", "walk", "stat", "read_range"):
-            patch.delattr(f"sam_jax.io.storage.{name}")  # nothing is read again
+            patch.delattr(f"sam_jax.io.storage.{name}")  # no file is accessed again
         full_sizes = [with_full_size(source) for source in sources]
     for source, full_size in zip(sources, full_sizes, strict=True):
         assert type(full_size) is type(source)
@@ -124,7 +124,7 @@ def test_only_scenes_need_no_location():
     assert [kind for kind in SOURCES if not SOURCES[kind].needs_location] == ["scenes"]
 
 
-def test_scenes():
+def test_scenes_are_opened_by_their_size():
     assert open_source("scenes") == SyntheticScenes()
     assert open_source("scenes:96x128", decode_size=(8, 8)) == SyntheticScenes(size=(96, 128))
     assert open_source("scenes:96x128")[3].image.shape == (96, 128, 3)

@@ -1,4 +1,4 @@
-"""Tests of validation: every sample is read, and unusable ones are counted."""
+"""Tests that validation reads every sample and counts unusable ones."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_every_sample_has_a_finding():
     assert str(findings[2]) == "2.jpg: usable: 2 masks"
 
 
-def test_a_summary_is_ready_for_json():
+def test_a_summary_can_be_written_as_json():
     summary = json.loads(json.dumps(summarize(check(Fake()))))
     bad = summary.pop("bad")
     assert summary == {

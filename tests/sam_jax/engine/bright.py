@@ -1,4 +1,4 @@
-"""A stand-in for a model, whose masks are connected bright regions; and a run that kills itself.
+"""A fake generator whose masks are connected bright regions, and a run that kills itself.
 
 `python -m tests.sam_jax.engine.bright PHOTOS OUT STEP` kills itself before its STEP-th call of
 os.fsync or os.replace, unless STEP is 0.
@@ -24,7 +24,7 @@ from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
 
 
 def generate(image):
-    """Returns records as `SamAutomaticMaskGenerator.generate` does."""
+    """Returns records of bright regions in the format of `SamAutomaticMaskGenerator.generate`."""
     height, width = image.shape[:2]
     if min(height, width) < 8:
         raise ImageError(f"image must have sides of at least 8 pixels; got {height} x {width}")

@@ -1,4 +1,4 @@
-"""The automatic stage writes SA-1B, and the same files however often it is killed."""
+"""Tests that the automatic stage writes SA-1B, with the same files after it was killed."""
 
 import io
 import itertools
@@ -52,7 +52,7 @@ def photo(seed=0, size=(40, 60)):
     return np.asarray(Image.fromarray(small).resize(size[::-1]))
 
 
-def test_results_are_read_as_sa1b_with_the_index_in_the_source_as_id(tmp_path):
+def test_results_are_sa1b_files_with_indices_as_ids(tmp_path):
     scenes = open_source("scenes:40x60")
     found = label(scenes, tmp_path, [3, 11, 700])
     source = open_source(f"sa1b:{tmp_path}")
@@ -87,7 +87,7 @@ def test_an_upright_rgb_jpeg_is_copied_and_other_images_are_converted_to_jpeg(tm
     write(photos / "b.png", photo(), compress_level=0)
     write(photos / "c.jpg", photo()[..., 0])
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     write(photos / "d.jpg", photo(), exif=exif)
     exif[0x0112] = 1
     write(photos / "e.jpg", photo(), exif=exif)
@@ -104,7 +104,7 @@ def test_an_upright_rgb_jpeg_is_copied_and_other_images_are_converted_to_jpeg(tm
     assert masks[0]["size"] == [60, 40]
 
 
-def test_bad_images_have_a_reason_and_no_file_and_the_others_are_labelled(tmp_path):
+def test_bad_images_have_a_reason_and_no_files(tmp_path):
     photos = tmp_path / "photos"
     write(photos / "a.png", photo())
     (photos / "b.jpg").write_bytes(b"text")
@@ -140,7 +140,7 @@ def test_an_image_without_masks_counts_as_finished(tmp_path):
 
 
 def test_empty_masks_are_left_out(tmp_path):
-    """Everything mode returns empty masks if there is no stability threshold."""
+    """Checks empty masks, which everything mode returns if there is no stability threshold."""
 
     def with_an_empty_one(image):
         record = {"segmentation": rle.encode(np.zeros(image.shape[:2], bool)), "area": 0}
@@ -163,7 +163,7 @@ def test_overlays_are_not_read_as_images(tmp_path):
     assert len(open_source(f"sa1b:{tmp_path}")) == 2
 
 
-def test_every_generator_works_on_two_images_at_once_and_the_queue_is_short(tmp_path):
+def test_generators_process_two_images_at_once_with_a_bounded_queue(tmp_path):
     indices, working, most = itertools.count(), [0, 0], [0, 0]
     lock, all_busy = threading.Lock(), threading.Barrier(4)
 
@@ -172,7 +172,7 @@ def test_every_generator_works_on_two_images_at_once_and_the_queue_is_short(tmp_
             with lock:
                 working[device] += 1
                 most[device] = max(most[device], working[device])
-            all_busy.wait(timeout=60)  # four threads are here at a time, or it breaks
+            all_busy.wait(timeout=60)  # raises unless four threads wait at the same time
             with lock:
                 working[device] -= 1
             return generate(image)
@@ -204,7 +204,7 @@ def test_an_unexpected_error_ends_the_run(error, tmp_path):
         list(found)
 
 
-def test_a_folder_accepts_only_the_settings_it_was_started_with(tmp_path):
+def test_a_folder_with_other_settings_is_refused(tmp_path):
     out = tmp_path / "new" / "out"
     acquire(out, {"points_per_side": 32, "pair": (1, 2)})
     acquire(out, {"points_per_side": 32, "pair": (1, 2)})
@@ -224,7 +224,7 @@ def test_a_folder_accepts_only_the_settings_it_was_started_with(tmp_path):
         acquire(tmp_path / "photo.jpg", {})
 
 
-def test_restarted_processes_remove_the_unfinished_files_of_their_predecessors(tmp_path):
+def test_restarted_processes_remove_unfinished_files(tmp_path):
     acquire(tmp_path, {})
     (tmp_path / "overlays").mkdir()
     for process in range(4):
@@ -274,7 +274,7 @@ def test_a_coco_file_may_have_no_instances(tmp_path):
 
 
 def check_visible(folder):
-    """Checks that every visible file is complete, and that the image comes before its JSON."""
+    """Checks that every visible file is complete, and that every JSON has its image."""
     for path in sorted(folder.rglob("*.*")):
         if path.name.startswith("."):
             continue
@@ -288,8 +288,8 @@ def check_visible(folder):
                 image.load()
 
 
-def test_a_killed_run_ends_with_the_same_bytes_and_never_shows_a_partial_file(tmp_path):
-    """The run is killed at each step of an image, and at random moments."""
+def test_a_killed_run_can_be_completed_without_partial_files(tmp_path):
+    """Kills the run at each step of an image, and at random times."""
     for i in range(24):
         write(tmp_path / "photos" / f"{i:02d}.{'jpg' if i % 2 else 'png'}", photo(i, (120, 160)))
     (tmp_path / "photos" / "07.jpg").write_bytes(b"text")
@@ -305,14 +305,14 @@ def test_a_killed_run_ends_with_the_same_bytes_and_never_shows_a_partial_file(tm
     seconds = random.Random(0)
     for at_step in (1, 3, 4, 5, 6, 8, 0, 0, 0):
         with start("killed", at_step) as process:
-            process.stdout.readline()  # it has started
+            process.stdout.readline()  # the run has started
             clock = threading.Timer(seconds.uniform(0.01, 0.1), process.kill)
             if not at_step:
                 clock.start()
             while process.poll() is None:
                 check_visible(tmp_path / "killed")
             clock.cancel()
-        assert process.returncode == -9 or not at_step  # a late timer finds it finished
+        assert process.returncode == -9 or not at_step  # the run may finish before the timer
     with start("killed") as process:
         assert process.wait(timeout=120) == 0
     assert content(tmp_path / "killed") == content(tmp_path / "reference")

@@ -1,4 +1,4 @@
-"""The protocol of clicks and boxes, with a predictor whose answers are known."""
+"""Tests the evaluation with clicks and boxes, with a predictor whose answers are known."""
 
 import json
 
@@ -23,8 +23,8 @@ from tests.sam_jax.evaluate.toy_sources import ToySource
 SIZE = (40, 50)
 
 
-class Known(SamPredictor):
-    """A predictor that answers every prompt with given masks, and records the prompts."""
+class KnownPredictor(SamPredictor):
+    """A predictor that returns known masks for every prompt, and records the prompts."""
 
     def __init__(self, answer):
         self.answer, self.calls = answer, []
@@ -53,12 +53,12 @@ def example(*masks):
 LARGE, SMALL = rectangle(4, 4, 34, 44), rectangle(10, 10, 25, 25)
 
 
-def test_one_score_is_of_the_highest_predicted_iou_and_the_other_of_the_best_mask():
+def test_scores_are_of_the_predicted_best_and_of_the_actual_best_mask():
     def answer(prompt, multimask):
         masks = [SMALL, LARGE, ~LARGE] if multimask else [LARGE]
         return np.array(masks), [0.9, 0.5, 0.1] if multimask else [0.3]
 
-    scores = evaluate_clicks(Known(answer), ToySource([example(LARGE)]), [0])
+    scores = evaluate_clicks(KnownPredictor(answer), ToySource([example(LARGE)]), [0])
     small_iou = 15 * 15 / (30 * 40)
     assert scores["objects"] == 1
     assert scores["clicks"]["1"] == {"chosen": round(small_iou, 4), "oracle": 1.0}
@@ -67,29 +67,33 @@ def test_one_score_is_of_the_highest_predicted_iou_and_the_other_of_the_best_mas
     assert scores["box"] == {"chosen": round(small_iou, 4), "oracle": 1.0}
 
 
-def test_clicks_are_on_the_error_and_logits_are_those_of_the_predicted_best():
+def test_next_prompts_are_clicks_on_errors_and_the_predicted_best_logits():
     def answer(prompt, multimask):
         empty = np.zeros(SIZE, bool)
         masks = [empty, SMALL, LARGE] if multimask else [SMALL]
         return np.array(masks), [0.1, 0.9, 0.5] if multimask else [0.3]
 
-    predictor = Known(answer)
+    predictor = KnownPredictor(answer)
     rounds = list(predict_clicks(predictor, np.stack([LARGE, SMALL])))
     assert len(rounds) == 9
     first, multimask = predictor.calls[0]
     assert multimask
     assert "mask_input" not in first[0]
-    assert first[0]["point_coords"].tolist() == [[18, 18]]  # the first of the deepest 15 from all
+    # This is the first pixel with the largest distance from the border, 15.
+    assert first[0]["point_coords"].tolist() == [[18, 18]]
     assert first[0]["point_labels"].tolist() == [1]
     second, multimask = predictor.calls[1]
     assert not multimask
-    assert (second[0]["mask_input"] == 1).all()  # logits of the best of the first object's three
+    # For the first object, the predicted best of three masks is the second one.
+    assert (second[0]["mask_input"] == 1).all()
     assert (second[1]["mask_input"] == 4).all()
-    assert second[0]["point_labels"].tolist() == [1, 1]  # SMALL was predicted, LARGE is missed
+    # SMALL was predicted for LARGE, so that pixels are missing.
+    assert second[0]["point_labels"].tolist() == [1, 1]
     x, y = second[0]["point_coords"][1]
     assert LARGE[y, x]
     assert not SMALL[y, x]
-    assert second[1]["point_labels"].tolist() == [1]  # nothing was wrong, nothing is added
+    # There is no error, so that no click is added.
+    assert second[1]["point_labels"].tolist() == [1]
     last, _ = predictor.calls[8]
     assert len(last[0]["point_coords"]) == 9
 
@@ -98,7 +102,7 @@ def test_boxes_are_tight_and_never_empty():
     def answer(prompt, multimask):
         return np.array([LARGE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
 
-    predictor = Known(answer)
+    predictor = KnownPredictor(answer)
     line = rectangle(7, 8, 8, 20)
     evaluate_clicks(predictor, ToySource([example(LARGE, line)]), [0])
     boxes, multimask = predictor.calls[-1]
@@ -106,13 +110,13 @@ def test_boxes_are_tight_and_never_empty():
     assert [prompt["box"].tolist() for prompt in boxes] == [[4, 4, 43, 33], [8, 7, 19, 8]]
 
 
-def test_every_mask_counts():
+def test_scores_are_averaged_over_masks():
     def answer(prompt, multimask):
         return np.array([LARGE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
 
     everything = np.ones(SIZE, bool)
     images = ToySource([example(*[LARGE] * 70, everything)])
-    scores = evaluate_clicks(Known(answer), images, [0])
+    scores = evaluate_clicks(KnownPredictor(answer), images, [0])
     assert scores["objects"] == 71
     assert scores["clicks"]["9"]["chosen"] == round((70 + 1200 / 2000) / 71, 4)
 
@@ -123,11 +127,11 @@ def test_bad_samples_are_counted_and_an_empty_source_is_refused():
 
     empty = example(np.zeros(SIZE, bool))
     images = ToySource([BadSample("broken image", "cut"), example(LARGE), empty])
-    scores = evaluate_clicks(Known(answer), images, range(3))
+    scores = evaluate_clicks(KnownPredictor(answer), images, range(3))
     assert scores["bad_samples"] == 2
     assert "2 images could not be read" in format_table(scores)
     with pytest.raises(ValueError, match="no mask to evaluate on; 1 image"):
-        evaluate_clicks(Known(answer), images, [0])
+        evaluate_clicks(KnownPredictor(answer), images, [0])
 
 
 def test_iou_of_masks():
@@ -138,16 +142,16 @@ def test_iou_of_masks():
 
 
 def test_the_upper_bound_of_disjoint_objects_is_one():
-    apart = np.stack([rectangle(0, 0, 10, 10), rectangle(20, 20, 30, 30)])
-    assert one_click_upper_bound(apart) == [1, 1]
+    disjoint = np.stack([rectangle(0, 0, 10, 10), rectangle(20, 20, 30, 30)])
+    assert one_click_upper_bound(disjoint) == [1, 1]
 
 
 def test_the_upper_bound_of_nested_objects():
-    # A click in the middle of either may mean both: each answer has the mean (1 + IoU) / 2.
+    # The center of either mask is in both masks. Either answer has the mean IoU (1 + iou) / 2.
     part, full = rectangle(14, 14, 24, 34), rectangle(4, 4, 34, 44)
     iou = 200 / 1200
     assert sorted(one_click_upper_bound(np.stack([part, full]))) == pytest.approx([iou, 1])
-    # Three that are nested: the middle one is the best answer to all.
+    # Of three nested masks, the middle one is the best answer to every click.
     inner, middle, outer = rectangle(16, 16, 22, 32), part, full
     assert one_click_upper_bound(np.stack([inner, middle, outer])) == pytest.approx(
         [96 / 200, 1, iou]

@@ -1,4 +1,4 @@
-"""Average recall of proposals, on objects with known IoUs."""
+"""Tests the average recall of proposals on objects with known IoUs."""
 
 import json
 
@@ -26,11 +26,11 @@ def same_recall(recall):
     return {"10": recall, "100": recall, "1000": recall}
 
 
-def test_recall_by_hand():
+def test_recall_of_known_ious():
     truths = ToySource([[columns(0, 10), columns(20, 40)], [columns(0, 10)]])
     proposals = ToySource([[columns(20, 36), columns(50, 60)], [columns(0, 10)]])
     scores = json.loads(json.dumps(evaluate_proposals(proposals, truths, [(0, 0), (1, 1)])))
-    # An IoU of 16/20 is enough for the seven thresholds up to 0.8; the object of image 1 is found.
+    # An IoU of 16/20 reaches the seven thresholds up to 0.8. The object of image 1 is found.
     recall = round((0.7 + 1) / 3, 4)
     nothing = same_recall(None)
     assert scores == {
@@ -67,7 +67,8 @@ def test_only_the_best_proposals_count():
 def test_matching_is_one_to_one():
     everything = np.ones((1, 2), bool)
     found = match_proposals(np.array([[0.6, 0.7], [0.0, 0.9], [0.7, 0.0]]), everything)[:, 0]
-    # At 0.5 the first takes the second object, which is nearer, and leaves the first to the third.
+    # At 0.5, the first proposal matches the second object, whose IoU is higher. The third proposal
+    # then matches the first object.
     assert found[0].tolist() == [True, False, True]
     assert found[5].tolist() == [False, True, False]  # at 0.75
     assert found[-1].tolist() == [False, False, False]
@@ -90,7 +91,7 @@ def test_sizes_are_matched_independently_and_share_their_borders():
         [0, 1, 1, 0, 1],
         [0, 0, 1, 1, 0],
     ]
-    # What is of another size takes no proposal away: the large object is found by the only one.
+    # Objects of another size do not use up proposals: the only proposal finds the large object.
     iou = np.array([[0.8, 0.9]])
     in_range = np.array([[True, True], [True, False], [False, False], [False, True]])
     assert match_proposals(iou, in_range)[0, :, 0].tolist() == [True, True, False, True]
@@ -126,7 +127,7 @@ def test_images_of_another_size_are_refused():
 
 @pytest.fixture
 def labelled(tmp_path):
-    """A function that labels some scenes with all masks but their last, as SA-1B's files."""
+    """Returns a function that writes scenes as SA-1B files, without the last mask of each."""
 
     def write(*indices):
         for index in indices:

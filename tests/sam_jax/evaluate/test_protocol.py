@@ -1,4 +1,4 @@
-"""Every row of the table is an evaluation."""
+"""Tests that every registered evaluation implements the protocol."""
 
 import argparse
 

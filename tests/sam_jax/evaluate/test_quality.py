@@ -1,4 +1,4 @@
-"""Two annotations with known pairs and IoUs."""
+"""Tests the comparison of two annotations with known pairs and IoUs."""
 
 import json
 
@@ -16,7 +16,7 @@ from sam_jax.evaluate.quality import (
 from tests.sam_jax.evaluate.toy_sources import ToySource, columns
 
 
-def test_pairs_by_hand():
+def test_matched_pairs_of_known_ious():
     first = ToySource([[columns(0, 10), columns(20, 40), columns(90, 99)], [columns(0, 100)]])
     second = ToySource([[columns(20, 35), columns(0, 10)], [columns(0, 95)]])
     quality = json.loads(json.dumps(summarize(compare(first, second, [0, 1]))))
@@ -76,7 +76,7 @@ def test_sources_of_other_images_are_refused():
         list(compare(ToySource([[columns(0, 10)]]), other, [0]))
 
 
-def test_shares_are_strictly_above():
+def test_fractions_count_ious_strictly_above_the_threshold():
     iou = np.array([0.75, 0.76, 0.9, 0.91])
     quality = summarize([Comparison(0, "x", 4, iou=iou)])
     assert quality["above"] == {"0.9": 0.25, "0.75": 0.75}

@@ -1,4 +1,4 @@
-"""The reconstruction loss of held-out images, and the reconstructed pixels."""
+"""Tests the reconstruction loss of images, and the reconstructed pixels."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Statistics of masks with known measurements."""
+"""Tests statistics of masks with known measurements."""
 
 import json
 import math
@@ -28,10 +28,10 @@ def example(*masks):
 
 
 SQUARE, FULL = mask((1, 2, 3, 4)), mask((0, 0, 4, 6))
-CORNER = mask((0, 0, 2, 1), (0, 0, 1, 2), size=(10, 10))  # its hull has half a pixel more
+CORNER = mask((0, 0, 2, 1), (0, 0, 1, 2), size=(10, 10))  # its hull is larger by half a pixel
 
 
-def test_measures_by_hand():
+def test_measures_of_known_masks():
     source = ToySource([example(SQUARE, FULL), example(CORNER)])
     first, second = measure(source, [0, 1])
     assert (first.index, first.name, first.masks, first.reason) == (0, "0.jpg", 2, None)
@@ -43,7 +43,7 @@ def test_measures_by_hand():
     )
 
 
-def test_histograms_and_means_by_hand():
+def test_histograms_and_means_of_known_masks():
     source = ToySource([example(SQUARE, FULL), example(), example(*[SQUARE] * 11)])
     found = json.loads(json.dumps(summarize(measure(source, range(3)))))
     assert (found["samples"], found["usable"], found["masks"]) == (3, 3, 13)
@@ -105,7 +105,7 @@ def test_no_mask_at_all_is_an_error():
 
 @pytest.fixture
 def labels(tmp_path):
-    """A function that writes a source of one image, with a mask of each rectangle."""
+    """Returns a function that writes a source of one image with a mask for each rectangle."""
 
     def write(name, *rectangles, size=(20, 30)):
         folder = tmp_path / name / "a"

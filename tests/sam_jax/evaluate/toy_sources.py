@@ -7,7 +7,7 @@ from sam_jax.masks import rle
 
 
 class ToySource(list):
-    """A source of examples, of the masks of each image, or of the errors that reading raises."""
+    """A source of the given examples, or masks of images, or errors that reading raises."""
 
     def __getitem__(self, index):
         value = super().__getitem__(index)

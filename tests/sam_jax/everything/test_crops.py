@@ -1,4 +1,4 @@
-"""Grids of points and crops have the numbers of the specification."""
+"""Tests grids of points and crops."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from sam_jax.everything.crops import build_point_grid, plan_crops
 
 
-def test_points_are_centres_of_cells():
+def test_points_are_centers_of_cells():
     np.testing.assert_allclose(
         build_point_grid(2), [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
     )
@@ -19,7 +19,7 @@ def test_crops_of_sa1b():
     assert crops[0].box == (0, 0, 2250, 1500)
     assert crops[1].box == (0, 0, 1381, 1006)
     assert crops[-1].box == (1497, 933, 2250, 1500)
-    assert crops[2].box[:2] == (0, crops[2].corner[1])  # y fastest
+    assert crops[2].box[:2] == (0, crops[2].corner[1])  # y varies fastest
     assert crops[1].size == (1006, 1381)
 
 

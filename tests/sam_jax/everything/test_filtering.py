@@ -1,4 +1,4 @@
-"""Masks are sorted and duplicates dropped by hand-checked rules."""
+"""Tests that masks are sorted and that duplicates are dropped."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_unchanged_masks_win_over_cleaned_ones():
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.7, 0.88, 0.95, 1.0])
-def test_a_float32_is_above_the_rounded_threshold_exactly_if_above_the_threshold(threshold):
+def test_rounded_thresholds_compare_like_exact_thresholds(threshold):
     rounded, step = round_down_to_float32(threshold), np.float32(np.inf)
     for value in (rounded, np.nextafter(rounded, step), np.nextafter(rounded, -step)):
         assert (value > rounded) == (float(value) > threshold)

@@ -1,6 +1,6 @@
-"""Everything mode: what records say, which masks are dropped, and that no size compiles a program.
+"""Tests everything mode: its records, dropped masks, and that image sizes need no compilation.
 
-`candidates.py`, `rasterize.py` and `records.py` are tested here, by the masks that they give.
+These tests also cover `candidates.py`, `rasterize.py` and `records.py`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ IMAGE = SyntheticScenes((150, 200)).image(1)
 
 @pytest.fixture(scope="module")
 def make_generator():
-    """A function that makes a generator with options, of the model that comes with the package."""
+    """Returns a function that makes a generator with the packaged model."""
     model, variables = sam_jax.load("sam_tiny")
     return lambda **options: SamAutomaticMaskGenerator(model, variables, **LOOSE | options)
 
@@ -81,7 +81,7 @@ def test_masks_do_not_depend_on_batch_sizes(make_generator, masks, monkeypatch):
         assert np.isclose(mask["predicted_iou"], other["predicted_iou"], atol=1e-5)
 
 
-def test_no_image_size_compiles_a_program(make_generator):
+def test_new_image_sizes_compile_no_program(make_generator):
     generate = make_generator(crop_n_layers=1, min_mask_region_area=20).generate
     generate(IMAGE)
     programs = (
@@ -96,7 +96,7 @@ def test_no_image_size_compiles_a_program(make_generator):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_the_device_of_the_variables_computes(make_generator, masks, monkeypatch):
+def test_programs_run_on_the_device_of_the_variables(make_generator, masks, monkeypatch):
     device, seen = jax.devices()[3], []
 
     def watch(module, name):
@@ -126,14 +126,14 @@ def test_duplicates_are_dropped_across_crops(make_generator):
     every = make_generator(**crops, crop_nms_thresh=1.0).generate(IMAGE)
     assert len(kept) < len(every)
     areas = [mask["crop_box"][2] * mask["crop_box"][3] for mask in kept]
-    assert areas == sorted(areas)  # zoomed-in crops first
+    assert areas == sorted(areas)  # smaller crops come first
     every = {str((mask["crop_box"], mask["point_coords"], mask["bbox"])) for mask in every}
     for mask in kept:
         assert str((mask["crop_box"], mask["point_coords"], mask["bbox"])) in every
 
 
 def test_masks_cut_by_a_crop_are_dropped(make_generator):
-    """Within 20 pixels of a side of the crop that is not one of the image."""
+    """Checks masks within 20 pixels of a side of the crop that is not a side of the image."""
     masks = make_generator(crop_n_layers=1).generate(IMAGE)
     assert any(mask["crop_box"] != [0, 0, 200, 150] for mask in masks)
     for mask in masks:
@@ -166,7 +166,7 @@ def test_small_masks_are_dropped(make_generator, masks):
     assert min(mask["area"] for mask in large) >= limit
 
 
-def test_nothing_may_be_found(make_generator):
+def test_an_image_may_have_no_masks(make_generator):
     assert make_generator(pred_iou_thresh=9.0).generate(IMAGE) == []
     strict = make_generator(pred_iou_thresh=9.0, crop_n_layers=1, min_mask_region_area=9)
     assert strict.generate(IMAGE) == []
@@ -183,8 +183,8 @@ def test_stability_compares_two_levels(make_generator):
         assert np.isclose(mask["stability_score"], stability, atol=1e-3)
 
 
-def test_sa1b(make_generator):
-    """Twenty crops of an image: all settings of the paper, with thresholds for a tiny model."""
+def test_the_options_of_sa1b(make_generator):
+    """Uses the settings of the paper with 20 crops, and thresholds for the tiny model."""
     model, variables = make_generator().model, make_generator().variables
     options = LOOSE | dict(points_per_side=4)
     preset = SamAutomaticMaskGenerator.sa1b(model, variables, **options)

@@ -1,4 +1,4 @@
-"""Options are validated, have the constructor's defaults, and become thresholds."""
+"""Tests that options are validated, have the defaults of the constructor, and give thresholds."""
 
 import dataclasses
 import inspect

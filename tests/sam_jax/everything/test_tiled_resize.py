@@ -22,7 +22,7 @@ measure = jax.jit(functools.partial(measure_masks, batch_size=8))
 
 @pytest.fixture(scope="module")
 def logits():
-    """Blobs of all sizes, an empty one, one that fills the canvas, and noise."""
+    """Returns logits of blobs, of an empty mask, of a mask that fills the canvas, and of noise."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[: LOW_RES[0], : LOW_RES[1]]
     blobs = [3 - np.hypot(y - a, x - b) / r for a, b, r in rng.uniform(0.3, 48, (4, 3))]
@@ -31,13 +31,16 @@ def logits():
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_measures_are_those_of_full_size_masks(logits, size):
+def test_measures_equal_those_of_full_size_masks(logits, size):
     valid = np.arange(len(logits)) != 2
     tiling = plan_tiles(size, LOW_RES, CANVAS, WINDOW)
     measures = measure(logits, valid, tiling, make_matrices(tiling), OFFSET)
     full = postprocess_masks(logits, size, CANVAS)
     full[~valid] = -9
-    count = lambda level: np.sum(full > level, axis=(1, 2))
+
+    def count(level):
+        return np.sum(full > level, axis=(1, 2))
+
     np.testing.assert_array_equal(measures.above, count(OFFSET))
     np.testing.assert_array_equal(measures.area, count(0))
     np.testing.assert_array_equal(measures.below, count(-OFFSET))
@@ -45,7 +48,7 @@ def test_measures_are_those_of_full_size_masks(logits, size):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_bits_are_those_of_full_size_masks(logits, size):
+def test_bits_equal_those_of_full_size_masks(logits, size):
     tiling = plan_tiles(size, LOW_RES, CANVAS, WINDOW)
     down, across = (int(np.sum(axis.num_pixels > 0)) for axis in (tiling.rows, tiling.columns))
     items = [(m, i, j) for m in range(len(logits)) for i in range(down) for j in range(across)]
@@ -71,7 +74,7 @@ def test_bits_are_those_of_full_size_masks(logits, size):
 @pytest.mark.parametrize(
     "size", [(1, 1), (20, 70), (100, 71), (1100, 900), (1500, 2250), (5, MAX_SIDE)]
 )
-def test_every_pixel_has_a_tile_whose_window_holds_its_logits(size):
+def test_the_window_of_a_tile_contains_the_logits_of_its_pixels(size):
     tiling = plan_tiles(size, LARGE_LOW_RES, LARGE_CANVAS, WINDOW)
     for axis, side in zip((tiling.rows, tiling.columns), size, strict=True):
         assert axis.step % 8 == 0

@@ -1,4 +1,4 @@
-"""Tests of the resize to the canvas and back."""
+"""Tests of resizing to the canvas and back."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def test_the_longest_side_fills_the_canvas(size):
     assert max(expected) == 1024
 
 
-def test_hand_computed_sizes():
+def test_sizes_are_rounded():
     assert fit_size((1200, 1800), (1024, 1024)) == (683, 1024)  # 682.67
     assert fit_size((1000, 1000), (48, 72)) == (48, 48)
     assert fit_size((10, 1000), (48, 72)) == (1, 72)  # 0.72

@@ -1,4 +1,4 @@
-"""Atomic files and directories: the old content or the new one, and nothing else in the folder."""
+"""Tests that writes are atomic and leave no temporary files."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_json(tmp_path):
+def test_json_round_trips(tmp_path):
     write_json(tmp_path / "a.json", {"a": [1, 2.5]})
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == {"a": [1, 2.5]}

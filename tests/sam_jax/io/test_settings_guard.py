@@ -1,4 +1,4 @@
-"""A folder is continued with the same settings alone."""
+"""Tests that a folder can only be continued with the same settings."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_other_settings_are_refused(tmp_path):
         )
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_other_folders_are_refused(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"")
     message = re.escape(f"{tmp_path} is not empty and has no settings.json")
     with pytest.raises(SettingsError, match=f"{message}.*choose another --workdir"):

@@ -1,4 +1,4 @@
-"""Sources in an object store equal those on a disk; every failure is an OSError."""
+"""Tests that sources in an object store equal those on a disk, and that failures are OSErrors."""
 
 import json
 import tarfile
@@ -99,8 +99,8 @@ def test_a_tar_is_indexed_once_on_a_disk_or_in_a_store(bucket, tmp_path, monkeyp
     (bucket / "second" / index).write_bytes((tmp_path / index).read_bytes())
     (bucket / "second" / "sa_000000.tar").write_bytes((tmp_path / "sa_000000.tar").read_bytes())
     monkeypatch.delattr("sam_jax.io.tar_index.members")
-    for place in (f"gs://bucket/{tar}", "gs://bucket/second/sa_000000.tar"):
-        found = open_source(f"sa1b:{place}")
+    for location in (f"gs://bucket/{tar}", "gs://bucket/second/sa_000000.tar"):
+        found = open_source(f"sa1b:{location}")
         assert found[0].masks == made[0].masks
 
 
@@ -164,7 +164,7 @@ def test_objects_are_uploaded_and_removed(bucket, tmp_path):
     assert storage.is_folder("gs://bucket/a")
 
 
-def test_of_duplicates_the_first_path_counts_in_a_store_too(bucket, tmp_path):
+def test_the_first_of_duplicate_paths_is_used_in_a_store(bucket, tmp_path):
     for number, name in enumerate(("a-b", "a/c")):
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -173,6 +173,6 @@ def test_of_duplicates_the_first_path_counts_in_a_store_too(bucket, tmp_path):
         masks = [{"segmentation": rle.encode(draw_mask(number))}]
         (folder / "sa_1.json").write_text(json.dumps({"image": image, "annotations": masks}))
     upload(tmp_path, bucket / "data")
-    here, there = (open_source(f"sa1b:{place}") for place in (tmp_path, "gs://bucket/data"))
+    here, there = (open_source(f"sa1b:{location}") for location in (tmp_path, "gs://bucket/data"))
     assert there.name(0).endswith("/a/c/sa_1.jpg") == here.name(0).endswith("/a/c/sa_1.jpg")
     assert there[0].masks == here[0].masks

@@ -1,4 +1,4 @@
-"""Tests of offsets in tars: all formats, and hostile or broken tars."""
+"""Tests of offsets in tars of all formats, and of hostile or broken tars."""
 
 import io
 import os

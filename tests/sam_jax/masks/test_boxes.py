@@ -1,4 +1,4 @@
-"""Boxes of masks: inclusive corners, empty masks, batches."""
+"""Tests boxes of masks: inclusive corners, empty masks, and batches."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_corners_are_inclusive():
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (0, 19), (9, 0), (9, 19)])
-def test_one_pixel(corner):
+def test_box_of_one_pixel(corner):
     mask = np.zeros((10, 20), bool)
     mask[corner] = True
     row, column = corner
@@ -24,7 +24,7 @@ def test_one_pixel(corner):
     np.testing.assert_array_equal(xyxy_to_xywh(box_of_mask(mask)), [column, row, 0, 0])
 
 
-def test_whole_image():
+def test_box_of_a_full_mask():
     np.testing.assert_array_equal(box_of_mask(np.ones((10, 20), bool)), [0, 0, 19, 9])
 
 
@@ -60,7 +60,7 @@ def test_xywh_keeps_dtype_and_axes():
 
 
 @pytest.mark.parametrize("mask", [np.zeros(4, bool), np.zeros((4, 4)), np.zeros((4, 4), np.uint8)])
-def test_wrong_masks(mask):
+def test_wrong_masks_are_errors(mask):
     with pytest.raises(ValueError, match=r"'\.\.\. h w' bool, got (bool|float64|uint8) of shape"):
         box_of_mask(mask)
 
@@ -72,11 +72,11 @@ def suppress(boxes, scores, threshold, valid=None):
     return np.flatnonzero(kept).tolist()
 
 
-# IoU of the first and the second 0.6, of the second and the third 0.6, of the outer ones 1 / 3.
+# The IoU of neighbors is 0.6. The IoU of the first and the third box is 1 / 3.
 CHAIN = [[0, 0, 8, 4], [2, 0, 10, 4], [4, 0, 12, 4]]
 
 
-def test_a_dropped_box_drops_no_other():
+def test_dropped_boxes_do_not_suppress_others():
     assert suppress(CHAIN, [3, 2, 1], 0.5) == [0, 2]
     assert suppress(CHAIN, [2, 3, 1], 0.5) == [1]
 
@@ -110,7 +110,7 @@ def test_kept_boxes_do_not_overlap_and_dropped_ones_overlap_a_better_one():
     inter, area = sides.clip(0).prod(axis=2), (high - low).prod(axis=1)
     with np.errstate(invalid="ignore"):
         near = inter / (area[:, None] + area - inter) > 0.4
-    better = np.lexsort([np.arange(400), -scores]).argsort()  # the place of each in the ranking
+    better = np.lexsort([np.arange(400), -scores]).argsort()  # the rank of each box
     for i in range(400):
         rivals = [j for j in kept if near[i, j] and better[j] < better[i]]
         assert (i in kept) == (not rivals)

@@ -69,10 +69,10 @@ def test_a_center_click_is_the_first_of_the_farthest_pixels(density):
         assert center_click(region) == (x, y, pytest.approx(found.max()))
 
 
-def test_center_clicks_by_hand():
+def test_center_clicks_on_known_regions():
     region = np.zeros((9, 12), bool)
-    region[2:7, 3:8] = True  # 5 by 5: its middle is three from what lies outside
-    region[0:3, 9:12] = True  # in the corner of the image, whose sides are borders too
+    region[2:7, 3:8] = True  # 5 by 5: the distance of its center to the outside is 3
+    region[0:3, 9:12] = True  # at a corner of the image, whose sides are borders too
     assert center_click(region) == (5, 4, 3.0)
     region[2:7, 3:8] = False
     assert center_click(region) == (10, 1, 2.0)
@@ -87,7 +87,7 @@ def test_a_click_on_the_largest_error():
     assert center_click_on_error(target, target) is None
     assert center_click_on_error(nothing, target) == (4, 4, 1)  # missed
     assert center_click_on_error(target, nothing) == (4, 4, 0)  # added
-    # Missed and added are apart: 5 by 5 missed pixels, 7 by 7 added pixels.
+    # There are 5 by 5 missed pixels, and separately 7 by 7 added pixels.
     added, missed = nothing.copy(), nothing.copy()
     added[2:9, 11:18] = True
     missed[3:8, 4:9] = True
@@ -100,7 +100,7 @@ def test_added_pixels_win_a_tie():
     missed[2:7, 2:7] = True
     added[2:7, 12:17] = True
     assert center_click_on_error(added, missed) == (14, 4, 0)
-    added[2:7, 17] = added[2:7, 11] = True  # longer is not deeper
+    added[2:7, 17] = added[2:7, 11] = True  # a longer region has the same distance
     assert center_click_on_error(added, missed)[2] == 0
     missed[1:8, 1:8] = True
     assert center_click_on_error(added, missed) == (4, 4, 1)

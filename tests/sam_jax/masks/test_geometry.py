@@ -1,4 +1,4 @@
-"""Centres and hulls of masks: by hand, and against every corner of every pixel."""
+"""Tests centers and hulls of masks, also against the corners of all pixels."""
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -22,13 +22,13 @@ HAND_COMPUTED = {
     "the full image": ("### ###", (1.5, 1), 6),
     "a corner is missing": ("##. #.. ...", (0.5 + 1 / 3, 0.5 + 1 / 3), 3.5),
     "a hole": ("### #.# ###", (1.5, 1.5), 9),
-    "two corners": ("#.. ... ..#", (1.5, 1.5), 5),  # the square, less two triangles of 2
-    "a column goes on at the top of the next": (".# .# #.", (1.5 - 1 / 3, 1.5), 4.5),
+    "two corners": ("#.. ... ..#", (1.5, 1.5), 5),  # the square without two triangles of area 2
+    "a run continues at the top of the next column": (".# .# #.", (1.5 - 1 / 3, 1.5), 4.5),
 }
 
 
 @pytest.mark.parametrize(("text", "xy", "area"), HAND_COMPUTED.values(), ids=HAND_COMPUTED)
-def test_hand_computed(text, xy, area):
+def test_known_centers_and_hulls(text, xy, area):
     mask = drawn(text)
     assert center(mask) == pytest.approx(xy, abs=1e-15)
     assert hull_area(mask) == area
@@ -39,7 +39,7 @@ def test_hand_computed(text, xy, area):
 
 
 @given(hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12)))
-def test_against_every_corner_of_every_pixel(mask):
+def test_results_equal_those_of_all_pixel_corners(mask):
     rows, columns = np.nonzero(mask)
     if not len(rows):
         return
@@ -80,7 +80,7 @@ def test_the_largest_masks_are_exact(size):
 
 
 @pytest.mark.parametrize("measure", [center, hull_area])
-def test_what_is_wrong_is_named(measure):
+def test_errors_name_the_problem(measure):
     with pytest.raises(ValueError, match=r"mask of size \[2, 3\] must have pixels; it is empty"):
         measure({"size": [2, 3], "counts": [6]})
     with pytest.raises(rle.RLEError, match=r"sum to 2 \* 3 = 6, got 5"):

@@ -1,4 +1,4 @@
-"""IoU of arrays, and from run lengths: by hand, and against decoded masks."""
+"""Tests the IoU of arrays and of run lengths."""
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -19,7 +19,7 @@ def rectangle(top, left, bottom, right):
 
 
 def iou_of_arrays(first, second):
-    """IoU 'n k' of masks 'n h w' and 'k h w'; 0 for two empty masks."""
+    """Computes the IoU 'n k' of masks 'n h w' and 'k h w'. It is 0 for two empty masks."""
     intersection = (first[:, None] & second).sum(axis=(2, 3))
     union = (first[:, None] | second).sum(axis=(2, 3))
     return intersection / np.maximum(union, 1)
@@ -79,7 +79,10 @@ def test_masks_that_only_touch_or_interlock_do_not_overlap():
 def several_masks(draw):
     """Returns random masks 'n h w' and 'k h w'."""
     size = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
-    masks = lambda: hnp.arrays(np.bool_, (draw(st.integers(0, 3)), *size))
+
+    def masks():
+        return hnp.arrays(np.bool_, (draw(st.integers(0, 3)), *size))
+
     return draw(masks()), draw(masks())
 
 
@@ -90,7 +93,7 @@ def test_iou_equals_that_of_decoded_masks(masks):
     np.testing.assert_array_equal(actual, iou_of_arrays(first, second))
 
 
-def test_empty_masks_overlap_with_nothing():
+def test_empty_masks_have_zero_iou():
     empty = rectangle(0, 0, 0, 0)
     np.testing.assert_array_equal(iou([empty], [empty, rectangle(0, 0, 2, 2)]), [[0, 0]])
     no_pixels = {"size": [0, 7], "counts": ""}
@@ -119,7 +122,7 @@ def test_large_masks_are_exact():
     np.testing.assert_array_equal(iou([half], [all_but_one]), [[2**25 / (2**26 - 1)]])
 
 
-def test_what_is_wrong_is_named():
+def test_errors_name_the_problem():
     other = {"size": [12, 10], "counts": [120]}
     with pytest.raises(ValueError, match="of one size; got 10 x 12 and 12 x 10"):
         iou([rectangle(0, 0, 2, 2)], [other])

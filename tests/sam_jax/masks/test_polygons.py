@@ -1,4 +1,4 @@
-"""Polygons; their pixels are compared with pycocotools' in tests/reference/test_polygons.py."""
+"""Tests polygons. tests/reference/test_polygons.py compares pixels with pycocotools."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ def box(x0, y0, x1, y1):
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
-def test_a_box_on_the_borders_of_pixels_is_its_pixels():
+def test_a_box_on_pixel_borders_covers_its_pixels():
     mask = np.zeros((6, 9), bool)
     mask[1:4, 2:7] = True
     assert np.array_equal(rasterize([box(2, 1, 7, 4)], (6, 9)), mask)
@@ -25,7 +25,7 @@ def test_a_polygon_larger_than_the_image_fills_it():
     assert not rasterize([[3, 3, 3, 3, 3, 3]], (6, 9)).any()
 
 
-def test_polygons_are_united_and_regions_enclosed_twice_are_holes():
+def test_polygons_are_joined_and_regions_enclosed_twice_are_holes():
     first, second = box(0, 0, 4, 4), box(2, 2, 6, 6)
     both = rasterize([first], (8, 8)) | rasterize([second], (8, 8))
     assert np.array_equal(rasterize([first, second], (8, 8)), both)

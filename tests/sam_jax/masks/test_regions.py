@@ -1,4 +1,4 @@
-"""Tests of small islands and holes by hand; `tests/reference` compares with OpenCV."""
+"""Tests of small islands and holes. `tests/reference` compares them with OpenCV."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ SPOTTED = picture("""
 
 
 def test_holes_are_filled_before_islands_are_removed():
-    """The dot in the hole would be a small island."""
+    """Uses a dot in a hole, which would be a small island without the filling."""
     cleaned, changed = remove_small_regions(SPOTTED, 9)
     expected = np.zeros_like(SPOTTED)
     expected[1:6, 1:6] = True
@@ -37,13 +37,13 @@ def test_islands_are_connected_by_corners():
     assert not cleaned[3, 3]
 
 
-def test_large_islands_stay():
+def test_large_islands_are_kept():
     cleaned, changed = remove_small_regions(SPOTTED, 1)
     assert not changed
     assert cleaned is SPOTTED
 
 
-def test_the_largest_of_small_islands_stays_if_enabled():
+def test_the_largest_of_small_islands_is_kept_if_enabled():
     mask = picture("#.... ...## .....")
     cleaned, changed = remove_small_regions(mask, 5)
     assert changed
@@ -51,14 +51,14 @@ def test_the_largest_of_small_islands_stays_if_enabled():
     cleaned, changed = remove_small_regions(mask, 5, keep_largest=False)
     assert changed
     assert not cleaned.any()
-    # A single part that is too small stays as it is, but is no longer one to be preferred.
+    # A single region that is too small is kept, but the mask counts as changed.
     cleaned, changed = remove_small_regions(cleaned | picture("..... ...## ....."), 5)
     assert changed
     assert cleaned.sum() == 2
 
 
 def test_background_is_a_hole_only_if_all_of_it_is_small():
-    """A mask from top to bottom leaves 4 columns of background on its left and 40 on its right."""
+    """Uses a mask with 4 columns of background on its left and 40 on its right."""
     mask = np.zeros((10, 45), bool)
     mask[:, 4] = True
     cleaned, _ = remove_small_regions(mask, 41)
@@ -77,7 +77,7 @@ def test_the_size_of_the_background_does_not_matter(seed):
     np.testing.assert_array_equal(alone, wide[140:-140, 140:-140])
 
 
-def test_empty():
+def test_empty_masks_are_unchanged():
     empty = np.zeros((4, 5), bool)
     cleaned, changed = remove_small_regions(empty, 100)
     assert not changed

@@ -1,4 +1,4 @@
-"""Tests of COCO run lengths: strings computed by hand, round trips, and malformed RLEs."""
+"""Tests of COCO run lengths: known strings, round trips, and malformed RLEs."""
 
 import re
 import tracemalloc
@@ -16,7 +16,7 @@ from tests.fuzzed_rle import fuzzed
 
 FUZZ_INPUTS = 100_000  # 6 seconds
 
-# Size, run lengths, and the string worked out by hand.
+# Sizes, run lengths and the known strings.
 HAND_COMPUTED = [
     ([2, 3], [2, 3, 1], "231"),
     ([2, 2], [0, 4], "04"),
@@ -24,12 +24,12 @@ HAND_COMPUTED = [
     ([2, 2], [1, 1, 1, 1], "1110"),  # the fourth run is stored as 1 - 1
     ([1, 9], [2, 2, 4, 1], "224O"),  # 1 - 2 = -1: five ones, 31 + 48
     ([1, 7], [1, 2, 1, 1, 2], "121O1"),  # the fifth run as 2 - 1
-    ([1, 15], [15], "?"),  # the largest number of one group
-    ([1, 16], [16], "`0"),  # alone, its top bit would be the sign
+    ([1, 15], [15], "?"),  # the largest number that fits in one group
+    ([1, 16], [16], "`0"),  # a single group would have the sign bit set
     ([1, 100], [100], "T3"),  # 4 + 3 * 32
     ([1, 511], [511], "o?"),
     ([1, 512], [512], "P`0"),
-    ([1, 35], [0, 17, 1, 1, 16], "0a01@?"),  # 1 - 17 = -16: the smallest number of one group
+    ([1, 35], [0, 17, 1, 1, 16], "0a01@?"),  # 1 - 17 = -16: the smallest in one group
     ([1, 36], [0, 18, 1, 1, 16], "0b01_O?"),  # 1 - 18 = -17
     ([0, 5], [0], "0"),
     ([5, 0], [0], "0"),
@@ -37,7 +37,7 @@ HAND_COMPUTED = [
 
 
 @pytest.mark.parametrize(("size", "lengths", "counts"), HAND_COMPUTED)
-def test_hand_computed(size, lengths, counts):
+def test_known_strings(size, lengths, counts):
     compressed = {"size": size, "counts": counts}
     mask = rle.decode({"size": size, "counts": lengths})
     assert mask.shape == tuple(size)
@@ -49,7 +49,7 @@ def test_hand_computed(size, lengths, counts):
     assert rle.runs(compressed).dtype == np.int64
     area = rle.area(compressed)
     assert area == sum(lengths[1::2])
-    assert type(area) is int  # JSON takes no numpy numbers
+    assert type(area) is int  # JSON cannot encode NumPy numbers
 
 
 def test_bounds_of_the_runs_inside():
@@ -60,7 +60,7 @@ def test_bounds_of_the_runs_inside():
 
 
 def test_largest_mask():
-    full = {"size": [2**13, 2**13], "counts": "0PPPPP2"}  # five groups of nothing, then 2 * 2**25
+    full = {"size": [2**13, 2**13], "counts": "0PPPPP2"}  # five groups of zeros, then 2 * 2**25
     assert rle.encode(np.ones((2**13, 2**13), bool)) == full
     assert rle.area(full) == MAX_PIXELS
 
@@ -200,7 +200,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("read", [rle.runs, rle.area, rle.decode])
 @pytest.mark.parametrize(("malformed", "message"), MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed(read, malformed, message):
+def test_malformed_rles_are_errors(read, malformed, message):
     with pytest.raises(RLEError) as error:
         read(malformed)
     assert message in str(error.value)
@@ -226,8 +226,8 @@ def test_nothing_is_decoded_before_the_checks():
     assert _peak_memory({"size": [side, side], "counts": "0PPPPP2"}, rle.area) < 100_000
 
 
-def test_fuzz():
-    """Any string gives a mask or an RLEError."""
+def test_fuzzed_strings_are_masks_or_errors():
+    """Checks that every string gives a mask or an RLEError."""
     masks = 0
     for string in fuzzed(FUZZ_INPUTS):
         try:
@@ -272,7 +272,7 @@ def resized(mask, shape):
     hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40)),
     st.tuples(SIDES, SIDES),
 )
-def test_another_size_is_the_nearest_pixels(mask, shape):
+def test_another_size_has_the_nearest_pixels(mask, shape):
     actual = rle.decode_resized(rle.encode(mask), shape)
     assert actual.dtype == np.bool_
     assert actual.shape == shape
@@ -298,21 +298,21 @@ def test_another_size_of_empty_and_full_masks(size, shape):
         )
 
 
-def test_another_size_by_hand():
+def test_another_size_of_known_masks():
     mask = np.array([[1, 0, 0, 0], [0, 0, 1, 1]], bool)
     encoded = rle.encode(mask)
     np.testing.assert_array_equal(rle.decode_resized(encoded, (2, 4)), mask)
     np.testing.assert_array_equal(rle.decode_resized(encoded, (1, 2)), [[0, 1]])  # [1, 1], [1, 3]
     twice = np.repeat(np.repeat(mask, 2, axis=0), 2, axis=1)
     np.testing.assert_array_equal(rle.decode_resized(encoded, (4, 8)), twice)
-    # Centres 2/3, 2, 10/3 of 4 columns; 1/3, 1, 5/3 of 2 rows.
+    # The centers are 2/3, 2, 10/3 of 4 columns, and 1/3, 1, 5/3 of 2 rows.
     np.testing.assert_array_equal(
         rle.decode_resized(encoded, (3, 3)), [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
     )
 
 
 def test_a_large_mask_at_another_size():
-    """Positions of pixels need 26 bits; no pixel is decoded at the original size."""
+    """Uses positions that need 26 bits. The mask must not be decoded at its original size."""
     side = 2**13
     mask = np.zeros((side, side), bool)
     mask[side // 2 :, side // 4 :] = True
@@ -327,14 +327,14 @@ def test_a_large_mask_at_another_size():
 
 
 @pytest.mark.parametrize(("malformed", "message"), MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_at_another_size(malformed, message):
+def test_malformed_rles_are_errors_at_another_size(malformed, message):
     with pytest.raises(RLEError) as error:
         rle.decode_resized(malformed, (3, 3))
     assert message in str(error.value)
 
 
 def test_encoding_bits_equals_encoding_the_mask():
-    """Parts are anywhere, and several reach beyond the mask."""
+    """Uses parts at random positions, of which several extend beyond the mask."""
     rng = np.random.default_rng(0)
     for _ in range(1000):
         height, width = (int(side) for side in rng.integers(1, 40, 2))

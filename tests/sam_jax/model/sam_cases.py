@@ -1,4 +1,4 @@
-"""Prompts of every kind, comparisons, and products in traced functions, for tests of the model."""
+"""Prompts, comparisons and inspection of traced functions for tests of the model."""
 
 import math
 
@@ -10,7 +10,7 @@ from sam_jax.model.prompt_encoder import ABSENT, Prompts
 
 TOLERANCE = 1e-5  # of the largest magnitude
 
-# Labels 1 and 0 are points, 2 and 3 a box's corners, -1 the padding point.
+# Labels 1 and 0 are points, 2 and 3 are the corners of a box, and -1 is the padding point.
 OBJECTS = {
     "one point": [(30, 20, 1), (0, 0, -1)],
     "box": [(5, 6, 2), (50, 33, 3)],
@@ -53,7 +53,7 @@ def transpose_variables(variables):
 
 
 def pack(objects, slots, rng, garbage=1e6):
-    """Puts each object's tokens, in order, into any of the slots, and garbage into the others."""
+    """Puts the tokens of each object into random slots, in order, and garbage into the others."""
     n = len(objects)
     points = rng.uniform(-garbage, garbage, (1, n, slots, 2)).astype(np.float32)
     labels = np.full((1, n, slots), ABSENT, np.int32)
@@ -82,7 +82,7 @@ def two_images(prompts, other):
 
 
 def prompts_of(points, labels, mask=None, has_mask=None):
-    """Returns prompts that are zero and have these shapes."""
+    """Returns prompts of zeros with these shapes."""
     return Prompts(
         np.zeros(points, np.float32),
         np.zeros(labels, np.int32),

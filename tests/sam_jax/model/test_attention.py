@@ -1,4 +1,4 @@
-"""Attention on grids against its definition, token by token, with the bias written out."""
+"""Compares attention on grids with a reference that computes the position bias explicitly."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 
 def interpolate_table(table, rows, xp):
-    """Resizes a table linearly, with pixel centres at +0.5 and repeated ends."""
+    """Resizes a table linearly, with pixel centers at +0.5 and repeated ends."""
     position = np.clip((np.arange(rows) + 0.5) * len(table) / rows - 0.5, 0, len(table) - 1)
     below = np.minimum(position.astype(int), len(table) - 2)
     share = (position - below)[:, None]
@@ -47,7 +47,7 @@ def attend_one_window(params, x, heads, xp, mask=None):
 
 
 def reference(params, x, heads, window, xp=np, masked=False):
-    """Attends on 'b gh gw c', by the definition: windows are padded with zeros, which count."""
+    """Computes attention on 'b gh gw c'. Windows are padded with zeros, which are attended to."""
     gh, gw = x.shape[1:3]
     side = (window, window) if window else (gh, gw)
     inside = np.pad(np.ones((gh, gw), bool), [(0, -gh % side[0]), (0, -gw % side[1])])
@@ -65,11 +65,14 @@ def reference(params, x, heads, window, xp=np, masked=False):
 
 
 def make(grid, window, table_size=None, heads=2, c=8, b=2, seed=0):
-    """A module, random parameters that all matter, and an input."""
+    """Returns a module, random parameters that all affect the output, and an input."""
     table_size = table_size or ((window, window) if window else grid)
     module = Attention(heads, table_size, window)
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     params = {
         "qkv": {"kernel": normal(c, 3 * c) / 2, "bias": normal(3 * c)},
         "proj": {"kernel": normal(c, c) / 3, "bias": normal(c)},
@@ -79,7 +82,7 @@ def make(grid, window, table_size=None, heads=2, c=8, b=2, seed=0):
     return module, params, normal(b, *grid, c)
 
 
-def precise(params):
+def to_float64(params):
     return jax.tree.map(lambda x: x.astype(np.float64), params)
 
 
@@ -94,27 +97,27 @@ def run(module, params, x):
     ids=str,
 )
 @pytest.mark.parametrize("device", ["cpu", "tpu"])
-def test_attention_in_windows_follows_the_definition(jit, grid, window, device):
+def test_window_attention_equals_the_reference(jit, grid, window, device):
     module, params, x = make(grid, window)
     with traced_for(device):
         actual = jit(lambda p, x: run(module, p, x))(params, x)
     assert actual.shape == x.shape
-    assert_close(actual, reference(precise(params), x.astype(float), 2, window))
+    assert_close(actual, reference(to_float64(params), x.astype(float), 2, window))
 
 
 @pytest.mark.parametrize(
     "grid", [(3, 5), (5, 3), (1, 6), (6, 1), (20, 17), (19, 15), (2, 300)], ids=str
 )
-def test_global_attention_follows_the_definition(jit, grid):
-    """In one step, in several, one row at a time, and with rows longer than a step."""
+def test_global_attention_equals_the_reference(jit, grid):
+    """Uses grids that need one step, several steps, single rows, and rows longer than a step."""
     module, params, x = make(grid, 0, b=1)
     assert_close(
         jit(lambda p, x: run(module, p, x))(params, x),
-        reference(precise(params), x.astype(float), 2, 0),
+        reference(to_float64(params), x.astype(float), 2, 0),
     )
 
 
-def test_the_grids_above_need_one_step_and_several():
+def test_the_tested_grids_need_one_step_and_several():
     assert 3 * 5 < QUERIES_PER_STEP < 19 * 15 < 2 * 300
 
 
@@ -123,7 +126,7 @@ def test_tables_of_other_grids_are_interpolated(jit, grid):
     module, params, x = make(grid, 0, table_size=(5, 4))
     assert_close(
         jit(lambda p, x: run(module, p, x))(params, x),
-        reference(precise(params), x.astype(float), 2, 0),
+        reference(to_float64(params), x.astype(float), 2, 0),
     )
 
 
@@ -132,27 +135,34 @@ def test_tables_of_other_grids_are_interpolated(jit, grid):
     [((5, 7), 3, "cpu"), ((5, 7), 3, "tpu"), ((4, 5), 0, "cpu"), ((20, 17), 0, "cpu")],
     ids=str,
 )
-def test_gradients_are_those_of_the_definition(jit, grid, window, device):
+def test_gradients_equal_the_reference(jit, grid, window, device):
     module, params, x = make(grid, window, b=1)
     weights = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
-    loss = lambda p, x: jnp.sum(weights * run(module, p, x))
-    reference_loss = lambda p, x: jnp.sum(weights * reference(p, x, 2, window, jnp))
+
+    def loss(params, x):
+        return jnp.sum(weights * run(module, params, x))
+
+    def reference_loss(params, x):
+        return jnp.sum(weights * reference(params, x, 2, window, jnp))
+
     with traced_for(device):
         actual = jit(jax.grad(loss, argnums=(0, 1)))(params, x)
     with jax.enable_x64(True):
-        expected = jit(jax.grad(reference_loss, argnums=(0, 1)))(precise(params), x.astype(float))
+        expected = jit(jax.grad(reference_loss, argnums=(0, 1)))(
+            to_float64(params), x.astype(float)
+        )
     jax.tree.map(assert_close, actual, expected)
 
 
 def test_padding_is_attended_to(jit):
-    """If padding is masked in the definition, the result differs much."""
+    """Checks that the result differs from a reference that masks padding."""
     module, params, x = make((4, 5), 3)
-    masked = reference(precise(params), x.astype(float), 2, 3, masked=True)
+    masked = reference(to_float64(params), x.astype(float), 2, 3, masked=True)
     actual = jit(lambda p, x: run(module, p, x))(params, x)
     assert np.abs(actual - masked).max() > 0.1
-    # Where windows fit, there is no padding.
+    # If windows divide the grid, there is no padding.
     module, params, x = make((3, 6), 3)
-    masked = reference(precise(params), x.astype(float), 2, 3, masked=True)
+    masked = reference(to_float64(params), x.astype(float), 2, 3, masked=True)
     assert_close(jit(lambda p, x: run(module, p, x))(params, x), masked)
 
 
@@ -161,4 +171,4 @@ def test_bfloat16_is_supported():
     half = module.clone(dtype="bfloat16")
     out = half.apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x, jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
-    assert_close(out.astype(np.float32), reference(precise(params), x.astype(float), 2, 3), 0.02)
+    assert_close(out.astype(np.float32), reference(to_float64(params), x.astype(float), 2, 3), 0.02)

@@ -1,4 +1,4 @@
-"""Fields of modules as plain values, and the rules that they obey."""
+"""Tests fields of modules as plain values, and the rules for their values."""
 
 import flax.linen as nn
 import pytest

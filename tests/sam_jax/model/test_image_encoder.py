@@ -1,4 +1,4 @@
-"""The image encoder: interpolated positions, loops over blocks, and dropped paths."""
+"""Tests the image encoder: interpolated positions, loops over blocks, and drop path."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def test_positions_of_the_stored_size_are_untouched():
 
 
 def bicubic(size, new_size):
-    """PyTorch's matrix 'new_size size': A = -0.75, half-pixel centres, indices clamped."""
+    """Returns PyTorch's matrix 'new_size size': A = -0.75, half-pixel centers, clamped indices."""
     matrix = np.zeros((new_size, size))
     for i in range(new_size):
         position = (i + 0.5) * size / new_size - 0.5
@@ -49,7 +49,7 @@ def bicubic(size, new_size):
 
 
 @pytest.mark.parametrize("grid", [(9, 4), (3, 11), (5, 8), (6, 7)])
-def test_positions_of_other_sizes_are_interpolated_as_pytorch_does(grid):
+def test_positions_of_other_sizes_are_interpolated_like_pytorch(grid):
     table = np.random.default_rng(0).standard_normal((1, 5, 7, 3))
     expected = np.einsum("ah,bw,nhwc->nabc", bicubic(5, grid[0]), bicubic(7, grid[1]), table)
     actual = resize_positions(jnp.asarray(table, jnp.float32), grid)
@@ -75,18 +75,21 @@ def test_remat_and_loops_change_neither_values_nor_gradients(tiny, jit, images, 
     )
     other = replace_fields(model, remat=remat, scan_blocks=scan_blocks)
     (_, expected), gradients = gradient(model, params, images)
-    (_, embedding), again = gradient(other, params, images)
+    (_, embedding), actual = gradient(other, params, images)
     assert_close(embedding, expected)
-    encoder = lambda x: jax.tree.leaves((x[0]["image_encoder"], x[1]))
-    for a, b in zip(encoder(again), encoder(gradients), strict=True):
+
+    def encoder_leaves(gradients):
+        return jax.tree.leaves((gradients[0]["image_encoder"], gradients[1]))
+
+    for a, b in zip(encoder_leaves(actual), encoder_leaves(gradients), strict=True):
         assert_close(a, b)
 
-    remats = lambda model: sum(
-        name in ("checkpoint", "remat2")  # by JAX version
-        for name in primitives(jax.make_jaxpr(lambda p: loss(model, p, images))(params))
-    )
+    def count_remats(model):
+        names = primitives(jax.make_jaxpr(lambda p: loss(model, p, images))(params))
+        return sum(name in ("checkpoint", "remat2") for name in names)  # depends on the JAX version
+
     if not scan_blocks:
-        assert remats(other) == remats(model) + model.image_encoder.depth
+        assert count_remats(other) == count_remats(model) + model.image_encoder.depth
 
 
 @pytest.mark.parametrize("ends", [(), (0,), (0, 3), (1, 2), (0, 1, 3)])
@@ -102,44 +105,49 @@ def test_loops_need_equal_super_blocks(ends, images):
 # Drop path and dropout.
 
 
-def test_dropping_is_off_unless_training(tiny, encode, decode, embedding, images):
+def test_dropout_and_drop_path_are_off_unless_training(tiny, encode, decode, embedding, images):
     model, variables = tiny
     dropping = replace_fields(model, drop_path=0.5, dropout=0.5)
     prompts = pack([OBJECTS["points"]], 32, np.random.default_rng(0))
     assert_close(encode(dropping, variables, images), embedding)
     expected = decode(model, variables, embedding[:1], prompts).logits
     assert_close(decode(dropping, variables, embedding[:1], prompts).logits, expected)
-    # Without rates, training is not random and asks for no keys.
+    # If the rates are zero, training is deterministic and needs no keys.
     assert_close(encode(model, variables, images, train=True), embedding)
     assert_close(decode(model, variables, embedding[:1], prompts, train=True).logits, expected)
 
 
-def test_drop_path_follows_its_key(tiny, encode, embedding, images):
+def test_drop_path_is_determined_by_its_key(tiny, encode, embedding, images):
     model, variables = tiny
     dropping = replace_fields(model, drop_path=0.5)
-    run = lambda seed: encode(
-        dropping, variables, images, train=True, rngs={"drop_path": jax.random.key(seed)}
-    )
+
+    def run(seed):
+        return encode(
+            dropping, variables, images, train=True, rngs={"drop_path": jax.random.key(seed)}
+        )
+
     first = run(0)
     np.testing.assert_array_equal(run(0), first)
     assert np.abs(run(1) - first).max() > 0.1
     assert np.abs(first - embedding).max() > 0.1
 
 
-def test_dropout_follows_its_key_and_differs_by_object(tiny, decode, embedding):
+def test_dropout_is_determined_by_its_key_and_differs_between_objects(tiny, decode, embedding):
     model, variables = tiny
     dropping = replace_fields(model, dropout=0.5)
     prompts = pack([OBJECTS["points"]] * 2, 32, np.random.default_rng(0))
-    run = lambda seed: (
-        decode(
+
+    def run(seed):
+        masks = decode(
             dropping,
             variables,
             embedding[:1],
             prompts,
             train=True,
             rngs={"dropout": jax.random.key(seed)},
-        ).logits
-    )
+        )
+        return masks.logits
+
     first = run(0)
     np.testing.assert_array_equal(run(0), first)
     assert np.abs(run(1) - first).max() > 0.1
@@ -147,21 +155,21 @@ def test_dropout_follows_its_key_and_differs_by_object(tiny, decode, embedding):
 
 
 @pytest.mark.parametrize(
-    ("silent", "other", "branch"), [("lin2", "attention/proj", 0), ("attention/proj", "lin2", 1)]
+    ("zeroed", "other", "branch"), [("lin2", "attention/proj", 0), ("attention/proj", "lin2", 1)]
 )
-def test_a_block_multiplies_each_branch_of_an_image_with_its_factor(jit, silent, other, branch):
+def test_a_block_scales_each_residual_branch_of_an_image_by_its_factor(jit, zeroed, other, branch):
     block = Block(num_heads=2, table_size=(3, 3), window=3, mlp_dim=16, dtype="float32")
     rng = np.random.default_rng(0)
     x = np.repeat(rng.standard_normal((1, 4, 5, 8)).astype(np.float32), 3, axis=0)
     shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), jnp.asarray(x[:1])))
     flat = flax.traverse_util.flatten_dict(shapes, sep="/")
     flat = {path: rng.standard_normal(v.shape).astype(np.float32) for path, v in flat.items()}
-    flat = {path: 0 * v if silent in path else v for path, v in flat.items()}
+    flat = {path: 0 * v if zeroed in path else v for path, v in flat.items()}
     assert any(other in path for path in flat)
     variables = flax.traverse_util.unflatten_dict(flat, sep="/")
     run = jit(block.apply)
     added = run(variables, x) - x
-    factors = np.full((2, 3), 7.0, np.float32)  # of the silent branch: without effect
+    factors = np.full((2, 3), 7.0, np.float32)  # the factors of the zeroed branch have no effect
     factors[branch] = 0, 1, 2.5
     np.testing.assert_allclose(
         run(variables, x, factors) - x,
@@ -173,8 +181,11 @@ def test_a_block_multiplies_each_branch_of_an_image_with_its_factor(jit, silent,
 
 def test_branches_are_dropped_more_often_with_depth_and_keep_the_mean(tiny, jit):
     model, b = replace_fields(tiny[0], depth=4, drop_path=0.6), 2000
-    draw = lambda model: model.image_encoder.sample_drop_path(b)
-    keep = model.apply({}, rngs={"drop_path": jax.random.key(1)}, method=draw)
+    keep = model.apply(
+        {},
+        rngs={"drop_path": jax.random.key(1)},
+        method=lambda model: model.image_encoder.sample_drop_path(b),
+    )
     assert keep.shape == (4, 2, b)
     for factors, rate in zip(keep, (0, 0.2, 0.4, 0.6), strict=True):
         dropped = factors == 0

@@ -1,4 +1,4 @@
-"""Initial variables: their paths, types and values."""
+"""Tests the paths, types and values of initial variables."""
 
 import re
 
@@ -36,14 +36,14 @@ INITIAL = {  # a value, or ("within", bound) for uniform ones, or ("std", s) for
     f"{DECODER}/transformer/layer_0/token_to_image/out/kernel": ("within", 32**-0.5),
     f"{DECODER}/transformer/layer_0/image_to_token/q/bias": ("within", 64**-0.5),
     f"{DECODER}/transformer/layer_0/mlp/lin2/kernel": ("within", 256**-0.5),
-    # PyTorch takes the outputs of a transposed convolution for its inputs.
+    # For transposed convolutions, PyTorch computes the fan-in from the number of outputs.
     f"{DECODER}/upscaling/conv1/kernel": ("within", (4 * 16) ** -0.5),
     f"{DECODER}/upscaling/conv1/bias": ("within", (4 * 16) ** -0.5),
 }
 
 
 def test_initial_values(jit):
-    """PyTorch's where the released code relies on them, MAE's (Xavier's) in the image encoder."""
+    """Compares initial values with those of PyTorch, and with those of MAE in the image encoder."""
     model = sam_tiny(depth=1, decoder_depth=1)
 
     @jit
@@ -64,13 +64,13 @@ def test_initial_values(jit):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_variables_are_float32_whatever_the_compute_type(dtype):
+def test_variables_are_float32_for_any_compute_dtype(dtype):
     assert {x.dtype for x in variable_shapes(sam_tiny(dtype=dtype)).values()} == {
         np.dtype("float32")
     }
 
 
-def test_the_fourier_matrix_is_the_one_constant():
+def test_the_fourier_matrix_is_the_only_constant():
     constants = {p: x.shape for p, x in variable_shapes(sam_vit_b()).items() if "params/" not in p}
     assert constants == {"constants/prompt_encoder/gaussian": (2, 128)}
 
@@ -91,9 +91,12 @@ def test_shapes_are_those_of_the_variables(model):
     assert {path: x.shape for path, x in shapes.items()} == {k: x.shape for k, x in flat.items()}
 
 
-def test_another_seed_gives_other_values(jit):
+def test_the_seed_determines_the_initial_values(jit):
     model = mae_tiny(depth=1)
     first, again, other = (jit(lambda s=s: init_variables(model, s))() for s in (0, 0, 1))
-    equal = lambda a, b: jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), a, b)
+
+    def equal(a, b):
+        return jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), a, b)
+
     assert all(jax.tree.leaves(equal(first, again)))
     assert not equal(first, other)["params"]["mask_token"]

@@ -1,4 +1,4 @@
-"""GELU and layer norm."""
+"""Tests GELU and layer norm."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,15 +10,18 @@ from sam_jax.model.layers import gelu, layer_norm
 
 
 def test_gelu_is_exact():
-    """As PyTorch has it: 0.84134 at 1, where the approximation by tanh gives 0.84119."""
+    """Compares with the exact value at 1, 0.84134. The approximation by tanh gives 0.84119."""
     x = np.linspace(-6, 6, 101)
     np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), x * ndtr(x), atol=3e-7)
     assert gelu(jnp.float32(1.0)) == pytest.approx(0.8413447, abs=1e-6)
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
-def test_norms_are_precise_far_from_zero_and_near_it(epsilon):
-    """Far from zero the variance as a difference of means would be lost; near it epsilon counts."""
+def test_norms_are_precise_for_large_means_and_small_values(epsilon):
+    """Uses inputs with a large mean, and inputs so small that epsilon affects the result.
+
+    With a large mean, a variance computed as E[x^2] - E[x]^2 would lose all precision.
+    """
 
     class Norm(nn.Module):
         @nn.compact

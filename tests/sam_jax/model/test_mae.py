@@ -1,4 +1,4 @@
-"""Properties of the masked autoencoder; `tests/reference/test_mae.py` has its values."""
+"""Tests properties of the masked autoencoder. `tests/reference/test_mae.py` compares values."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def sample_images(b=3):
     return image, jax.random.split(jax.random.key(2), b)
 
 
-def test_a_share_of_each_image_is_masked_by_its_own_key(reconstruct):
+def test_the_key_of_an_image_determines_its_masked_patches(reconstruct):
     image, keys = sample_images()
     mask = np.asarray(reconstruct(image, keys).mask)
     np.testing.assert_array_equal(mask.sum(axis=1), 24 - 6)
@@ -45,14 +45,14 @@ def test_a_share_of_each_image_is_masked_by_its_own_key(reconstruct):
     np.testing.assert_allclose(reversed_.patches, reconstruct(image, keys).patches[::-1], atol=1e-5)
 
 
-def test_every_patch_is_masked_as_often_as_any_other(variables):
+def test_patches_are_masked_uniformly(variables):
     order = jax.vmap(MODEL.sample_order)(jax.random.split(jax.random.key(3), 4000))
     assert (np.sort(order, axis=1) == np.arange(24)).all()
     visible = np.bincount(np.asarray(order)[:, :6].ravel(), minlength=24) / 4000
     np.testing.assert_allclose(visible, 0.25, atol=0.03)
 
 
-def test_removed_patches_are_not_seen_and_visible_ones_are(reconstruct):
+def test_only_visible_patches_affect_the_reconstruction(reconstruct):
     image, keys = sample_images(1)
     before = reconstruct(image, keys)
     patches = image.reshape(1, 4, 8, 6, 8, 3)
@@ -64,28 +64,34 @@ def test_removed_patches_are_not_seen_and_visible_ones_are(reconstruct):
         assert same == bool(before.mask[0, index])
 
 
-def test_patches_are_reconstructed_in_their_places(variables):
-    """The order in which visible patches come changes nothing, nor that of removed ones."""
+def test_reconstruction_does_not_depend_on_the_order_of_patches(variables):
+    """Checks that the order within the visible and within the removed patches has no effect."""
     image, keys = sample_images(1)
     order = np.asarray(MODEL.sample_order(keys[0]))[None]
     other = np.concatenate([order[:, 5::-1], order[:, :5:-1]], axis=1)
-    apply = lambda order: MODEL.apply(
-        variables, image, order, method=lambda m, x, o: m.decode(m.encode(x, o[:, :6]), o)
-    )
+
+    def apply(order):
+        return MODEL.apply(
+            variables, image, order, method=lambda m, x, o: m.decode(m.encode(x, o[:, :6]), o)
+        )
+
     np.testing.assert_allclose(apply(order), apply(other), atol=1e-5)
     swapped = order.copy()
-    swapped[:, [0, -1]] = order[:, [-1, 0]]  # another patch is visible
+    swapped[:, [0, -1]] = order[:, [-1, 0]]  # makes another patch visible
     assert np.abs(apply(order) - apply(swapped)).max() > 1e-3
 
 
-def test_positions_by_hand():
+def test_positions_are_sines_and_cosines():
     positions = encode_positions(3, 5, 8).reshape(3, 5, 8)
+
+    def encode(n):
+        return [np.sin(n), np.sin(n / 100), np.cos(n), np.cos(n / 100)]
+
     for y, x in ((0, 0), (2, 1), (1, 4)):
-        of = lambda n: [np.sin(n), np.sin(n / 100), np.cos(n), np.cos(n / 100)]
-        np.testing.assert_allclose(positions[y, x], [*of(x), *of(y)], atol=1e-6)
+        np.testing.assert_allclose(positions[y, x], [*encode(x), *encode(y)], atol=1e-6)
 
 
-def test_patches_and_their_scale():
+def test_patches_are_cut_and_normalized():
     image = np.random.default_rng(0).standard_normal((2, 16, 24, 3)).astype(np.float32)
     patches = np.asarray(patchify(image, 8))
     np.testing.assert_array_equal(patches[1, 4].reshape(8, 8, 3), image[1, 8:, 8:16])
@@ -101,7 +107,7 @@ def test_images_of_another_size_are_refused(variables):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.99, 1.0, 1.5])
-def test_ratios_that_remove_all_or_nothing_are_refused(variables, ratio):
+def test_mask_ratios_that_remove_all_or_no_patches_are_refused(variables, ratio):
     keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(ValueError, match="mask_ratio must be such that some"):
         MODEL.clone(mask_ratio=ratio).apply(variables, jnp.zeros((1, 32, 48, 3)), keys)
@@ -110,7 +116,7 @@ def test_ratios_that_remove_all_or_nothing_are_refused(variables, ratio):
 @pytest.mark.parametrize(
     ("make", "millions"), [(mae_vit_b, 111.7), (mae_vit_l, 329.2), (mae_vit_h, 656.7)]
 )
-def test_sizes(make, millions):
+def test_parameter_counts_of_the_published_sizes(make, millions):
     model = make()
     shapes = jax.eval_shape(
         lambda: model.init(

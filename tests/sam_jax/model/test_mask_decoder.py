@@ -1,4 +1,4 @@
-"""The mask decoder's masks and IoUs, against its definition in float64."""
+"""Compares the masks and IoUs of the mask decoder with a NumPy reference in float64."""
 
 import flax.linen as nn
 import flax.traverse_util
@@ -42,7 +42,7 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def highest(function, *args):
+def with_highest_precision(function, *args):
     with jax.default_matmul_precision("highest"):
         return function(*args)
 
@@ -51,16 +51,16 @@ def highest(function, *args):
 
 
 def as_image(pixels, gw):
-    """'p 2 2 o' patches of tokens in rows of gw -> '(2 gh) (2 gw) o'."""
+    """Arranges patches 'p 2 2 o' of a grid with rows of gw tokens as '(2 gh) (2 gw) o'."""
     p, _, _, o = pixels.shape
     rows = pixels.reshape(p // gw, gw, 2, 2, o)
     return rows.transpose(0, 2, 1, 3, 4).reshape(2 * p // gw, 2 * gw, o)
 
 
 def conv_transpose(image, official):
-    """PyTorch's ConvTranspose2d of size and stride 2, weights 'i o h w', on 'h w i'."""
+    """Computes PyTorch's ConvTranspose2d of size and stride 2 on 'h w i', weights 'i o h w'."""
     kernel = official.transpose(2, 3, 1, 0)  # 'h w o i'
-    return highest(
+    return with_highest_precision(
         lambda: lax.conv_transpose(
             image[None],
             kernel,
@@ -76,17 +76,17 @@ def test_deconvolution_is_a_transposed_convolution_with_official_weights():
     image = normal(1, 4, 5, 6)
     params = random_like(Deconvolution(6, 3))
     kernel, bias = jnp.asarray(params["kernel"]), jnp.asarray(params["bias"])
-    pixels = highest(deconvolve, jnp.asarray(image.reshape(20, 6)), kernel, bias)
+    pixels = with_highest_precision(deconvolve, jnp.asarray(image.reshape(20, 6)), kernel, bias)
     official = DECONV.to_torch(params["kernel"])
     assert official.shape == (6, 3, 2, 2)
     expected = conv_transpose(image, official) + params["bias"]
     assert_close(as_image(np.asarray(pixels), 5), expected)
 
-    # By the rule of the specification: out[2i+a, 2j+b, o] = sum of in[i, j, c] W[c, o, a, b].
-    by_hand = image[3, 2] @ official[:, 1, 0, 1] + params["bias"][1]
-    np.testing.assert_allclose(expected[2 * 3 + 0, 2 * 2 + 1, 1], by_hand, rtol=1e-4)
-    # Without a flip the other form of the convolution is another function.
-    unflipped = highest(
+    # The definition is out[2i+a, 2j+b, o] = sum of in[i, j, c] W[c, o, a, b] over c.
+    expected_pixel = image[3, 2] @ official[:, 1, 0, 1] + params["bias"][1]
+    np.testing.assert_allclose(expected[2 * 3 + 0, 2 * 2 + 1, 1], expected_pixel, rtol=1e-4)
+    # Without the flip of the kernel, lax.conv_transpose computes another function.
+    unflipped = with_highest_precision(
         lambda: lax.conv_transpose(image[None], official.transpose(2, 3, 0, 1), (2, 2), "VALID")[0]
     )
     assert np.abs(unflipped + params["bias"] - expected).max() > 0.5
@@ -103,7 +103,7 @@ def layer_norm(params, x, epsilon=1e-6):
 
 
 def upscaled(params, image):
-    """'h w c' -> '(4 h) (4 w) c/8' float64: conv, norm, GELU, conv, GELU."""
+    """Upscales 'h w c' to '(4 h) (4 w) c/8' in float64: conv, norm, GELU, conv, GELU."""
     for conv in ("conv1", "conv2"):
         official = DECONV.to_torch(params[conv]["kernel"]).astype(np.float64)
         h, w, _ = image.shape
@@ -116,15 +116,15 @@ def upscaled(params, image):
 
 
 @pytest.mark.parametrize("scale", [1, 1e-3])
-def test_upscaling(scale):
-    """Small values tell the norm's 1e-6 from other constants."""
+def test_upscaling_equals_the_definition(scale):
+    """Compares with NumPy. The result depends on the epsilon of the norm for small values."""
     module = Upscaling("float32")
     image = scale * normal(2, 4, 5, 16)
-    channels = np.eye(2, dtype=np.float32)[None, None]  # as masks, a channel each
+    channels = np.eye(2, dtype=np.float32)[None, None]  # mask i is channel i
     args = image.reshape(1, 1, 20, 16), channels
     params = random_like(module, *args)
     params["conv1"]["bias"] *= scale
-    pixels = np.asarray(highest(module.apply, {"params": params}, *args))
+    pixels = np.asarray(with_highest_precision(module.apply, {"params": params}, *args))
     assert pixels.shape == (1, 1, 2, 16, 20)
     rows = pixels.reshape(2, 4, 4, 4, 5).transpose(3, 1, 4, 2, 0).reshape(16, 20, 2)
     assert_close(rows, upscaled(params, image.astype(np.float64)))
@@ -139,7 +139,7 @@ DECODER = MaskDecoder(
 
 @pytest.fixture(scope="module")
 def inputs():
-    """Embeddings and features of two images and three objects with two prompt tokens."""
+    """Returns embeddings and features of two images, three objects and two prompt tokens."""
     features = PromptFeatures(
         sparse=normal(3, 2, 3, 2, 16),
         token_mask=np.ones((2, 3, 2), bool),
@@ -153,26 +153,26 @@ def params(inputs):
     return random_like(DECODER, *inputs)
 
 
-def run(params, inputs, look=None):
-    """Decodes with the transformer left out: its tokens and image come back as they were."""
+def run(params, inputs, inspect=None):
+    """Decodes with an identity in place of the transformer. `inspect` receives its inputs."""
 
     def skip(call, args, kwargs, context):
         if not isinstance(context.module, TwoWayTransformer):
             return call(*args, **kwargs)
         tokens, token_mask, image, pe = args
-        if look:
-            look(tokens, token_mask, image, pe, **kwargs)
+        if inspect:
+            inspect(tokens, token_mask, image, pe, **kwargs)
         return tokens[:, :, : kwargs["num_outputs"]], image
 
     with nn.intercept_methods(skip):
-        return highest(DECODER.apply, {"params": params}, *inputs)
+        return with_highest_precision(DECODER.apply, {"params": params}, *inputs)
 
 
-def test_tokens_are_the_iou_token_the_mask_tokens_and_then_the_prompts(params, inputs):
+def test_prompt_tokens_follow_the_iou_and_mask_tokens(params, inputs):
     embedding, features, pe = inputs
     seen = []
 
-    def look(tokens, token_mask, image, image_pe, *, num_outputs, train):
+    def inspect(tokens, token_mask, image, image_pe, *, num_outputs, train):
         assert num_outputs == 5
         assert not train
         assert tokens.shape == (2, 3, 7, 16)
@@ -189,7 +189,7 @@ def test_tokens_are_the_iou_token_the_mask_tokens_and_then_the_prompts(params, i
 
     token_mask = np.array([[[True, False], [False, False], [True, True]]] * 2)
     features = features.replace(token_mask=token_mask)
-    run(params, (embedding, features, pe), look)
+    run(params, (embedding, features, pe), inspect)
     assert seen == [True]
 
 
@@ -200,7 +200,7 @@ def mlp(params, x):
     return x
 
 
-def test_masks_are_products_of_hypernetworks_and_pixels(params, inputs):
+def test_masks_are_products_of_hypernetwork_outputs_and_pixels(params, inputs):
     embedding, features, _ = inputs
     masks = run(params, inputs)
     assert masks.logits.shape == (2, 3, 4, 16, 20)
@@ -212,26 +212,27 @@ def test_masks_are_products_of_hypernetworks_and_pixels(params, inputs):
             for m in range(4):
                 expected = pixels @ mlp(params[f"hypernetwork_{m}"], tokens[m])
                 assert_close(masks.logits[b, n, m], expected)
-    # The predicted IoUs are of the first token, and no sigmoid confines them.
+    # The first token gives the predicted IoUs. No sigmoid limits them to 0..1.
     iou = mlp(params["iou_head"], params["iou_token"][0].astype(np.float64))
     assert_close(masks.iou, np.broadcast_to(iou, (2, 3, 4)))
     large = jax.tree.map(lambda x: 4 * x, params["iou_head"])
-    confident = run(params | {"iou_head": large}, inputs).iou
-    assert confident.max() > 1
-    assert confident.min() < 0
+    unbounded = run(params | {"iou_head": large}, inputs).iou
+    assert unbounded.max() > 1
+    assert unbounded.min() < 0
 
 
-def test_dense_features_of_all_objects_may_be_one(jit, params, inputs):
+def test_objects_may_share_dense_features(jit, params, inputs):
     embedding, features, pe = inputs
-    one = features.replace(dense=features.dense[:1, :1, :1])
-    same = features.replace(dense=np.broadcast_to(one.dense, (2, 3, 20, 16)))
+    shared = features.replace(dense=features.dense[:1, :1, :1])
+    repeated = features.replace(dense=np.broadcast_to(shared.dense, (2, 3, 20, 16)))
     apply = jit(lambda f: DECODER.apply({"params": params}, embedding, f, pe))
-    shared, apart = highest(apply, one), highest(apply, same)
-    assert_close(shared.logits, apart.logits)
-    assert_close(shared.iou, apart.iou)
+    actual = with_highest_precision(apply, shared)
+    expected = with_highest_precision(apply, repeated)
+    assert_close(actual.logits, expected.logits)
+    assert_close(actual.iou, expected.iou)
 
 
-def test_choosing_masks():
+def test_choose_masks_returns_three_masks_or_one():
     masks = Masks(
         logits=jnp.arange(8.0).reshape(1, 2, 4, 1, 1), iou=10 + jnp.arange(8.0).reshape(1, 2, 4)
     )

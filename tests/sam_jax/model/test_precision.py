@@ -1,4 +1,4 @@
-"""The types and precisions of matrix products in the whole model."""
+"""Tests the dtypes and precisions of the matrix products in the model."""
 
 import flax.traverse_util
 import jax
@@ -14,19 +14,22 @@ from tests.sam_jax.model.sam_cases import OBJECTS, pack, products
 HIGHEST = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
 
 
-@pytest.mark.parametrize("frame", [(48, 72), (64, 40)], ids=["stored", "interpolated"])
-def test_float32_multiplies_in_float32(tiny, frame):
-    """TPUs would round the factors to bfloat16, and GPUs to TF32, by default."""
+@pytest.mark.parametrize("image_size", [(48, 72), (64, 40)], ids=["stored", "interpolated"])
+def test_float32_multiplies_in_float32(tiny, image_size):
+    """Checks the precision of products. By default, TPUs round to bfloat16 and GPUs to TF32."""
     model, variables = tiny
-    image = np.zeros((1, *frame, 3), np.float32)
+    image = np.zeros((1, *image_size, 3), np.float32)
     prompts = pack([OBJECTS["points"]], 5, np.random.default_rng(0))
-    mask = np.zeros((1, 1, frame[0] // 2, frame[1] // 2), np.float32)
+    mask = np.zeros((1, 1, image_size[0] // 2, image_size[1] // 2), np.float32)
     prompts = prompts.replace(mask=mask, has_mask=np.ones((1, 1), bool))
-    both = lambda v, x: model.apply(v, x, prompts).logits.sum()
-    forward = list(products(both, variables, image))
+
+    def sum_logits(variables, image):
+        return model.apply(variables, image, prompts).logits.sum()
+
+    forward = list(products(sum_logits, variables, image))
     assert len(forward) > 60
     assert set(forward) == {(HIGHEST, "float32")}
-    backward = list(products(jax.grad(both, argnums=(0, 1)), variables, image))
+    backward = list(products(jax.grad(sum_logits, argnums=(0, 1)), variables, image))
     assert len(backward) > 2 * len(forward)
     assert set(backward) == {(HIGHEST, "float32")}
 
@@ -44,13 +47,13 @@ def test_bfloat16_multiplies_in_bfloat16_except_for_positions(tiny):
         products(lambda v: model.apply(v, embedding, prompts, method="decode"), variables)
     )
     exact = [dtype for precision, dtype in decoded if precision == HIGHEST]
-    assert 1 <= len(exact) <= 2  # of the points, and of the grid
+    assert 1 <= len(exact) <= 2  # positions of the points and of the grid
     assert set(exact) == {"float32"}
     assert {dtype for precision, dtype in decoded if precision != HIGHEST} == {"bfloat16"}
 
 
 def test_bfloat16_stays_close_to_float32(tiny, jit):
-    """Within 2 %, where kernels are so small that layers do not magnify rounding errors."""
+    """Checks a tolerance of 2 %. The kernels are small, so that layers do not amplify rounding."""
     model, variables = tiny
     images = np.random.default_rng(0).standard_normal((2, 48, 72, 3)).astype(np.float32)
     rng = np.random.default_rng(0)
@@ -63,8 +66,11 @@ def test_bfloat16_stays_close_to_float32(tiny, jit):
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     flat = {path: 0.3 * x if path.endswith("kernel") else x for path, x in flat.items()}
     variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-    run = lambda model: jit(model.apply)(variables, images, prompts)
-    half_masks, masks = run(replace_fields(model, dtype="bfloat16")), run(model)
-    for half_x, x in zip(jax.tree.leaves(half_masks), jax.tree.leaves(masks), strict=True):
-        assert half_x.dtype == jnp.float32
-        assert 0 < np.linalg.norm(half_x - x) / np.linalg.norm(x) < 0.02
+
+    def run(model):
+        return jit(model.apply)(variables, images, prompts)
+
+    bfloat16_masks, masks = run(replace_fields(model, dtype="bfloat16")), run(model)
+    for bfloat16_x, x in zip(jax.tree.leaves(bfloat16_masks), jax.tree.leaves(masks), strict=True):
+        assert bfloat16_x.dtype == jnp.float32
+        assert 0 < np.linalg.norm(bfloat16_x - x) / np.linalg.norm(x) < 0.02

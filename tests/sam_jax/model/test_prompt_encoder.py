@@ -1,4 +1,4 @@
-"""The prompt encoder with the released values, against what the official code makes of them."""
+"""Compares the prompt encoder with recorded outputs of the official code."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def recorded():
 
 @pytest.fixture(scope="module")
 def encoder(recorded):
-    """The prompt encoder, and variables with the released values in all of it that is recorded."""
+    """Returns the prompt encoder and variables, with released values where they are recorded."""
     with np.load(REAL / "sam_prompt_encoder_real_partial.npz") as arrays:
         real = dict(arrays)
     module = PromptEncoder(dim=256, mask_channels=16, position_scale=1.0, dtype="float32")
@@ -44,7 +44,7 @@ def encoder(recorded):
 
 
 def test_points(encoder, recorded):
-    """With the padding point, which the official encoder appends and ours is given."""
+    """Passes the padding point explicitly. The official encoder appends it."""
     points, labels = _padding_point(recorded["points"], recorded["labels"])
     _check_sparse(encoder, points, labels, recorded["sparse_points"])
 

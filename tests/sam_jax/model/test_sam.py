@@ -1,4 +1,4 @@
-"""The whole model: sizes, fields, batches, padding, image sizes, and errors for wrong shapes."""
+"""Tests the model: sizes, fields, batches, padding, image sizes, and errors for wrong shapes."""
 
 import re
 
@@ -64,7 +64,7 @@ def embedding(tiny, encode, images):
 def test_parameter_counts_of_the_official_sizes(model, total, encoder, tensors):
     flat = variable_shapes(model)
     assert count_values(flat) == total
-    assert count_values(flat, "params/") == total - 256  # the Fourier matrix does not learn
+    assert count_values(flat, "params/") == total - 256  # the Fourier matrix is not trained
     assert count_values(flat, "/image_encoder/") == encoder
     assert count_values(flat, "/prompt_encoder/") == 6_476
     assert count_values(flat, "/mask_decoder/") == 4_058_340
@@ -75,17 +75,17 @@ def test_parameter_count_with_three_decoder_layers():
     assert count_values(variable_shapes(sam_vit_b(decoder_depth=3)), "/mask_decoder/") == 5_637_860
 
 
-def test_the_tiny_size_is_well_under_a_million():
+def test_the_tiny_size_has_less_than_800_000_parameters():
     assert count_values(variable_shapes(sam_tiny()), "params/") < 800_000
 
 
 @pytest.mark.parametrize("model", [sam_vit_b(), sam_vit_l(), sam_vit_h()])
-def test_official_sizes_are_four_equal_super_blocks(model):
+def test_official_sizes_have_a_global_block_at_the_end_of_each_quarter(model):
     size = model.image_encoder.depth // 4
     assert model.image_encoder.global_blocks == (size - 1, 2 * size - 1, 3 * size - 1, 4 * size - 1)
 
 
-# A module is its own configuration.
+# Fields.
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
@@ -115,7 +115,7 @@ def test_models_are_composed_of_their_parts():
     assert Sam(ImageEncoder(), PromptEncoder(), MaskDecoder()) == sam_vit_b()
 
 
-def test_a_composed_model_has_the_parameters_of_a_flat_one():
+def test_models_composed_of_parts_have_the_same_parameters():
     composed = Sam(*(getattr(sam_tiny(), part) for part in PARTS))
     assert list(variable_shapes(composed)) == list(variable_shapes(sam_tiny()))
 
@@ -126,7 +126,7 @@ def field(model, location):
     return getattr(getattr(model, part), name)
 
 
-def test_flat_fields_are_all_fields_of_the_parts():
+def test_flat_fields_cover_all_fields_of_the_parts():
     locations = [location for found in FLAT_FIELDS.values() for location in found]
     fields = [
         f"{part}.{name}"
@@ -180,7 +180,7 @@ def test_sizes_of_embeddings_and_masks():
 
 
 @pytest.mark.parametrize("make", [sam_vit_b, sam_vit_l, sam_vit_h, sam_tiny])
-def test_the_sizes_are_valid(make):
+def test_all_sizes_are_valid(make):
     make().validate()
     make(dtype="bfloat16", drop_path=0.4, dropout=0.1).validate()
 
@@ -255,7 +255,7 @@ def test_masks_do_not_depend_on_the_number_of_slots(tiny, embedding, decode, kin
 def test_an_object_does_not_depend_on_the_rest_of_the_batch(
     tiny, embedding, decode, mask_prompt, kind, masked
 ):
-    """Neither on other objects, nor on their masks, nor on other images."""
+    """Compares a batch with other objects, masks and images to the object alone."""
     rng = np.random.default_rng(2)
     alone = pack([OBJECTS[kind]], 32, rng)
     if masked:
@@ -263,20 +263,20 @@ def test_an_object_does_not_depend_on_the_rest_of_the_batch(
     alone = decode(*tiny, embedding[:1], alone)
 
     kinds = [kind, *OBJECTS]
-    ours = with_masks(
+    batch_with_object = with_masks(
         pack([OBJECTS[k] for k in kinds], 32, rng), mask_prompt, [0, 2] if masked else [2], rng
     )
     others = with_masks(pack([OBJECTS[k] for k in kinds[::-1]], 32, rng), mask_prompt, [1], rng)
-    batch = decode(*tiny, embedding, two_images(ours, others))
+    batch = decode(*tiny, embedding, two_images(batch_with_object, others))
     assert_close(batch.logits[:1, :1], alone.logits)
     assert_close(batch.iou[:1, :1], alone.iou)
 
-    swapped = decode(*tiny, embedding[::-1], two_images(others, ours))
+    swapped = decode(*tiny, embedding[::-1], two_images(others, batch_with_object))
     assert_close(swapped.logits[1:, :1], alone.logits)
 
 
-def test_prompts_matter(tiny, embedding, decode):
-    """Without which the invariances above would say nothing."""
+def test_different_prompts_give_different_masks(tiny, embedding, decode):
+    """Checks that the invariances above are not trivial: other prompts give other masks."""
     rng = np.random.default_rng(3)
     objects = [OBJECTS["one point"], [(31, 20, 1), (0, 0, -1)], [(30, 20, 0), (0, 0, -1)]]
     objects += [[(30, 20, 1)], [(30, 20, 1), (0, 0, 1)], []]
@@ -298,31 +298,34 @@ def test_the_order_of_points_does_not_matter(tiny, embedding, decode):
     assert_close(b.logits, a.logits)
 
 
-def test_images_of_a_batch_do_not_meet(tiny, encode, embedding, images):
+def test_images_of_a_batch_are_encoded_independently(tiny, encode, embedding, images):
     for i in range(2):
         assert_close(encode(*tiny, images[i : i + 1])[0], embedding[i])
 
 
-# Frames.
+# Image sizes.
 
 
-@pytest.mark.parametrize("frame", [(48, 72), (80, 56)], ids=["stored", "interpolated"])
-def test_height_and_width_are_treated_alike(tiny, encode, decode, frame):
-    """A swap of the two anywhere (windows, tables, positions, pixels) breaks this."""
+@pytest.mark.parametrize("image_size", [(48, 72), (80, 56)], ids=["stored", "interpolated"])
+def test_height_and_width_are_treated_alike(tiny, encode, decode, image_size):
+    """Checks that a transposed image with transposed variables gives transposed results.
+
+    This fails if height and width are swapped in windows, tables, positions or pixels.
+    """
     model, variables = tiny
     model_t, variables_t = (
         replace_fields(model, image_size=(72, 48)),
         transpose_variables(variables),
     )
     rng = np.random.default_rng(6)
-    gh, gw = frame[0] // 8, frame[1] // 8
-    image = rng.standard_normal((1, *frame, 3)).astype(np.float32)
+    gh, gw = image_size[0] // 8, image_size[1] // 8
+    image = rng.standard_normal((1, *image_size, 3)).astype(np.float32)
     embedding = encode(model, variables, image)
     embedding_t = encode(model_t, variables_t, image.swapaxes(1, 2))
     assert embedding.shape == (1, gh, gw, 32)
     assert_close(embedding_t.swapaxes(1, 2), embedding)
 
-    # The corners of a box are no transposes of each other's: two clicks instead.
+    # The prompts are two clicks and a mask.
     points = np.array([[[[10, 30], [40, 7]]]], np.float32)
     labels = np.array([[[1, 0]]], np.int32)
     mask = rng.standard_normal((1, 1, 4 * gh, 4 * gw)).astype(np.float32)
@@ -335,13 +338,13 @@ def test_height_and_width_are_treated_alike(tiny, encode, decode, frame):
     assert_close(masks_t.iou, masks.iou)
 
 
-@pytest.mark.parametrize("frame", [(8, 8), (8, 40), (48, 72), (64, 64), (136, 8)])
-def test_any_frame_that_the_patch_divides(tiny, frame):
+@pytest.mark.parametrize("image_size", [(8, 8), (8, 40), (48, 72), (64, 64), (136, 8)])
+def test_image_sizes_may_be_any_multiples_of_the_patch_size(tiny, image_size):
     model, variables = tiny
-    gh, gw = frame[0] // 8, frame[1] // 8
+    gh, gw = image_size[0] // 8, image_size[1] // 8
     prompts = pack([OBJECTS["points"]] * 3, 5, np.random.default_rng(0))
-    run = lambda v, x, p: model.apply(v, x, p)
-    masks = jax.eval_shape(run, variables, np.zeros((1, *frame, 3), np.float32), prompts)
+    images = np.zeros((1, *image_size, 3), np.float32)
+    masks = jax.eval_shape(model.apply, variables, images, prompts)
     assert masks.logits.shape == (1, 3, 4, 4 * gh, 4 * gw)
     assert masks.iou.shape == (1, 3, 4)
     assert {masks.logits.dtype, masks.iou.dtype} == {np.dtype("float32")}
@@ -351,7 +354,7 @@ def test_any_frame_that_the_patch_divides(tiny, frame):
 
 
 def test_gradients_are_finite_and_reach_every_parameter(tiny, jit, images):
-    """With prompts of every kind, and a loss that every output enters."""
+    """Uses prompts of every kind, and a loss that depends on every output."""
     model, variables = tiny
     labels = np.array([[[1, -1, ABSENT], [0, 2, 3]]] * 2, np.int32)
     rng = np.random.default_rng(7)
@@ -368,20 +371,20 @@ def test_gradients_are_finite_and_reach_every_parameter(tiny, jit, images):
     assert np.isfinite(value)
     flat = flax.traverse_util.flatten_dict(gradients[0], sep="/") | {"image": gradients[1]}
     assert all(np.isfinite(x).all() for x in flat.values())
-    # Softmax takes away what the bias of the keys adds to all logits of a query.
-    silent = {path for path, x in flat.items() if np.abs(x).max() < 1e-6}
+    # Key biases have zero gradients: they add one number to all logits of a query.
+    without_gradient = {path for path, x in flat.items() if np.abs(x).max() < 1e-6}
     keys = "(self_attention|token_to_image|image_to_token|final_attention)/k/bias"
-    assert all(re.search(keys, path) for path in silent), sorted(silent)
+    assert all(re.search(keys, path) for path in without_gradient), sorted(without_gradient)
     assert all(np.abs(of_image).max() > 1e-4 for of_image in gradients[1])
 
 
-# Normalisation.
+# Normalization.
 
 
-def test_normalize_takes_the_colours_statistics_and_then_pads_with_zero():
+def test_normalize_standardizes_colors_and_then_sets_padding_to_zero():
     image = np.zeros((1, 3, 4, 3), np.uint8)
     image[0, 0, 0] = 124, 116, 104
-    image[0, 2] = 200  # outside: must not be seen
+    image[0, 2] = 200  # padding, which must become zero
     out = normalize(image, np.array([[2, 3]], np.int32))
     assert out.dtype == jnp.float32
     expected = (np.array([124, 116, 104]) - PIXEL_MEAN) / np.array(PIXEL_STD)
@@ -391,14 +394,16 @@ def test_normalize_takes_the_colours_statistics_and_then_pads_with_zero():
     np.testing.assert_array_equal(out[0, :, 3], 0)
 
 
-# Wrong shapes, and right ones.
+# Shapes.
 
 
-def test_variables_may_be_numpy_arrays_that_a_traced_function_closes_over(tiny):
+def test_a_traced_function_may_close_over_numpy_variables(tiny):
     model, variables = tiny
     prompts = pack([OBJECTS["points"]], 5, np.random.default_rng(0))
-    run = lambda image: model.apply(variables, image, prompts)
-    masks = jax.eval_shape(run, np.zeros((1, 48, 72, 3), np.float32))
+    masks = jax.eval_shape(
+        lambda image: model.apply(variables, image, prompts),
+        np.zeros((1, 48, 72, 3), np.float32),
+    )
     assert masks.logits.shape == (1, 1, 4, 24, 36)
 
 
@@ -463,8 +468,12 @@ def test_prompts_of_wrong_shapes_are_refused(tiny, embedding, prompts, message):
 
 
 @pytest.mark.parametrize("n", [0, 2])
-def test_no_objects_and_no_slots_are_fine(tiny, n):
+def test_objects_and_slots_may_be_empty(tiny, n):
     model, variables = tiny
-    decode = lambda v, e: model.apply(v, e, prompts_of((1, n, 0, 2), (1, n, 0)), method="decode")
+    prompts = prompts_of((1, n, 0, 2), (1, n, 0))
+
+    def decode(variables, embedding):
+        return model.apply(variables, embedding, prompts, method="decode")
+
     masks = jax.eval_shape(decode, variables, np.zeros((1, 6, 9, 32), np.float32))
     assert masks.logits.shape == (1, n, 4, 24, 36)

@@ -1,4 +1,7 @@
-"""The two-way transformer against its textbook form, every projection made, in float64."""
+"""Compares the two-way transformer with a NumPy reference in float64.
+
+The reference computes every projection separately.
+"""
 
 import functools
 
@@ -30,7 +33,7 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 
 def random_like(module, *args, **kwargs):
-    """Random parameters of a module, all of them different from zero."""
+    """Returns random parameters of a module, all of them nonzero."""
     init = functools.partial(module.init, jax.random.key(0), **kwargs)
     shapes = jax.eval_shape(init, *args)["params"]
     rng = np.random.default_rng(0)
@@ -45,7 +48,7 @@ def random_like(module, *args, **kwargs):
     return flax.traverse_util.unflatten_dict({path: draw(path, x) for path, x in flat.items()})
 
 
-def precise(tree):
+def to_float64(tree):
     return jax.tree.map(lambda x: x if x.dtype == bool else x.astype(np.float64), tree)
 
 
@@ -60,8 +63,11 @@ def norm(params, x, epsilon=1e-5):
 
 
 def attention(params, queries, keys, values, token_mask=None, heads=HEADS):
-    """Textbook attention: project queries, keys and values, attend by head, project."""
-    split = lambda x: x.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
+    """Computes multi-head attention: projects queries, keys and values, attends, and projects."""
+
+    def split(x):
+        return x.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
+
     q, k = split(dense(params["q"], queries)), split(dense(params["k"], keys))
     v = split(dense(params["v"], values))
     logits = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
@@ -74,11 +80,11 @@ def attention(params, queries, keys, values, token_mask=None, heads=HEADS):
 
 
 def transformer(params, tokens, token_mask, image, image_pe, depth, epsilon=1e-5):
-    """segment-anything's `TwoWayTransformer`, on 'b n t c' and 'b n p c'."""
+    """Computes segment-anything's `TwoWayTransformer` on tokens 'b n t c' and images 'b n p c'."""
     token_pe = tokens
     for i in range(depth):
         p = params[f"layer_{i}"]
-        if i == 0:  # replaces the tokens, and adds no positions
+        if i == 0:  # without a residual connection and without positions
             tokens = attention(p["self_attention"], tokens, tokens, tokens, token_mask)
         else:
             q = tokens + token_pe
@@ -97,9 +103,15 @@ def transformer(params, tokens, token_mask, image, image_pe, depth, epsilon=1e-5
 
 @pytest.fixture(scope="module")
 def inputs():
-    """Two images, three objects with seven tokens, some absent; twelve pixels; 16 channels."""
+    """Returns inputs for two images and three objects.
+
+    Each object has seven tokens, of which some are absent. There are twelve pixels and 16 channels.
+    """
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     token_mask = np.ones((2, 3, 7), bool)
     token_mask[0, 0, 5:] = token_mask[1, 1, 6] = token_mask[1, 2, 5] = False
     return normal(2, 3, 7, 16), token_mask, normal(2, 3, 12, 16), normal(12, 16)
@@ -116,14 +128,14 @@ def test_self_attention_masks_absent_keys(jit, inputs):
     module = SelfAttention(HEADS, "float32")
     params = random_like(module, tokens, values, token_mask)
     actual = run(jit, module, params, tokens, values, token_mask)
-    p = precise(params)
+    p = to_float64(params)
     assert_close(actual, attention(p, tokens, tokens, values, token_mask))
 
 
 # With 16 channels, the projections are folded for one head and computed for eight.
 @pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("n", [1, 3])
-def test_attention_of_tokens_to_image(jit, inputs, n, heads):
+def test_token_to_image_attention(jit, inputs, n, heads):
     tokens, _, image, pe = inputs
     module = TokenToImage(heads, "float32")
     assert should_fold_projections(*tokens.shape[-2:], heads) is (heads == 1)
@@ -131,13 +143,13 @@ def test_attention_of_tokens_to_image(jit, inputs, n, heads):
     image = image[:, :n]
     actual, same = run(jit, module, params, tokens, image, pe)
     np.testing.assert_array_equal(same, image)
-    assert_close(actual, attention(precise(params), tokens, image + pe, image, heads=heads))
+    assert_close(actual, attention(to_float64(params), tokens, image + pe, image, heads=heads))
 
 
 @pytest.mark.parametrize("is_folded", [True, False])
 @pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("n", [1, 3])
-def test_attention_of_image_to_tokens(jit, inputs, n, heads, is_folded):
+def test_image_to_token_attention(jit, inputs, n, heads, is_folded):
     tokens, token_mask, image, _ = inputs
     values = tokens[:, :, ::-1]
     module = ImageToToken(16, heads, "float32")
@@ -155,7 +167,7 @@ def test_attention_of_image_to_tokens(jit, inputs, n, heads, is_folded):
     else:
         actual = run(jit, module, params, image, tokens, values, token_mask)
     assert actual.shape == (2, 3, 12, 16)
-    assert_close(actual, attention(precise(params), image, tokens, values, token_mask, heads))
+    assert_close(actual, attention(to_float64(params), image, tokens, values, token_mask, heads))
 
 
 def transformer_of(inputs, depth, **kwargs):
@@ -165,18 +177,18 @@ def transformer_of(inputs, depth, **kwargs):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_transformer_follows_the_reference(jit, inputs, depth, n):
+def test_the_transformer_equals_the_reference(jit, inputs, depth, n):
     tokens, token_mask, image, pe = inputs
     module, params = transformer_of(inputs, depth)
     inputs = (tokens, token_mask, image[:, :n], pe)
     actual = run(jit, module, params, *inputs, num_outputs=5, train=False)
-    expected = transformer(precise(params), *precise(inputs), depth)
+    expected = transformer(to_float64(params), *to_float64(inputs), depth)
     assert_close(actual[0], expected[0][:, :, :5])
     assert_close(actual[1], expected[1])
 
 
-def test_norms_add_1e_5(jit, inputs):
-    """This shows where the normalized values are as small as that."""
+def test_norms_have_epsilon_1e_5(jit, inputs):
+    """Uses inputs so small that epsilon affects the result."""
     module, params = transformer_of(inputs, 2)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     small = ("scale", "norm1/bias", "norm2/bias", "norm3/bias", "norm4/bias", "out/kernel")
@@ -186,14 +198,14 @@ def test_norms_add_1e_5(jit, inputs):
     tokens, token_mask, image, pe = inputs
     inputs = (0.003 * tokens, token_mask, 0.003 * image, pe)
     tokens, image = run(jit, module, params, *inputs, num_outputs=5, train=False)
-    expected = transformer(precise(params), *precise(inputs), 2)
+    expected = transformer(to_float64(params), *to_float64(inputs), 2)
     assert_close(tokens, expected[0][:, :, :5])
     assert_close(image, expected[1])
-    others = transformer(precise(params), *precise(inputs), 2, epsilon=1e-6)
-    assert np.abs(image - others[1]).max() > 0.05 * np.abs(image).max()
+    other_epsilon = transformer(to_float64(params), *to_float64(inputs), 2, epsilon=1e-6)
+    assert np.abs(image - other_epsilon[1]).max() > 0.05 * np.abs(image).max()
 
 
-def test_absent_tokens_never_matter(jit, inputs):
+def test_absent_tokens_have_no_effect(jit, inputs):
     tokens, token_mask, image, pe = inputs
     module, params = transformer_of(inputs, 2)
     variables = {"params": jax.tree.map(jnp.asarray, params)}
@@ -202,25 +214,27 @@ def test_absent_tokens_never_matter(jit, inputs):
     rng = np.random.default_rng(2)
     garbage = rng.uniform(-1e4, 1e4, tokens.shape).astype(np.float32)
     garbled = np.where(token_mask[..., None], tokens, garbage)
-    # More absent tokens follow.
+    # Append more absent tokens.
     more = np.concatenate([garbled, garbage[:, :, :4]], axis=2)
     longer_mask = np.concatenate([token_mask, np.zeros((2, 3, 4), bool)], axis=2)
     for t, mask in [(garbled, token_mask), (more, longer_mask)]:
         actual = apply(t, mask, image, pe)
         jax.tree.map(assert_close, actual, expected)
-    # A present token does matter.
+    # The same values change the result once they are present.
     all_tokens = apply(garbled, np.ones_like(token_mask), image, pe)
     assert np.abs(all_tokens[1] - expected[1]).max() > 0.1
 
 
-def test_objects_share_an_image_until_they_update_it(jit, inputs):
+def test_a_shared_image_equals_a_copy_for_each_object(jit, inputs):
     tokens, token_mask, image, pe = inputs
     module, params = transformer_of(inputs, 2)
-    one = image[:, :1]
-    shared = run(jit, module, params, tokens, token_mask, one, pe, num_outputs=5, train=False)
-    copies = np.repeat(one, 3, axis=1)
-    apart = run(jit, module, params, tokens, token_mask, copies, pe, num_outputs=5, train=False)
-    jax.tree.map(assert_close, shared, apart)
+    shared_image = image[:, :1]
+    shared = run(
+        jit, module, params, tokens, token_mask, shared_image, pe, num_outputs=5, train=False
+    )
+    copies = np.repeat(shared_image, 3, axis=1)
+    expected = run(jit, module, params, tokens, token_mask, copies, pe, num_outputs=5, train=False)
+    jax.tree.map(assert_close, shared, expected)
 
 
 def test_dropout_follows_every_attention_and_mlp(inputs, monkeypatch):
@@ -246,6 +260,7 @@ def test_dropout_follows_every_attention_and_mlp(inputs, monkeypatch):
         init = module.clone(dropout=0.1).init
         keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
         jax.eval_shape(lambda *x: init(keys, *x, num_outputs=5, train=True), *inputs)
-    # Self-attention, tokens to image, MLP, image to tokens in each layer; then the last attention.
+    # The order in a layer is self-attention, tokens to image, MLP, image to tokens. The final
+    # attention follows.
     token, image = (2, 3, 7, 16), (2, 3, 12, 16)
     assert dropped == 2 * [token, token, token, image] + [(2, 3, 5, 16)]

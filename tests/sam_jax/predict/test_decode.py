@@ -1,4 +1,4 @@
-"""Objects and point slots are padded to few sizes. `test_predictor.py` tests the decoding."""
+"""Tests that objects and points are padded to few sizes. `test_predictor.py` tests decoding."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from sam_jax.predict.decode import group_sizes, num_slots
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 31, 32, 33, 64, 100])
-def test_groups_hold_all_objects_with_little_padding(n):
+def test_groups_contain_all_objects_with_little_padding(n):
     sizes = group_sizes(n)
     assert set(sizes) <= {1, 4, 32}
     assert n <= sum(sizes) < n + 4
 
 
-def test_numbers_of_slots_are_few_and_hold_all_points():
+def test_few_numbers_of_slots_fit_all_points():
     assert [num_slots(k) for k in (0, 1, 2, 3, 11, 12, 27, 28, 59, 60)] == [
         *(2, 2, 2, 11, 11, 27, 27, 59, 59, 123)
     ]

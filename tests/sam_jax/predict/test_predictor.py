@@ -1,6 +1,6 @@
-"""The predictor: shapes, batches, errors, and how often it compiles.
+"""Tests the predictor: shapes, batches, errors, and the number of compiled programs.
 
-`encode.py` and `decode_objects` are tested here, by the masks that they lead to.
+These tests also cover `encode.py` and `decode_objects`.
 """
 
 import doctest
@@ -77,7 +77,7 @@ def test_every_kind_of_prompt_changes_the_masks(with_image):
 
 
 def test_many_objects_equal_single_ones(with_image):
-    """In programs of 32 and 4 objects, with and without masks, next to others of all kinds."""
+    """Uses programs for 32 and 4 objects, with and without masks, and prompts of all kinds."""
     prompts = (KINDS * 6)[:38]
     together = with_image.predict_many(prompts, return_logits=True)
     assert together[0].shape == (38, 3, 60, 70)
@@ -113,8 +113,8 @@ def test_a_batch_does_not_change_the_image_that_is_set(with_image):
     assert with_image.original_size == (60, 70)
 
 
-def test_fifty_images_of_fifty_sizes_compile_no_program(predictor, caplog):
-    """`jax.log_compiles` reports every program, also those outside the predictor."""
+def test_new_image_sizes_compile_no_program(predictor, caplog):
+    """Counts programs with `jax.log_compiles`, which also reports those outside the predictor."""
     rng = np.random.default_rng(0)
 
     def prompts(n, points):

@@ -1,4 +1,4 @@
-"""Prompts become arrays with hand-checked numbers, and invalid ones are errors."""
+"""Tests that prompts become the expected arrays, and that invalid prompts are errors."""
 
 import numpy as np
 import pytest
@@ -50,8 +50,8 @@ def test_empty_points_give_no_tokens():
     assert tokens({"point_coords": np.zeros((0, 2)), "point_labels": []}) == ([], [])
 
 
-def test_each_axis_has_its_scale_since_sides_are_rounded():
-    # 30 by 70 becomes 27 by 64 (27.43 is rounded), 90 by 7 becomes 64 by 5 (4.98 is).
+def test_axes_have_different_scales_since_sides_are_rounded():
+    # 30 by 70 becomes 27 by 64, since 27.43 is rounded. 90 by 7 becomes 64 by 5, from 4.98.
     coords = {"point_coords": [[35, 15]], "point_labels": [1]}
     assert tokens(coords, (30, 70))[0][0] == (32, 13.5)
     coords = {"point_coords": [[7, 45]], "point_labels": [1]}
@@ -142,7 +142,7 @@ def test_stacking_marks_objects_with_masks():
         ({"point_coords": [[1, 2]], "point_labels": [np.nan]}, r"point_labels must be finite"),
         ({"point_coords": [[np.nan, 2]], "point_labels": [1]}, r"point_coords must be finite"),
         ({"point_coords": [[np.inf, 2]], "point_labels": [1]}, r"point_coords must be finite"),
-        # Finite in float64, but not in float32.
+        # This value is finite in float64, but not in float32.
         ({"point_coords": [[1e39, 2]], "point_labels": [1]}, r"point_coords must be finite"),
         ({"point_coords": [["a", "b"]], "point_labels": [1]}, r"point_coords.*numbers; got"),
         ({"point_coords": [[1, 2], [3]], "point_labels": [1, 1]}, r"point_coords.*numbers; got"),

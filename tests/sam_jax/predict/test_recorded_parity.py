@@ -1,6 +1,6 @@
-"""`SamPredictor` equals recorded predictions of segment-anything.
+"""Compares `SamPredictor` with recorded predictions of segment-anything.
 
-`tests/reference/record.py` makes the recordings.
+`tests/reference/record.py` records them.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ MASK_IOU = 0.9999
 
 @pytest.fixture(scope="module", params=MODELS)
 def recorded(request):
-    """The predictor with recorded weights, the recorded arrays, and the number of prompts."""
+    """Returns a predictor with recorded weights, the recorded arrays and the number of prompts."""
     predictor = sam_jax.SamPredictor(*sam_jax.load(DATA / f"{request.param}.safetensors"))
     with np.load(DATA / f"{request.param}.npz") as arrays:
         return predictor, dict(arrays), MODELS[request.param]

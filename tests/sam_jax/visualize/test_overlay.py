@@ -1,4 +1,4 @@
-"""Masks drawn over an image: each is visible, and the rest of the image is unchanged."""
+"""Tests that every drawn mask is visible, and that other pixels are unchanged."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_run_lengths_are_drawn_like_arrays_in_any_order():
     np.testing.assert_array_equal(draw_masks(IMAGE, lists), expected)
 
 
-def test_colors_are_distinct_and_most_of_all_those_of_masks_of_similar_size():
+def test_colors_differ_most_between_masks_of_similar_size():
     grey = np.full((*SIZE, 3), 128, np.uint8)
     strips = [box(2, 9 * i, 58 - i, 9 * i + 8) for i in range(10)]
     drawn = draw_masks(grey, strips).astype(int)

@@ -1,4 +1,4 @@
-"""Pages of panels."""
+"""Tests figures with several panels."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ pytest.importorskip("matplotlib")
 from sam_jax.visualize.style import PanelGrid
 
 
-def test_panels_are_where_the_grid_says_and_do_not_overlap():
+def test_panels_are_on_the_grid_and_do_not_overlap():
     grid = PanelGrid(
         columns=4,
         row_heights=[1.0, 2.0],
@@ -19,7 +19,7 @@ def test_panels_are_where_the_grid_says_and_do_not_overlap():
         header=0.5,
         group=2,
     )
-    # Two groups of two panels, two more gaps apart.
+    # Two groups of two panels are separated by two more gaps.
     assert grid.width == pytest.approx(0.2 + 4 * 1.5 + 3 * 0.1 + 2 * 0.1 + 0.2)
     assert grid.height == pytest.approx(0.5 + 0.3 + 1 + 0.3 + 2 + 0.2)
     figure = grid.new_figure()

@@ -1,7 +1,7 @@
-"""Hostile and damaged `.pth` files, and a part of the message with which each is refused.
+"""Hostile and damaged `.pth` files, each with a part of the expected error message.
 
-An attack whose code runs would create a file named `canary` in the working folder, or import the
-module `antigravity`.
+If the code of an attack ran, it would create a file named `canary` in the working folder or import
+the module `antigravity`.
 """
 
 import struct
@@ -55,7 +55,7 @@ def overlapping() -> bytes:
 
 
 def nested_lists(levels: int) -> bytes:
-    """Returns opcodes of a list that holds a list twice, which holds a list twice, and so on."""
+    """Returns opcodes of nested lists. Each list contains the list of the next level twice."""
     lists = b"]q\x00"
     for level in range(levels):
         lists = b"](" + lists + b"h" + bytes([level]) + b"eq" + bytes([level + 1])
@@ -124,7 +124,7 @@ REFUSED = {
     # Persistent ids.
     "a persistent id that is a string": (checkpoint(push("storage") + b"Q"), "calls"),
     "a persistent id of another kind": (checkpoint(tensor(storage(word="module"))), "calls"),
-    "a persistent id with a tensor for its kind": (checkpoint(storage(word=tensor())), "calls"),
+    "a persistent id whose kind is a tensor": (checkpoint(storage(word=tensor())), "calls"),
     "a storage of another type": (checkpoint(storage(b"ccollections\nOrderedDict\n")), ""),
     "a storage type that is a string": (checkpoint(storage(push("torch FloatStorage"))), "calls"),
     "a complex storage": (checkpoint(storage(b"ctorch\nComplexFloatStorage\n")), "ComplexFloat"),
@@ -163,7 +163,7 @@ REFUSED = {
     "sizes without strides": (checkpoint(tensor(strides=())), "impossible shape"),
     "65 axes": (checkpoint(tensor(sizes=(1,) * 65, strides=(1,) * 65)), "impossible shape"),
     "a list of sizes": (checkpoint(tensor(sizes=[2])), "calls"),
-    "a view of no storage": (checkpoint(tensor(push("0"))), "calls"),
+    "a view of a string": (checkpoint(tensor(push("0"))), "calls"),
     "a negative view (metadata)": (
         checkpoint(tensor(storage(), 0, (2,), (1,), {"neg": True})),
         "calls",
@@ -182,14 +182,14 @@ REFUSED = {
     "600,000 opcodes": (checkpoint(b"(" + b"N" * 600_000 + b"t"), "500000 opcodes"),
     "a pickle of 17 MiB": (checkpoint(push("a" * (17 << 20))), "at most 16777216 bytes"),
     # Shapes of the result.
-    "a list in itself": (checkpoint(b"]q\x00h\x00a"), "32 levels"),
-    "a namespace in itself": (checkpoint(NAMESPACE + b"q\x00" + push({"a": b"h\x00"}) + b"b"),
+    "a cyclic list": (checkpoint(b"]q\x00h\x00a"), "32 levels"),
+    "a cyclic namespace": (checkpoint(NAMESPACE + b"q\x00" + push({"a": b"h\x00"}) + b"b"),
                               "32 levels"),
-    "2**25 lists in 26": (checkpoint(nested_lists(25)), "500000 values"),
+    "2**25 references to lists": (checkpoint(nested_lists(25)), "500000 values"),
     "two million shared attributes": (checkpoint(shared_state()), "500000 values"),
-    "40 lists in lists": (checkpoint(b"]" + b"](" * 40 + b"e" * 40 + b"a"), "32 levels"),
-    "20,000 tuples in tuples": (checkpoint(b")" + b"\x85" * 20_000), "32 levels"),
-    "a global for a value": (checkpoint(FLOAT), "'torch FloatStorage' itself"),
+    "40 nested lists": (checkpoint(b"]" + b"](" * 40 + b"e" * 40 + b"a"), "32 levels"),
+    "20,000 nested tuples": (checkpoint(b")" + b"\x85" * 20_000), "32 levels"),
+    "a global as a value": (checkpoint(FLOAT), "'torch FloatStorage' itself"),
     "a list at the top": (archive(b"\x80\x02](N" + tensor() + b"e."), "holds a list"),
     "a tensor at the top": (archive(b"\x80\x02" + tensor() + b"."), "holds a ndarray"),
     "a key that is a list": (checkpoint(b"}]Ns"), "dict key"),
@@ -209,7 +209,7 @@ REFUSED = {
     "DUP": (checkpoint(b"N2"), "opcode DUP"),
     "TUPLE without a mark": (archive(b"\x80\x02tttt."), "damaged"),
     "REDUCE of nothing": (archive(b"\x80\x02R."), "damaged"),
-    "taking from below a mark": (archive(b"\x80\x02ccollections\nOrderedDict\n)(R."), "damaged"),
+    "arguments below a mark": (archive(b"\x80\x02ccollections\nOrderedDict\n)(R."), "damaged"),
     "BINPUT of nothing": (archive(b"\x80\x02q\x00}."), "damaged"),
     "an unknown memo entry": (checkpoint(b"h\x07"), "damaged"),
     "a key without a value": (archive(b"\x80\x02}(Nu."), ""),
@@ -222,7 +222,7 @@ REFUSED = {
         archive(b"\x80\x02}.", zipfile.ZIP_DEFLATED, **{"data/1": bytes(100 << 20)}),
         "packed or encrypted",
     ),
-    "a compressed size of its own": (with_field("data/0", 20, "<I", 4), "packed or encrypted"),
+    "a compressed size that differs": (with_field("data/0", 20, "<I", 4), "packed or encrypted"),
     "encrypted": (with_field("data/0", 8, "<H", 1), "packed or encrypted"),
     "patched data": (with_field("data/0", 8, "<H", 32), "packed or encrypted"),
     "an unknown compression": (with_field("data/0", 10, "<H", 77), "packed or encrypted"),
@@ -254,6 +254,6 @@ REFUSED = {
     "only a zip's first bytes": (b"PK\x03\x04", "cut off"),
     "a zip without entries": (b"PK\x05\x06" + bytes(18), "not as a zip file"),
     "first bytes and an empty zip": (b"PK\x03\x04PK\x05\x06" + bytes(18), "no checkpoint"),
-    "something after the end": (VALID + b"more", "cut off"),
+    "bytes after the end": (VALID + b"more", "cut off"),
     "a comment": (VALID[:-2] + b"\x02\x00hi", "cut off"),
 }  # fmt: skip

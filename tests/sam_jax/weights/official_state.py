@@ -1,4 +1,4 @@
-"""Variables by path, and state dicts with official or MAE names, for the tests of weights."""
+"""Helpers for tests of weights: variables by path, and state dicts with official or MAE names."""
 
 import flax.traverse_util
 import numpy as np
@@ -36,7 +36,7 @@ def renamed(state, old, new):
 
 
 def official_shapes(c, head, depth, global_blocks):
-    """Returns the official names and shapes for images of 1024 pixels, from the specification."""
+    """Returns the official names and shapes for images of 1024 pixels."""
     block = {
         "norm1": (c,),
         "norm2": (c,),
@@ -96,9 +96,15 @@ def official_shapes(c, head, depth, global_blocks):
 
 
 def mae_state(patch=16, side=3, width=768, depth=4):
-    """Returns a random state dict of an MAE encoder; its positions are rows and columns."""
+    """Returns a random state dict of an MAE encoder.
+
+    The first two channels of the positions are the row and the column.
+    """
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
     layers = {"patch_embed.proj": (width, 3, patch, patch), "norm": (width,)}
     for i in range(depth):
         layers |= {f"blocks.{i}.norm1": (width,), f"blocks.{i}.norm2": (width,)}

@@ -7,7 +7,7 @@ FLOATS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 def pack(header, data=bytes(8), length=None):
-    """Returns a file of a header, which claims `length` bytes, and data."""
+    """Returns a file with a header and data. `length` replaces the stored header length."""
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
@@ -46,7 +46,7 @@ HEADERS = {
 
 
 def mutated(file, rng):
-    """A file with bytes changed, cut out, put in, or its end cut off."""
+    """Returns a file with random bytes changed, removed or inserted, or with its end cut off."""
     file = bytearray(file)
     for _ in range(rng.choice([1, 1, 2, 5])):
         at = rng.randrange(len(file) or 1)
@@ -63,7 +63,7 @@ def mutated(file, rng):
                 del file[at : at + rng.choice([1, 2, 50])]
             case 4:
                 del file[at:]
-            case 5:  # of the header's length
+            case 5:  # the length of the header
                 file[:8] = struct.pack(
                     "<Q", rng.choice([0, 1, len(file), 1 << 40, rng.randrange(999)])
                 )

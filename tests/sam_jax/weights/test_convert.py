@@ -1,4 +1,4 @@
-"""Every tensor of a file is used once, in the right layout, and comes back bit for bit."""
+"""Tests that conversion uses each tensor once, in the right layout, and is lossless."""
 
 import math
 import random
@@ -32,7 +32,7 @@ def load(state):
 
 @pytest.fixture
 def state(tiny):
-    """The official state dict of a tiny model, which a test may change."""
+    """Returns the official state dict of a tiny model. Tests may modify it."""
     return to_torch(*tiny)
 
 
@@ -54,7 +54,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
-def test_the_model_is_found_from_the_shapes(tiny, variables_of, fields):
+def test_the_model_is_inferred_from_the_shapes(tiny, variables_of, fields):
     model = replace_fields(tiny[0], **fields)
     variables = variables_of(model)
     found, again, notes = load(to_torch(model, variables))
@@ -70,7 +70,7 @@ def test_compute_options_are_not_in_the_file(tiny):
 
 
 def random_bits(shapes):
-    """Float32 arrays of any bits that are no NaN: infinities, subnormals and negative zeros too."""
+    """Returns random float32 bits without NaNs. They include infinities and subnormal numbers."""
     rng = np.random.default_rng(0)
     arrays = {}
     for name, shape in shapes.items():
@@ -80,7 +80,7 @@ def random_bits(shapes):
     return arrays
 
 
-def test_official_to_ours_to_official_is_bitwise(state):
+def test_official_to_sam_jax_and_back_is_bitwise(state):
     source = random_bits({name: x.shape for name, x in state.items()})
     model, variables, _ = load(source)
     again = to_torch(model, variables)
@@ -90,9 +90,9 @@ def test_official_to_ours_to_official_is_bitwise(state):
         np.testing.assert_array_equal(array.view(np.uint32), source[name].view(np.uint32), name)
 
 
-def test_huggingface_to_ours_to_huggingface_is_bitwise(square):
+def test_huggingface_to_sam_jax_and_back_is_bitwise(square):
     source = to_huggingface(*square)
-    assert len(source) == len(to_torch(*square)) + 1  # the matrix is there twice
+    assert len(source) == len(to_torch(*square)) + 1  # the Fourier matrix has two names
     model, variables, notes = load(source)
     assert model == square[0]
     assert notes == []
@@ -100,7 +100,7 @@ def test_huggingface_to_ours_to_huggingface_is_bitwise(square):
     assert_same_arrays(to_huggingface(model, variables), source)
 
 
-def test_tensors_have_the_model_s_paths_and_layouts(state):
+def test_tensors_have_the_paths_and_layouts_of_the_model(state):
     _, variables, _ = load(state)
     params, constants = variables["params"], variables["constants"]
     name = "image_encoder.blocks.1.mlp.lin1.weight"
@@ -117,23 +117,23 @@ def test_tensors_have_the_model_s_paths_and_layouts(state):
         np.testing.assert_array_equal(prompts[part], row)
     name = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     np.testing.assert_array_equal(constants["prompt_encoder"]["gaussian"], state[name])
-    # Embeddings of several rows are not kernels, and stay as they are.
+    # Embeddings with several rows are not transposed.
     name = "mask_decoder.mask_tokens.weight"
     np.testing.assert_array_equal(params["mask_decoder"]["mask_tokens"], state[name])
 
 
-def test_arrays_are_float32_and_no_views_that_keep_the_file_in_memory(state):
+def test_arrays_are_contiguous_float32_arrays(state):
     _, variables, _ = load(state)
     for path, array in flatten(variables).items():
         assert array.dtype == np.float32, path
         assert array.flags.c_contiguous, path
 
 
-# What is accepted.
+# Accepted files.
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict"])
-def test_training_checkpoints(tiny, state, wrapper):
+def test_training_checkpoints_are_loaded(tiny, state, wrapper):
     model, variables, notes = load({wrapper: state, "epoch": 3, "optimizer": {"lr": [0.1]}})
     assert model == tiny[0]
     assert_same_arrays(flatten(variables), flatten(tiny[1]))
@@ -148,7 +148,7 @@ def test_training_checkpoints(tiny, state, wrapper):
     ["module.", "sam.", "sam_model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.sam."],
 )
 @pytest.mark.parametrize("naming", ["official", "huggingface"])
-def test_prefixes(tiny, square, state, prefix, naming):
+def test_prefixes_of_names_are_removed(tiny, square, state, prefix, naming):
     if naming == "huggingface":
         tiny, state = square, to_huggingface(*square)
     model, variables, _ = load({f"{prefix}{name}": x for name, x in state.items()})
@@ -184,10 +184,10 @@ def test_other_pixel_statistics_are_refused(state, key, value):
         load(state | {key: value.astype(np.float32)})
 
 
-@pytest.mark.parametrize("given", ["one", "the other"])
+@pytest.mark.parametrize("given", ["first", "second"])
 def test_one_of_the_tied_matrices_is_enough(square, given):
     source = to_huggingface(*square)
-    del source[names.HF_GAUSSIAN if given == "one" else names.HF_GAUSSIAN_TWIN]
+    del source[names.HF_GAUSSIAN if given == "first" else names.HF_GAUSSIAN_TWIN]
     assert_same_arrays(flatten(load(source)[1]), flatten(square[1]))
 
 
@@ -203,7 +203,10 @@ def test_tied_matrices_must_be_equal(square):
 
 
 def test_positions_for_another_image_size_than_the_tables(tiny, state):
-    """Absolute positions say the frame; the global tables are interpolated, and a note says so."""
+    """Checks that absolute positions determine the image size.
+
+    The tables of global blocks are interpolated, and a note reports it.
+    """
     state["image_encoder.pos_embed"] = np.ones((1, 4, 11, 24), np.float32)
     old = {axis: state[f"image_encoder.blocks.1.attn.rel_pos_{axis}"] for axis in "hw"}
     model, variables, notes = load(state)
@@ -225,9 +228,12 @@ def test_positions_for_another_image_size_than_the_tables(tiny, state):
 @pytest.mark.parametrize(
     ("tables", "rows"),
     [
-        ({0: (9, 7), 1: (11, 17)}, r"\(9, 7\)"),  # a window is square
-        ({0: (8, 8), 1: (11, 17)}, r"\(8, 8\)"),  # and has 2 n - 1 rows
-        ({0: (5, 5), 1: (7, 7), 2: (9, 9)}, r"\(5, 5\).*\(7, 7\).*\(9, 9\)"),  # and one size
+        ({0: (9, 7), 1: (11, 17)}, r"\(9, 7\)"),  # windows are square
+        ({0: (8, 8), 1: (11, 17)}, r"\(8, 8\)"),  # tables have 2 n - 1 rows
+        (
+            {0: (5, 5), 1: (7, 7), 2: (9, 9)},
+            r"\(5, 5\).*\(7, 7\).*\(9, 9\)",
+        ),  # windows have one size
         ({0: (5, 5), 1: (7, 7), 2: (11, 17)}, r"\(5, 5\).*\(7, 7\)"),
     ],
 )
@@ -244,11 +250,11 @@ def test_tables_that_fit_no_windows_are_refused(tiny, variables_of, tables, rows
 
 
 def test_tiny_size_round_trips(variables_of):
-    model = sam_tiny(decoder_heads=8, position_scale=1.0)  # which no weight tells
+    model = sam_tiny(decoder_heads=8, position_scale=1.0)  # cannot be inferred from the weights
     assert load(to_torch(model, variables_of(model)))[0] == model
 
 
-# What is refused.
+# Refused files.
 
 
 REFUSED = {
@@ -273,19 +279,19 @@ REFUSED = {
         r"not weights of Segment Anything.*mask_decoder",
     ),
     "nothing": (lambda s: {}, r"not weights of Segment Anything.*got none"),
-    "one missing": (
+    "a missing tensor": (
         lambda s: without(s, "iou_token"),
         r"unknown none; missing \[mask_decoder.iou_token.weight\]",
     ),
-    "one renamed": (
+    "a renamed tensor": (
         lambda s: renamed(s, "neck.0.weight", "neck.0.kernel"),
         r"unknown \[image_encoder.neck.0.kernel\]; missing \[image_encoder.neck.0.weight\]",
     ),
-    "many unknown": (
+    "many unknown tensors": (
         lambda s: s | {f"extra.{i:03d}": ZEROS for i in range(40)},
         r"unknown \[extra.000, extra.001, .* and 28 more\]; missing none",
     ),
-    "a prefix on some": (
+    "a prefix on some names": (
         lambda s: without(s, "neck") | {f"module.{k}": x for k, x in s.items() if "neck" in k},
         r"unknown \[module.image_encoder.neck.0.weight, .*missing \[image_encoder.neck.0.weight",
     ),
@@ -293,7 +299,7 @@ REFUSED = {
         lambda s: s | {"mask_decoder.iou_prediction_head.layers.2.weight": np.zeros((20, 4), "f4")},
         r"iou_prediction_head.layers.2.weight \(20, 4\) instead of \(4, 20\)",
     ),
-    "a row too many": (
+    "an additional row": (
         lambda s: s | {"mask_decoder.mask_tokens.weight": np.zeros((5, 32), "f4")},
         r"mask_tokens.weight \(5, 32\) instead of \(4, 32\)",
     ),
@@ -337,7 +343,7 @@ REFUSED = {
         lambda s: s | {k.replace("s.1.", "s.01."): x for k, x in s.items() if "blocks.1." in k},
         r"unknown \[image_encoder.blocks.01.attn.proj.bias",
     ),
-    "a decoder layer too many": (
+    "an incomplete decoder layer": (
         lambda s: s | {"mask_decoder.transformer.layers.2.norm1.weight": ZEROS[0]},
         r"missing \[mask_decoder.transformer.layers.2.cross",
     ),
@@ -357,14 +363,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused(state, kind):
+def test_other_state_dicts_are_refused(state, kind):
     change, message = REFUSED[kind]
     changed = change(state)
     with pytest.raises(WeightsError, match=message):
         load(changed)
 
 
-def test_a_huggingface_file_with_faults_names_them(square):
+def test_errors_of_huggingface_files_name_the_tensors(square):
     source = to_huggingface(*square)
     with pytest.raises(WeightsError, match=r"unknown \[text_encoder.x\]; missing none"):
         load(source | {"text_encoder.x": ZEROS})
@@ -372,7 +378,7 @@ def test_a_huggingface_file_with_faults_names_them(square):
         load(without(source, "iou_token"))
     with pytest.raises(WeightsError, match=r"gaussian_matrix|positional_embedding"):
         load(without(source, "positional_embedding"))
-    # The same tensor under both names: one of them would be dropped silently.
+    # If a tensor has both names, one of them would be dropped silently.
     name = "image_encoder.pos_embed"
     with pytest.raises(WeightsError, match=name):
         load(source | {name: np.zeros((1, 8, 8, 24), np.float32)})
@@ -391,7 +397,7 @@ def test_variables_of_another_model_are_not_written(tiny, square, write):
 
 
 def test_shapes_are_checked_before_anything_is_computed(state, monkeypatch):
-    """So that a small file with a large shape in it costs nothing."""
+    """Checks that nothing is resized if a shape is wrong, since shapes in a file may be huge."""
     state["image_encoder.pos_embed"] = np.ones((1, 4, 11, 24), np.float32)  # tables to resize
     state["mask_decoder.iou_token.weight"] = np.zeros((2, 32), np.float32)
     monkeypatch.setattr(jax.image, "resize", lambda *args, **kwargs: pytest.fail("resized"))
@@ -418,7 +424,7 @@ def edit(state, rng):
     elif kind == 2:  # a block's number
         number = rng.choice(["0", "1", "2", "7", "01", "-1", "", str(HUGE), "9" * 5000])
         state[re.sub(r"\.\d+\.", f".{number}.", str(name), count=1)] = state.pop(name, None)
-    elif kind == 3:  # a part is another tensor's
+    elif kind == 3:  # a part of the name of another tensor
         other = str(rng.choice(list(state) or ["y"]))
         state[other.split(".")[0] + "." + str(name).split(".")[-1]] = x
     elif kind == 4:
@@ -442,10 +448,10 @@ def edit(state, rng):
         state[name] = np.broadcast_to(np.zeros((), dtype), x.shape)
     elif kind == 11:
         state[name] = np.broadcast_to(np.float32(rng.choice([np.nan, np.inf, 1e38])), x.shape)
-    else:  # one axis of another length, of the tensor alone or of all that have it
+    else:  # another length of an axis, in one tensor or in all that have an axis of this length
         old = rng.choice(x.shape or (1,))
         resized, lengths = [name], [0, 1, 2, old + 1, 2 * old, 255, 256, HUGE, HUGE + 1]
-        if kind == 15:  # then not huge: such a file would be, too
+        if kind == 15:  # without huge lengths: files with many of them would be huge
             resized = [k for k, v in state.items() if isinstance(v, np.ndarray)]
             lengths = lengths[:-2]
         new = rng.choice(lengths)
@@ -456,12 +462,12 @@ def edit(state, rng):
     return state
 
 
-@pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")  # by JAX, of huge axes
-def test_random_edits_only_ever_raise_weights_errors(tiny, square, state, monkeypatch):
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")  # JAX warns for huge axes
+def test_random_edits_raise_only_weights_errors(tiny, square, state, monkeypatch):
     resize = jax.image.resize
 
     def bounded_resize(image, shape, *args, **kwargs):
-        # The matrix that it would make; without memory for it XLA ends the process.
+        # The resize makes a matrix. If it does not fit in memory, XLA ends the process.
         if image.shape[0] * shape[0] > 1 << 26:
             raise MemoryError(f"{image.shape} to {shape}")
         return resize(image, shape, *args, **kwargs)

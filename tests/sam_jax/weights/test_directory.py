@@ -1,4 +1,4 @@
-"""Weights directories: damaged JSON, wrong fields, and weights of another model."""
+"""Tests weights directories: damaged JSON, wrong fields, and weights of another model."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from tests.sam_jax.weights.official_state import assert_same_variables, flatten
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-    """An empty working folder."""
+    """Changes to an empty working folder, and returns it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def change_model(version, **fields):
-    """Changes fields of w/model.json, by their flat names, and writes it in a version."""
+    """Changes fields of w/model.json by their flat names, and writes the given version."""
     path = Path("w/model.json")
     model = sam_from_json(json.loads(path.read_text()), path)
     content = flat_json(model) if version == 1 else sam_to_json(model)
@@ -80,7 +80,7 @@ def test_a_bad_model_json_is_named(tiny, text):
         load("w")
 
 
-def test_a_model_json_that_is_not_text(tiny):
+def test_a_model_json_that_is_not_text_is_named(tiny):
     save("w", *tiny)
     Path("w/model.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(WeightsError, match=r"w/model.json"):
@@ -209,7 +209,7 @@ def test_an_absent_part_has_default_values():
     ],
     ids=str,
 )
-def test_fields_that_do_not_fit_each_other_or_the_weights(tiny, fields, version):
+def test_inconsistent_fields_are_named(tiny, fields, version):
     save("w", *tiny)
     change_model(version, **fields)
     (name,) = fields
@@ -218,18 +218,18 @@ def test_fields_that_do_not_fit_each_other_or_the_weights(tiny, fields, version)
         load("w")
 
 
-def test_a_depth_that_the_weights_do_not_have_costs_nothing(tiny, monkeypatch):
+def test_a_depth_unlike_that_of_the_weights_is_refused_without_tracing(tiny, monkeypatch):
     save("w", *tiny)
     change_model(2, depth=10**9)
-    # A model of so many blocks would take hours to trace.
+    # Tracing a model with so many blocks would take hours.
     monkeypatch.setattr(jax, "eval_shape", lambda *args: pytest.fail("traced"))
     with pytest.raises(WeightsError, match=r"w/(model.json.*depth|weights.safetensors)"):
         load("w")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32])
-def test_a_weights_directory_of_another_type(tiny, dtype):
-    """Float32 is what variables are; others are converted if they are floats, or refused."""
+def test_weights_of_other_dtypes_are_converted_or_refused(tiny, dtype):
+    """Checks that floats are converted to float32 or refused, and that integers are refused."""
     save("w", *tiny)
     flat = {k: x.astype(dtype) for k, x in flatten(tiny[1]).items()}
     safetensors_file.write("w/weights.safetensors", flat)

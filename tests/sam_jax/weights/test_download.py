@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that behaves well, badly or not at all."""
+"""Tests downloads from a local server that answers correctly, wrongly or not at all."""
 
 import contextlib
 import hashlib
@@ -21,14 +21,15 @@ import pytest
 from sam_jax.weights import download
 from sam_jax.weights.download import DownloadError, fetch
 
-CONTENT = bytes(range(256)) * 4096 * 3 + b"end"  # 3 MiB and a bit: several reads, the last short
+# The content is slightly longer than 3 MiB, so that the last read is short.
+CONTENT = bytes(range(256)) * 4096 * 3 + b"end"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 NAME = "model.pth"
 
 
 @pytest.fixture(autouse=True)
 def official(monkeypatch, tmp_path):
-    """One small official file, and neither a proxy nor the user's own cache."""
+    """Adds a small official file, and disables proxies and the cache of the user."""
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("SAM_JAX_CACHE", str(tmp_path / "cache"))
@@ -39,7 +40,7 @@ def official(monkeypatch, tmp_path):
 
 @pytest.fixture
 def site():
-    """A server whose `answer` each test sets; `ranges` lists the Range header of each request."""
+    """Yields a server. Tests set its `answer`, and `ranges` lists the Range headers of requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -61,7 +62,7 @@ def site():
 
 
 def send(request, content=CONTENT, *, cut=None, ranges=True, content_range=None, length=True):
-    """Answers as a web server does: all bytes, or those asked for; `cut` ends it too early."""
+    """Sends all bytes or the requested range. `cut` is the end of an incomplete answer."""
     start = 0
     if ranges and "Range" in request.headers:
         start = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-"))
@@ -73,7 +74,7 @@ def send(request, content=CONTENT, *, cut=None, ranges=True, content_range=None,
     if length:
         request.send_header("Content-Length", str(len(content) - start))
     request.end_headers()
-    with contextlib.suppress(ConnectionError):  # where the client has had enough
+    with contextlib.suppress(ConnectionError):  # the client may close the connection first
         request.wfile.write(content[start:cut])
     request.close_connection = True
 
@@ -86,23 +87,24 @@ def cache(tmp_path):
 
 
 def files(cache) -> dict[str, int]:
-    """Sizes by name, without the lock, which stays."""
+    """Returns the sizes of files by name, except for the lock file, which is kept."""
     found = {path.name: path.stat().st_size for path in cache.iterdir()}
     found.pop(f"{NAME}.lock", None)
     return found
 
 
-def test_the_table():
+def test_official_files_have_the_sizes_of_their_models():
     assert list(download.OFFICIAL)[:3] == ["sam_vit_b", "sam_vit_l", "sam_vit_h"]
     parameters = {"sam_vit_b": 93_735_472, "sam_vit_l": 312_342_832, "sam_vit_h": 641_090_608}
     for name, count in parameters.items():
         official = download.OFFICIAL[name]
         assert re.fullmatch(rf"{name}_[0-9a-f]{{6}}\.pth", official.name)
         assert len(bytes.fromhex(official.sha256)) == 32
-        assert 0 < official.size - 4 * count < 200_000  # float32, and a little of pickle and zip
+        # The values are float32. Pickle and zip add a small overhead.
+        assert 0 < official.size - 4 * count < 200_000
 
 
-def test_full_download(site, tmp_path, capsys):
+def test_a_file_is_downloaded_to_the_cache(site, tmp_path, capsys):
     path = fetch("small", base_url=site.url)
     assert path == tmp_path / "cache" / NAME
     assert path.read_bytes() == CONTENT
@@ -111,7 +113,7 @@ def test_full_download(site, tmp_path, capsys):
     assert capsys.readouterr().err == ""  # no progress bar outside a terminal
 
 
-def test_progress_on_a_terminal(site, cache, monkeypatch):
+def test_terminals_show_progress(site, cache, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -123,14 +125,14 @@ def test_progress_on_a_terminal(site, cache, monkeypatch):
     assert "3.15M" in last
 
 
-def test_cached_file_needs_no_request(site, cache):
-    (cache / NAME).write_bytes(bytes(len(CONTENT)))  # its digest was verified long ago
+def test_cached_files_need_no_request(site, cache):
+    (cache / NAME).write_bytes(bytes(len(CONTENT)))  # the digest is not verified again
     assert fetch("small", base_url=site.url) == cache / NAME
     assert site.ranges == []
     assert files(cache) == {NAME: len(CONTENT)}
 
 
-def test_cached_file_of_wrong_size(site, cache):
+def test_cached_files_of_wrong_size_are_errors(site, cache):
     (cache / NAME).write_bytes(b"half")
     with pytest.raises(DownloadError, match=r"model\.pth has 4 bytes.* 3,145,731; delete it"):
         fetch("small", base_url=site.url)
@@ -138,7 +140,7 @@ def test_cached_file_of_wrong_size(site, cache):
     assert files(cache) == {NAME: 4}
 
 
-def test_cut_connection_is_continued(site, cache):
+def test_a_closed_connection_is_resumed(site, cache):
     site.answer = lambda request: send(request, cut=1_234_567)
     with pytest.raises(DownloadError, match=r"closed after 1,234,567 of 3,145,731 bytes.*again"):
         fetch("small", base_url=site.url)
@@ -148,26 +150,26 @@ def test_cut_connection_is_continued(site, cache):
     assert site.ranges == [None, "bytes=1234567-"]
 
 
-def test_half_file_of_an_earlier_run(site, cache):
+def test_a_partial_file_is_resumed(site, cache):
     (cache / f"{NAME}.part").write_bytes(CONTENT[:100])
     assert fetch("small", base_url=site.url).read_bytes() == CONTENT
     assert site.ranges == ["bytes=100-"]
     assert files(cache) == {NAME: len(CONTENT)}
 
 
-def test_whole_file_that_was_not_renamed_yet(site, cache):
+def test_a_complete_partial_file_needs_no_request(site, cache):
     (cache / f"{NAME}.part").write_bytes(CONTENT)
     assert fetch("small", base_url=site.url).read_bytes() == CONTENT
     assert site.ranges == []
 
 
-def test_too_long_file_is_started_over(site, cache):
+def test_a_partial_file_that_is_too_long_is_restarted(site, cache):
     (cache / f"{NAME}.part").write_bytes(CONTENT + b"?")
     site.answer = not_satisfiable
     assert fetch("small", base_url=site.url).read_bytes() == CONTENT
 
 
-def test_bytes_are_on_disk_before_the_name(site, monkeypatch):
+def test_bytes_are_synced_before_the_file_is_renamed(site, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -199,28 +201,28 @@ def other_total(request):
 
 
 @pytest.mark.parametrize("answer", [without_ranges, not_satisfiable, other_start, other_total])
-def test_starts_over_where_the_server_cannot_continue(site, cache, answer):
-    (cache / f"{NAME}.part").write_bytes(bytes(100))  # would spoil the digest if it were kept
+def test_the_download_restarts_if_the_server_cannot_resume(site, cache, answer):
+    (cache / f"{NAME}.part").write_bytes(bytes(100))  # these would change the digest
     site.answer = answer
     assert fetch("small", base_url=site.url).read_bytes() == CONTENT
     assert site.ranges == ["bytes=100-", None]
 
 
 @pytest.mark.parametrize("start", [0, 100, len(CONTENT)])
-def test_wrong_digest(site, cache, start):
-    spoilt = bytes([1]) + CONTENT[1:]
-    (cache / f"{NAME}.part").write_bytes(spoilt[:start])
-    site.answer = lambda request: send(request, spoilt)
+def test_wrong_digests_are_errors(site, cache, start):
+    damaged = bytes([1]) + CONTENT[1:]
+    (cache / f"{NAME}.part").write_bytes(damaged[:start])
+    site.answer = lambda request: send(request, damaged)
     with pytest.raises(DownloadError) as error:
         fetch("small", base_url=site.url)
-    got = hashlib.sha256(spoilt).hexdigest()
+    got = hashlib.sha256(damaged).hexdigest()
     assert str(error.value).endswith(f"SHA-256 is {got}, expected {SHA256}")  # no advice to retry
     assert files(cache) == {}
 
 
 @pytest.mark.parametrize("start", [0, 100])
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT + b"?", CONTENT[:50], b""])
-def test_wrong_length_is_refused_unread(site, cache, content, start):
+def test_wrong_lengths_are_refused_before_reading(site, cache, content, start):
     (cache / f"{NAME}.part").write_bytes(CONTENT[:start])
     site.answer = lambda request: send(request, content)
     if start > len(content):
@@ -230,7 +232,7 @@ def test_wrong_length_is_refused_unread(site, cache, content, start):
     assert files(cache) == {f"{NAME}.part": start}
 
 
-def test_no_length_is_given(site):
+def test_answers_without_a_length_are_read(site):
     site.answer = lambda request: send(request, length=False)
     assert fetch("small", base_url=site.url).read_bytes() == CONTENT
 
@@ -260,14 +262,14 @@ def redirect(request, location):
         "http://example.invalid/model.pth",
     ],
 )
-def test_redirect_to_another_scheme(site, cache, location):
+def test_redirects_to_other_schemes_are_errors(site, cache, location):
     site.answer = lambda request: redirect(request, location)
     with pytest.raises(DownloadError, match="redirect"):
         fetch("small", base_url=site.url)
     assert files(cache) == {}
 
 
-def test_redirect_on_this_machine(site, cache):
+def test_redirects_within_the_server_are_followed(site, cache):
     def answer(request):
         return redirect(request, "/new/model.pth") if request.path == f"/{NAME}" else send(request)
 
@@ -278,7 +280,7 @@ def test_redirect_on_this_machine(site, cache):
 
 
 @pytest.mark.parametrize("target", ["http://example.com/x", "http://127.0.0.1/x", "ftp://a/x"])
-def test_redirect_never_leaves_https(target):
+def test_redirects_from_https_to_other_schemes_are_errors(target):
     request = urllib.request.Request("https://example.com/x")
     with pytest.raises(DownloadError, match="only https is allowed"):
         redirect_request(request, target)
@@ -289,7 +291,7 @@ def redirect_request(request, target):
     return download._SafeRedirects().redirect_request(request, None, 302, "Found", headers, target)
 
 
-def test_redirect_within_https():
+def test_redirects_within_https_are_followed():
     request = urllib.request.Request("https://example.com/x")
     target = "https://example.org/y"
     followed = redirect_request(request, target)
@@ -299,17 +301,17 @@ def test_redirect_within_https():
 @pytest.mark.parametrize(
     "base_url", ["http://example.com/", "ftp://127.0.0.1/", "file:///tmp/", "model/", ""]
 )
-def test_only_https(base_url):
+def test_base_urls_must_start_with_https(base_url):
     with pytest.raises(ValueError, match="must start with https"):
         fetch("small", base_url=base_url)
 
 
-def test_unknown_name(site):
+def test_unknown_names_are_errors(site):
     with pytest.raises(ValueError, match=r"one of sam_vit_b, sam_vit_l, sam_vit_h.*'sam_vit_x'"):
         fetch("sam_vit_x", base_url=site.url)
 
 
-def test_offline(cache):
+def test_refused_connections_are_errors_with_instructions(cache):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
@@ -321,7 +323,7 @@ def test_offline(cache):
     assert files(cache) == {}
 
 
-def test_http_error(site, cache):
+def test_http_errors_are_reported(site, cache):
     site.answer = lambda request: request.send_error(404)
     with pytest.raises(DownloadError, match=r"404: Not Found.* with a browser"):
         fetch("small", base_url=site.url)
@@ -331,7 +333,7 @@ def test_http_error(site, cache):
     assert files(cache) == {f"{NAME}.part": 100}
 
 
-def test_silent_server(site, monkeypatch):
+def test_a_server_that_does_not_answer_times_out(site, monkeypatch):
     monkeypatch.setattr(download, "_TIMEOUT", 0.2)
     done = threading.Event()
     site.answer = lambda request: done.wait(10)
@@ -340,25 +342,25 @@ def test_silent_server(site, monkeypatch):
     done.set()
 
 
-def test_nonsense_instead_of_http(site):
+def test_answers_that_are_not_http_are_errors(site):
     site.answer = lambda request: request.wfile.write(b"nonsense\r\n\r\n")
     with pytest.raises(DownloadError, match="nonsense"):
         fetch("small", base_url=site.url)
 
 
-def test_folder_that_cannot_be_made(site, tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_an_error(site, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DownloadError, match="Not a directory"):
         fetch("small", base_url=site.url, cache_dir=tmp_path / "file" / "cache")
 
 
-def test_cache_folder(site, tmp_path, monkeypatch):
+def test_the_cache_folder_is_chosen_by_argument_or_environment(site, tmp_path, monkeypatch):
     assert fetch("small", base_url=site.url, cache_dir=str(tmp_path / "a")).parent == tmp_path / "a"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert fetch("small", base_url=site.url).parent == tmp_path / "cache"
-    monkeypatch.setenv("SAM_JAX_CACHE", "~/own")
-    assert fetch("small", base_url=site.url).parent == tmp_path / "home/own"
+    monkeypatch.setenv("SAM_JAX_CACHE", "~/custom")
+    assert fetch("small", base_url=site.url).parent == tmp_path / "home/custom"
     monkeypatch.setenv("SAM_JAX_CACHE", "")
     assert fetch("small", base_url=site.url).parent == tmp_path / "xdg/sam_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -381,7 +383,7 @@ def start_child(url) -> subprocess.Popen:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_killed_in_the_middle(site, cache):
+def test_a_killed_download_is_resumed(site, cache):
     done = threading.Event()
 
     def stall(request):
@@ -411,17 +413,17 @@ def test_killed_in_the_middle(site, cache):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl")
 def test_two_processes_download_once(site, cache):
-    """Both are started before the server sends a byte; the second waits for the first's file."""
-    both = threading.Event()
+    """Starts both before the server sends a byte. The second waits for the file of the first."""
+    both_started = threading.Event()
 
     def answer(request):
-        both.wait(30)
+        both_started.wait(30)
         send(request)
 
     site.answer = answer
     children = [start_child(site.url) for _ in range(2)]
     time.sleep(1)
-    both.set()
+    both_started.set()
     assert [child.wait(timeout=30) for child in children] == [0, 0]
     assert site.ranges == [None]
     assert (cache / NAME).read_bytes() == CONTENT

@@ -1,4 +1,4 @@
-"""Loading and saving by path in every format, and writing over existing files."""
+"""Tests loading and saving in every format, and replacing existing files."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from tests.sam_jax.weights.safetensors_bytes import mutated
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-    """An empty working folder."""
+    """Changes to an empty working folder, and returns it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -40,7 +40,7 @@ def listing(path="."):
 @pytest.mark.parametrize(
     "name", ["w.pth", "w.pt", "w.safetensors", "weights", "w.v1", "a/b/weights"]
 )
-def test_saved_and_loaded(square, name):
+def test_weights_round_trip_through_every_format(square, name):
     save(name, *square)
     model, variables = load(name)
     assert model == square[0]
@@ -49,28 +49,28 @@ def test_saved_and_loaded(square, name):
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "weights"])
-def test_images_that_are_not_square(tiny, name):
+def test_models_of_images_that_are_not_square_round_trip(tiny, name):
     save(name, *tiny)
     model, variables = load(name)
     assert model == tiny[0]
     assert_same_variables(variables, tiny[1])
 
 
-def test_formats_of_files(square):
+def test_paths_and_options_determine_the_format(square):
     for name in ("w.pth", "w.pt", "other"):
         save(name, *square, format="official")
         assert Path(name).read_bytes()[:2] == b"PK"
         assert torch_file.read(name).keys() == to_torch(*square).keys()
     save(Path("w.safetensors"), *square)
     assert safetensors_file.read("w.safetensors").keys() == to_torch(*square).keys()
-    save("ours", *square)
-    assert listing("ours") == ["model.json", "weights.safetensors"]
-    save("ours.pth", *square, format="sam_jax")
-    assert listing("ours.pth") == ["model.json", "weights.safetensors"]
+    save("directory", *square)
+    assert listing("directory") == ["model.json", "weights.safetensors"]
+    save("directory.pth", *square, format="sam_jax")
+    assert listing("directory.pth") == ["model.json", "weights.safetensors"]
     save("hf", *square, format="huggingface")
     assert listing("hf") == ["config.json", "model.safetensors", "preprocessor_config.json"]
     assert safetensors_file.read("hf/model.safetensors").keys() == to_huggingface(*square).keys()
-    for name in ("other", "hf", "ours.pth"):
+    for name in ("other", "hf", "directory.pth"):
         assert_same_variables(load(name)[1], square[1])
 
 
@@ -80,12 +80,12 @@ def test_a_weights_directory_keeps_all_fields(tiny):
     assert load("w")[0] == model
 
 
-def test_safetensors_under_any_name(square):
+def test_safetensors_are_recognized_by_content(square):
     safetensors_file.write("w.bin", to_torch(*square))
     assert_same_variables(load("w.bin")[1], square[1])
 
 
-def test_safetensors_with_huggingface_names(square):
+def test_files_with_huggingface_names_are_loaded(square):
     safetensors_file.write("w.safetensors", to_huggingface(*square))
     assert_same_variables(load("w.safetensors")[1], square[1])
     torch_file.write("w.pth", to_huggingface(*square))
@@ -114,7 +114,7 @@ def test_the_error_of_a_missing_path_lists_the_possible_ones():
         load("sam_vit_x")
 
 
-def test_names_of_official_files_are_fetched(square, monkeypatch):
+def test_official_names_are_downloaded(square, monkeypatch):
     fetched = []
 
     def fetch(name):
@@ -181,7 +181,7 @@ def test_a_huggingface_folder_replaces_an_older_one(square):
 
 
 @pytest.mark.parametrize("format", ["sam_jax", "huggingface"])
-def test_other_directories_and_files_are_kept(square, format):
+def test_other_directories_and_files_are_not_replaced(square, format):
     os.mkdir("photos")
     Path("photos/a.jpg").write_text("precious")
     Path("file").write_text("precious")
@@ -189,7 +189,7 @@ def test_other_directories_and_files_are_kept(square, format):
         with pytest.raises(FileExistsError, match=rf"{name} exists and has no .*json"):
             save(name, *square, format=format)
     assert listing() == ["file", "photos/a.jpg"]
-    # Nor does either kind of directory replace the other.
+    # A directory of one format does not replace one of the other format.
     save("other", *square, format="huggingface" if format == "sam_jax" else "sam_jax")
     with pytest.raises(FileExistsError, match=r"other exists and has no"):
         save("other", *square, format=format)
@@ -212,7 +212,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failure_in_the_middle_leaves_the_older_weights(tiny, square, monkeypatch, name, error):
+def test_a_failed_write_keeps_the_older_weights(tiny, square, monkeypatch, name, error):
     save(name, *square)
     before = listing()
     for owner, function in WRITERS[name]:
@@ -229,7 +229,7 @@ def test_a_failure_in_the_middle_leaves_the_older_weights(tiny, square, monkeypa
         assert_same_variables(load(name)[1], square[1])
 
 
-def test_a_failure_between_the_two_renames_puts_the_older_weights_back(tiny, square, monkeypatch):
+def test_a_failed_rename_restores_the_older_weights(tiny, square, monkeypatch):
     save("w", *square)
     rename, calls = Path.rename, []
 
@@ -247,7 +247,7 @@ def test_a_failure_between_the_two_renames_puts_the_older_weights_back(tiny, squ
     assert os.listdir() == ["w"]
 
 
-def test_nothing_is_written_if_the_variables_are_those_of_another_model(tiny, square):
+def test_variables_of_another_model_are_not_written(tiny, square):
     for name in ("w", "w.pth", "w.safetensors"):
         for variables in (square[1], {"params": tiny[1]["params"]}, {}):
             with pytest.raises(ValueError, match="variables"):
@@ -268,7 +268,7 @@ def test_the_tiny_model_comes_with_the_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tiny.pth", "tiny.safetensors", "tiny"])
-def test_a_decoder_of_other_heads_has_no_official_form(tmp_path, name):
+def test_official_formats_require_eight_decoder_heads(tmp_path, name):
     model, variables = load("sam_tiny")
     format = None if "." in name else "huggingface"
     with pytest.raises(WeightsError, match=r"only models with mask_decoder.num_heads=8 .* got 2"):
@@ -277,7 +277,7 @@ def test_a_decoder_of_other_heads_has_no_official_form(tmp_path, name):
 
 
 def test_mutated_weights_files_are_loaded_or_refused(tiny, monkeypatch):
-    """Whole files, of every kind, with errors of no other kind."""
+    """Checks that mutated files are loaded, or refused with a ValueError that names them."""
     monkeypatch.setattr(jax, "device_put", lambda x: x)
     for name in ("w.pth", "w.safetensors"):
         save(name, *tiny)

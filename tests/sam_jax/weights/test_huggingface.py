@@ -1,4 +1,4 @@
-"""Hugging Face folders: shards, damaged indices, and the configuration."""
+"""Tests Hugging Face folders: shards, damaged indices, and the configuration."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.sam_jax.weights.official_state import assert_same_variables
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-    """An empty working folder."""
+    """Changes to an empty working folder, and returns it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -34,7 +34,7 @@ def write_shards(square, weight_map=None, shards=None):
     Path("hf/model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_a_sharded_folder(square):
+def test_a_sharded_folder_is_loaded(square):
     write_shards(square)
     model, variables = load("hf")
     assert model == square[0]
@@ -56,7 +56,7 @@ def test_a_sharded_folder(square):
     ],
     ids=repr,
 )
-def test_shards_are_in_the_folder_or_refused(square, name):
+def test_shards_outside_the_folder_are_refused(square, name):
     safetensors_file.write("w.safetensors", to_huggingface(*square))
     write_shards(square, {"vision_encoder.pos_embed": name})
     with pytest.raises(WeightsError, match=r"hf/model.safetensors.index.json.*weight_map"):
@@ -78,15 +78,15 @@ def test_a_missing_shard_is_named(square):
         load("hf")
 
 
-def test_a_tensor_of_two_shards_is_named(square):
-    """One of the two would be dropped silently."""
+def test_a_tensor_in_two_shards_is_named(square):
+    """Checks that a tensor in two shards is an error, since one copy would be dropped silently."""
     name = "mask_decoder.iou_token.weight"
     write_shards(square, shards={name: np.ones((1, 32), np.float32)})
     with pytest.raises(WeightsError, match=name):
         load("hf")
 
 
-def test_the_configuration(square):
+def test_configurations_have_the_fields_of_the_model(square):
     save("hf", *square, format="huggingface")
     config = json.loads(Path("hf/config.json").read_text())
     vision = config["vision_config"]

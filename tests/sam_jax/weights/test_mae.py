@@ -1,4 +1,4 @@
-"""Files of masked autoencoders, and their encoders in a SAM."""
+"""Tests files of masked autoencoders, and their encoders in a SAM."""
 
 import json
 
@@ -29,7 +29,7 @@ MODEL = mae_tiny(image_size=(32, 48), decoder_dim=32, decoder_depth=3)
 
 
 def random_variables(model, seed=0):
-    """Returns random variables, of which no two arrays are equal and none equals its transpose."""
+    """Returns random variables. No two arrays are equal, and none equals its transpose."""
     rng = np.random.default_rng(seed)
     shapes = {path: x.shape for path, x in variable_shapes(model).items()}
     flat = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
@@ -47,7 +47,7 @@ def saved(tmp_path, variables):
     return tmp_path / "mae"
 
 
-def test_a_directory_and_back(saved, variables):
+def test_directories_round_trip(saved, variables):
     model, loaded = load_autoencoder(saved)
     assert model == MODEL
     assert loaded["constants"] == {}
@@ -62,7 +62,7 @@ def test_a_checkpoint_has_the_variables_and_the_tensors(saved, variables):
     assert_same_arrays(checkpoint.tensors, mae.to_torch(MODEL, variables))
 
 
-def test_names_and_layouts_are_those_of_pytorch(variables):
+def test_names_and_layouts_equal_those_of_pytorch(variables):
     state, params = mae.to_torch(MODEL, variables), variables["params"]
     np.testing.assert_array_equal(
         state["patch_embed.proj.weight"], params["patch_embed"]["kernel"].transpose(3, 2, 0, 1)
@@ -81,7 +81,7 @@ def test_names_and_layouts_are_those_of_pytorch(variables):
 
 
 @pytest.mark.parametrize("name", ["mae.safetensors", "mae.pth"])
-def test_single_files(tmp_path, variables, name):
+def test_single_files_have_no_model(tmp_path, variables, name):
     sam_jax.save(tmp_path / name, MODEL, variables)
     model, tensors = read_autoencoder(tmp_path / name)
     assert model is None
@@ -90,7 +90,7 @@ def test_single_files(tmp_path, variables, name):
         load_autoencoder(tmp_path / name)
 
 
-def test_there_is_no_huggingface_format(tmp_path, variables):
+def test_the_huggingface_format_is_refused(tmp_path, variables):
     message = "a masked autoencoder's format must be sam_jax or official; got 'huggingface'"
     with pytest.raises(ValueError, match=message):
         sam_jax.save(tmp_path / "x", MODEL, variables, format="huggingface")
@@ -111,8 +111,8 @@ def test_an_autoencoder_is_not_a_sam(saved):
 
 DAMAGED = {
     "a missing tensor": (lambda s: s.pop("norm.weight"), r"missing \[norm.weight\]"),
-    "an unknown one": (lambda s: s.update(gate=s["norm.weight"]), r"unknown \[gate\]"),
-    "a misshapen one": (
+    "an unknown tensor": (lambda s: s.update(gate=s["norm.weight"]), r"unknown \[gate\]"),
+    "a tensor of another shape": (
         lambda s: s.update({"norm.weight": s["norm.weight"][1:]}),
         r"norm.weight \(63,\) instead of \(64,\)",
     ),
@@ -156,19 +156,19 @@ def test_invalid_fields_are_named(saved, field, value, message):
         read_autoencoder(saved)
 
 
-def test_a_directory_without_its_tensors(saved):
+def test_a_directory_without_tensors_is_an_error(saved):
     (saved / directory.MAE_WEIGHTS).unlink()
     with pytest.raises(WeightsError, match=r"mae\.safetensors is missing"):
         read_autoencoder(saved)
 
 
-# Its encoder as a SAM's image encoder.
+# The encoder as the image encoder of a SAM.
 
 SAM = sam_tiny(image_size=(64, 80), window_size=4, global_blocks=(1,))
 
 
-def test_every_layer_of_the_encoder_is_there():
-    """On the grid that it was trained on."""
+def test_every_layer_of_the_encoder_is_used():
+    """Uses the grid of the training images."""
     model = mae_tiny(image_size=(64, 64))
     sam = sam_tiny(image_size=(64, 64))
     variables = random_variables(model)
@@ -185,8 +185,8 @@ def test_every_layer_of_the_encoder_is_there():
     )
     for i in range(2):
         block = given["params"]["image_encoder"][f"block_{i:02d}"]
-        theirs = variables["params"][f"block_{i:02d}"]
-        assert_same_arrays(flatten(block), flatten(theirs))
+        expected = variables["params"][f"block_{i:02d}"]
+        assert_same_arrays(flatten(block), flatten(expected))
 
 
 def test_positions_and_patches_are_resized():
@@ -220,7 +220,7 @@ REFUSED = {
         (4, 6),
         r"fc1.weight \(256, 64\) instead of \(128, 64",
     ),
-    "no square": (SAM, None, r"pos_embed must have shape \(1, 1 \+ g \* g, 64\); got \(1, 25, 64"),
+    "not square": (SAM, None, r"pos_embed must have shape \(1, 1 \+ g \* g, 64\); got \(1, 25, 64"),
     "another grid": (SAM, (5, 6), r"pos_embed must have shape \(1, 1 \+ 5 \* 6, 64\)"),
 }
 
@@ -253,7 +253,7 @@ def state():
 
 @pytest.fixture
 def zero_init(monkeypatch):
-    """Initializes with zeros the parts that an MAE checkpoint lacks, which is faster."""
+    """Initializes the parts that are not in an MAE checkpoint with zeros, which is faster."""
 
     def zeros(model, seed):
         flat = {path: jnp.zeros(x.shape) for path, x in variable_shapes(model).items()}
@@ -263,7 +263,7 @@ def zero_init(monkeypatch):
     monkeypatch.setattr(mae, "init_variables", zeros)
 
 
-def test_mae_encoder(state, zero_init):
+def test_mae_encoders_initialize_a_sam(state, zero_init):
     extra = {
         "mask_token": ZEROS,
         "decoder_embed.weight": ZEROS,
@@ -283,14 +283,14 @@ def test_mae_encoder(state, zero_init):
     kernel = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(encoder["patch_embed"]["kernel"], kernel)
     np.testing.assert_array_equal(block["attention"]["rel_pos_h"], np.zeros((127, 64)))
-    # Positions: those of a 3x3 grid, without the class token's, in rows, stretched over 64x64.
+    # The positions of the 3x3 grid, without the class token, are resized to 64x64 in row order.
     row, column = encoder["pos_embed"][0, :, :, 0], encoder["pos_embed"][0, :, :, 1]
     assert encoder["pos_embed"].shape == (1, 64, 64, 768)
     np.testing.assert_allclose(row, np.broadcast_to(row[:, :1], (64, 64)), atol=1e-5)
     np.testing.assert_allclose(column, row.T, atol=1e-5)
     assert np.all(np.diff(row[8:-8, 0]) > 0)
-    assert row[31:33, 0].mean() == pytest.approx(1, abs=1e-4)  # around the centre of the middle
-    assert row[10:12, 0].mean() == pytest.approx(0, abs=0.03)  # around that of the first
+    assert row[31:33, 0].mean() == pytest.approx(1, abs=1e-4)  # around the center of the middle row
+    assert row[10:12, 0].mean() == pytest.approx(0, abs=0.03)  # around the center of the first row
     text = " ".join(notes)
     for name in ("epoch", "cls_token", "norm.weight", *extra):
         assert name in text
@@ -309,7 +309,7 @@ def test_mae_patches_of_14_are_resized_to_16_and_keep_their_response_to_a_consta
     np.testing.assert_allclose(resized, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_mae_parts_that_are_missing_are_drawn_from_seed_0(state, jit, monkeypatch):
+def test_missing_parts_are_initialized_with_seed_0(state, jit, monkeypatch):
     monkeypatch.setattr(jax, "jit", jit)
     model, variables, notes = load_sam(state)
     assert any("untrained" in note for note in notes)
@@ -328,7 +328,7 @@ def test_mae_parts_that_are_missing_are_drawn_from_seed_0(state, jit, monkeypatc
 
 MAE_REFUSED = {
     "an unknown tensor": ({"gate.weight": ZEROS}, r"unknown \[gate.weight\]"),
-    "positions that are no square": (
+    "positions that are not square": (
         {"pos_embed": np.zeros((1, 7, 768), "f4")},
         r"pos_embed.*got.*7",
     ),
@@ -351,7 +351,7 @@ MAE_REFUSED = {
         {"patch_embed.proj.weight": np.zeros((768, 3, 14, 7), "f4")},
         r"patch_embed",
     ),
-    "a misshapen layer": (
+    "a layer of another shape": (
         {"blocks.0.attn.qkv.weight": np.zeros((768, 2304), "f4")},
         r"blocks.0.attn.qkv.weight \(768, 2304\) instead of \(2304, 768\)",
     ),
@@ -359,13 +359,13 @@ MAE_REFUSED = {
 
 
 @pytest.mark.parametrize("kind", MAE_REFUSED)
-def test_mae_refused(state, zero_init, kind):
+def test_other_mae_state_dicts_are_refused(state, zero_init, kind):
     changes, message = MAE_REFUSED[kind]
     with pytest.raises(WeightsError, match=message):
         load_sam(state | changes)
 
 
-def test_mae_depth_must_make_four_super_blocks(state):
+def test_mae_depth_must_be_a_multiple_of_four(state):
     with pytest.raises(WeightsError, match=r"depth a multiple of 4; got 768 wide and 3 deep"):
         load_sam(without(state, "blocks.3."))
     with pytest.raises(WeightsError, match=r"count from 0 without a gap; got \[0, 1, 3\]"):

@@ -1,4 +1,4 @@
-"""Names and layouts of parameters in sam_jax, segment-anything and Hugging Face."""
+"""Tests names and layouts of parameters in sam_jax, segment-anything and Hugging Face."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.sam_jax.weights.official_state import official_shapes
 
 
 @pytest.mark.parametrize(
-    ("layout", "torch_shape", "our_shape"),
+    ("layout", "torch_shape", "flax_shape"),
     [
         (names.SAME, (2, 3, 4), (2, 3, 4)),
         (names.LINEAR, (5, 3), (3, 5)),
@@ -20,11 +20,11 @@ from tests.sam_jax.weights.official_state import official_shapes
         (names.TOKEN, (1, 1, 6), (6,)),
     ],
 )
-def test_the_two_functions_of_a_layout_undo_each_other(layout, torch_shape, our_shape):
+def test_the_two_functions_of_a_layout_are_inverse(layout, torch_shape, flax_shape):
     x = np.arange(np.prod(torch_shape), dtype=np.float32).reshape(torch_shape)
     converted = layout.from_torch(x)
-    assert converted.shape == our_shape
-    assert layout.torch_shape(our_shape) == torch_shape
+    assert converted.shape == flax_shape
+    assert layout.torch_shape(flax_shape) == torch_shape
     np.testing.assert_array_equal(layout.to_torch(converted), x)
     np.testing.assert_array_equal(layout.from_torch(layout.to_torch(converted)), converted)
 
@@ -43,7 +43,7 @@ def test_layouts_element_by_element():
     ],
     ids=["vit_b", "vit_l"],
 )
-def test_official_names_and_shapes_are_those_of_the_specification(model, expected):
+def test_official_names_and_shapes_equal_the_published_ones(model, expected):
     shapes = variable_shapes(model)
     table = names.official_names(model.image_encoder.depth, model.mask_decoder.depth)
     assert table.keys() == shapes.keys()

@@ -1,4 +1,4 @@
-"""Safetensors files come back as they were; damaged ones are refused in bounded memory."""
+"""Tests that safetensors files round-trip, and that damaged files are refused in little memory."""
 
 import json
 import os
@@ -20,12 +20,12 @@ FUZZ_INPUTS = 5_000
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """An empty working folder."""
+    """Changes to an empty working folder, and returns it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_round_trip(tmp_path):
+def test_arrays_round_trip(tmp_path):
     path = tmp_path / "x.safetensors"
     write(path, TENSORS | {"t": TENSORS["a"].T})
     back = read(path)
@@ -76,7 +76,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-def test_broken_files_are_refused_by_name(content, tmp_path):
+def test_errors_name_the_broken_file(content, tmp_path):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
     with pytest.raises(SafetensorsFileError, match=r"broken\.safetensors is damaged"):
@@ -121,7 +121,7 @@ def test_safetensors_of_other_types_are_not_weights(folder):
             load("w.safetensors")
 
 
-def test_safetensors_come_back_as_they_were(folder):
+def test_dtypes_and_shapes_round_trip(folder):
     rng = np.random.default_rng(0)
     tensors = {
         "a": rng.standard_normal((2, 3)).astype(np.float32),

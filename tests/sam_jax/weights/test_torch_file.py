@@ -1,4 +1,4 @@
-"""Hostile, damaged and ordinary `.pth` files, made by hand, so that torch is not needed."""
+"""Tests hostile, damaged and valid `.pth` files. They are built without torch."""
 
 import contextlib
 import os
@@ -43,7 +43,7 @@ def memory_below(limit: int) -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working folder, in which nothing but `file.pth` may appear."""
+    """Yields the working folder, and checks that only `file.pth` was created in it."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {"file.pth"}
@@ -51,11 +51,11 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(folder, name):
+def test_hostile_and_damaged_files_are_refused(folder, name):
     content, message = REFUSED[name]
     path = folder / "file.pth"
     path.write_bytes(content)
-    # Those that are stopped by their count are not measured: tracing would take ten times longer.
+    # Files with too many opcodes or values are not measured: tracing takes ten times longer.
     measure = contextlib.nullcontext() if "500000" in message else memory_below(32 << 20)
     with pytest.raises(torch_file.TorchFileError) as refusal, measure:
         torch_file.read(path)
@@ -64,7 +64,7 @@ def test_refused(folder, name):
     assert len(str(refusal.value)) < 1000
 
 
-def test_cut_off_anywhere(folder):
+def test_truncated_files_are_refused(folder):
     path = folder / "file.pth"
     for length in range(len(VALID)):
         path.write_bytes(VALID[:length])
@@ -72,12 +72,12 @@ def test_cut_off_anywhere(folder):
             torch_file.read(path)
 
 
-def test_folder_instead_of_file(folder):
+def test_a_folder_is_an_error(folder):
     with pytest.raises(torch_file.TorchFileError, match="not a regular file"):
         torch_file.read(folder)
 
 
-def test_missing_file(folder):
+def test_a_missing_file_is_an_error(folder):
     with pytest.raises(FileNotFoundError):
         torch_file.read(folder / "file.pth")
 
@@ -116,7 +116,7 @@ SPLICES = [
 
 
 def mutations(content: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Copies of the content with one to four bytes or pieces changed."""
+    """Yields copies of the content with one to four random changes."""
     random = np.random.default_rng(seed)
     for _ in range(count):
         mutant = bytearray(content)
@@ -138,7 +138,7 @@ def mutations(content: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("what", ["archive", "pickle"])
-def test_mutations(folder, what):
+def test_mutated_files_are_read_or_refused(folder, what):
     count = 2000
     path = folder / "file.pth"
     path.write_bytes(archive(SEED_PICKLE))
@@ -153,10 +153,10 @@ def test_mutations(folder, what):
             path.write_bytes(file)
             with contextlib.suppress(torch_file.TorchFileError):
                 read += isinstance(torch_file.read(path), dict)
-    assert count // 100 < read < count - count // 100  # both happen
+    assert count // 100 < read < count - count // 100  # some are read and some are refused
 
 
-# What is read.
+# Reading.
 
 
 def test_reads_a_checkpoint(folder):
@@ -215,14 +215,14 @@ def test_reads_a_checkpoint(folder):
     assert np.shares_memory(model["plain"], model["transposed"])
 
 
-def test_memo_index_asks_for_no_memory(folder):
+def test_large_memo_indices_take_no_memory(folder):
     path = folder / "file.pth"
     path.write_bytes(archive(b"\x80\x02}r\xff\xff\xff\xff."))
     with memory_below(1 << 20):
         assert torch_file.read(path) == {}
 
 
-def test_memory_is_the_size_of_the_file(folder):
+def test_reading_takes_little_more_memory_than_the_file(folder):
     path = folder / "file.pth"
     tensors = {str(i): np.ones((1 << 20,), np.float32) for i in range(8)}
     with memory_below(1 << 20):
@@ -231,12 +231,12 @@ def test_memory_is_the_size_of_the_file(folder):
         assert len(torch_file.read(path)) == 8
 
 
-# What is written.
+# Writing.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (7,), (2, 3, 5)], ids=str)
-def test_round_trip(folder, dtype, shape):
+def test_arrays_round_trip(folder, dtype, shape):
     dtype = np.dtype(dtype)
     data = np.random.default_rng(0).bytes(int(np.prod(shape)) * dtype.itemsize)
     if dtype.kind == "b":
@@ -247,7 +247,7 @@ def test_round_trip(folder, dtype, shape):
     assert (read.dtype, read.shape, read.tobytes()) == (dtype, shape, data)
 
 
-def test_round_trip_of_views(folder):
+def test_views_round_trip(folder):
     base = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     tensors = {
         "transposed": base.T,
@@ -262,12 +262,12 @@ def test_round_trip_of_views(folder):
         np.testing.assert_array_equal(read[name], array)
 
 
-def test_empty_state_dict(folder):
+def test_an_empty_state_dict_round_trips(folder):
     torch_file.write(folder / "file.pth", {})
     assert torch_file.read(folder / "file.pth") == {}
 
 
-def test_data_is_aligned_and_bytes_repeat(folder):
+def test_data_is_aligned_and_files_are_reproducible(folder):
     path = folder / "file.pth"
     tensors = {str(i): np.full((i,), i, np.uint8) for i in range(130)}
     torch_file.write(path, tensors)
@@ -297,21 +297,21 @@ def test_data_is_aligned_and_bytes_repeat(folder):
     ids=lambda tensors: repr(tensors["bad"]),
 )
 @pytest.mark.usefixtures("without_type_checks")
-def test_values_that_cannot_be_written(folder, tensors):
+def test_unsupported_values_are_refused(folder, tensors):
     with pytest.raises(ValueError, match=r"'bad': got .* must be"):
         torch_file.write(folder / "file.pth", tensors)
     assert not list(folder.iterdir())
 
 
 @pytest.mark.usefixtures("without_type_checks")
-def test_names_that_cannot_be_written(folder):
+def test_unsupported_names_are_refused(folder):
     with pytest.raises(ValueError, match="7: names must be strings"):
         torch_file.write(folder / "file.pth", {7: np.zeros(2)})
     assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_failed_write_leaves_the_old_file(folder, monkeypatch, step):
+def test_a_failed_write_keeps_the_old_file(folder, monkeypatch, step):
     def fail(*_):
         raise OSError("disk full")
 

@@ -1,10 +1,10 @@
-"""Opcodes of pickles and zip archives of `.pth` files, made by hand."""
+"""Builds pickles and zip archives of `.pth` files from single opcodes."""
 
 import io
 import struct
 import zipfile
 
-COMMAND = "touch canary"  # of an attack
+COMMAND = "touch canary"  # an attack
 
 
 def push(value) -> bytes:

@@ -1,4 +1,4 @@
-"""Costs of programs, read from their texts."""
+"""Cost estimates of compiled programs from their HLO text."""
 
 # ruff: noqa: E501
 
@@ -52,13 +52,13 @@ ENTRY %main.9 (x: f32[8,128]) -> f32[8,128] {
 """
 
 
-def test_loops_count_as_often_as_they_run_and_scopes_are_phases():
+def test_costs_of_loops_are_multiplied_and_scopes_become_phases():
     cost = estimate_cost(LOOP, V5E, {"encoder": "encoder", "rounds": "rounds"})
     expected = {"rounds": 3 * 1000, "encoder": 3 * 5 * 10, "other": 7}
     assert cost.seconds == pytest.approx({k: v / SECOND for k, v in expected.items()})
 
 
-def test_collectives_are_counted_once_each():
+def test_each_collective_is_counted_once():
     collectives = estimate_cost(LOOP, V5E, {}).collectives
     assert collectives == {
         "all-gather": {"count": 1, "bytes": 2 * (16 + 128), "asynchronous": 1, "phases": ["other"]},
@@ -66,21 +66,23 @@ def test_collectives_are_counted_once_each():
     }
 
 
-def test_kernels_with_a_known_cost_are_bounded_and_others_named():
+def test_kernels_with_a_cost_model_have_a_bound_and_others_are_listed():
     phases = ("encoder", "windows", "updates", "upscales", "among")
     cost = estimate_cost(LOOP, V5E, {name: name for name in phases})
     flops = 2 * 2 * 512 * 512 * (128 + 128)  # channels padded to lanes
     assert cost.kernel_seconds_bound["encoder"] == pytest.approx(flops / V5E.peak_flops / 0.7)
-    windows = 853 * 3 * (25 + 2)  # cycles of three heads
+    windows = 853 * 3 * (25 + 2)  # 853 cycles for each of three heads
     assert cost.kernel_seconds_bound["windows"] == pytest.approx(windows / SECOND)
-    image = 2 * 256 * 4096  # bytes: eight are read and written, and positions read for each
+    image = 2 * 256 * 4096  # bytes
     tokens = 2 * 8 * 128 * 256
+    # Eight arrays of this size are read, eight are written, and the positions are read eight times.
     moved = (8 + 8 + 8) * image + tokens
     assert cost.kernel_seconds_bound["updates"] == pytest.approx(moved / V5E.hbm_bandwidth)
     assert moved / V5E.hbm_bandwidth > 4 * 8 * 2768 / SECOND
     assert cost.kernel_seconds_bound["upscales"] == pytest.approx(4 * 8 * 5217 / SECOND)
     assert cost.kernel_seconds_bound["among"] == pytest.approx(1210 * (64 + 2) / SECOND)
-    assert cost.unmodelled_kernels == ["mystery", "token_attention_backward"]  # 51 tokens: unknown
+    # There is no cost model for 51 tokens.
+    assert cost.unmodelled_kernels == ["mystery", "token_attention_backward"]
 
 
 @pytest.mark.parametrize(
@@ -91,5 +93,5 @@ def test_kernels_with_a_known_cost_are_bounded_and_others_named():
         ("s32[]", 4),
     ],
 )
-def test_bytes_of_a_shape(shape, size):
+def test_bytes_of_shapes(shape, size):
     assert bytes_of(shape) == size

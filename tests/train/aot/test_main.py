@@ -1,4 +1,4 @@
-"""Programs compiled for absent TPU pods, and the reports about them."""
+"""Ahead-of-time compilation for TPU pods that are not present, and its reports."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ from train.overrides import override
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = Path(__file__).with_name("golden_tpu.json")
-MAX_RATIO = 1.05  # to the golden figure
+MAX_RATIO = 1.05  # of a figure to its golden figure
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 
 REPORT = {
@@ -61,18 +61,18 @@ def compile_for(*arguments):
 
 
 def report_of(config, topology, *settings):
-    done = compile_for(config, "--topology", topology, "--json", "--set", *settings)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    process = compile_for(config, "--topology", topology, "--json", "--set", *settings)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
-def test_the_schedule_costs_the_steps_times_the_estimated_time():
+def test_cost_of_the_schedule_is_the_steps_times_the_estimated_time():
     config = override(tiny, ["num_steps=7200", "batch_size=64"])
     cost = schedule_cost(config, REPORT)
     assert cost == pytest.approx({"hours": 1.0, "chip_hours": 8.0, "images_per_host": 64})
 
 
-def test_the_text_contains_the_figures_of_the_report():
+def test_formatted_report_contains_its_figures():
     text = format_report(REPORT | {"hours": 1.0, "chip_hours": 8.0, "images_per_host": 64.0,
                               "images_per_core": None})  # fmt: skip
     for part in ("5.00 GiB of 16.00 GiB", "500.00 ms", "26.0%", "encoder", "all-gather", "9 async",
@@ -80,19 +80,20 @@ def test_the_text_contains_the_figures_of_the_report():
                  "30.00 ms of it in kernels*"):  # fmt: skip
         assert part in text
     assert "other" not in text
-    refused = format_report(REPORT | {"fits": False, "reason": "Ran out of memory in HBM."})
-    assert refused.endswith("does not fit: Ran out of memory in HBM.")
+    failed = format_report(REPORT | {"fits": False, "reason": "Ran out of memory in HBM."})
+    assert failed.endswith("does not fit: Ran out of memory in HBM.")
 
 
-@pytest.mark.parametrize("bend", [-1800, 0, 1200])  # change for each image after the second
-@pytest.mark.parametrize("jump", [0, 5000])  # at the fourth
-@pytest.mark.parametrize("each", [400, 2000, 3000, 6000, 9000, 20000])
-def test_a_sweep_finds_the_largest_batch_in_few_steps(each, jump, bend):
+@pytest.mark.parametrize("slope_change", [-1800, 0, 1200])  # from the third image on
+@pytest.mark.parametrize("jump", [0, 5000])  # at the fourth image
+@pytest.mark.parametrize("slope", [400, 2000, 3000, 6000, 9000, 20000])  # memory of an image
+def test_the_largest_batch_is_found_in_few_compilations(slope, jump, slope_change):
     tried = []
 
     def peak(images):
         beyond = max(0, images - 2)
-        return 1000 + each * images + max(bend, 100 - each) * beyond + jump * (images > 3)
+        change = max(slope_change, 100 - slope)
+        return 1000 + slope * images + change * beyond + jump * (images > 3)
 
     def compile_with(images):
         tried.append(images)
@@ -127,10 +128,10 @@ def test_jax_is_not_imported_before_the_environment_is_set():
 
 @pytest.mark.skipif(HAS_COMPILER, reason="the compiler is installed")
 def test_without_the_compiler_the_error_names_the_extra():
-    done = compile_for("configs/sam_tiny.py", "--topology", "v5e:2x2")
-    assert done.returncode == 1
-    assert "pip install 'sam_jax[tpu,train]'" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = compile_for("configs/sam_tiny.py", "--topology", "v5e:2x2")
+    assert process.returncode == 1
+    assert "pip install 'sam_jax[tpu,train]'" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs the extra [tpu]")
@@ -138,12 +139,12 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs the extra [t
 
 @pytest.mark.tpu
 @needs_compiler
-def test_the_step_of_vit_b_fits_and_is_not_slower_than_its_golden_figure():
+def test_step_of_vit_b_fits_and_is_not_slower_than_its_golden_figure():
     report = report_of("configs/sam_vit_b.py", "v5e:2x2", "batch_size=4")
     assert report["fits"]
     assert report["unmodelled_kernels"] == []
-    phases = {phase for found in report["collectives"].values() for phase in found["phases"]}
-    assert not phases & {"encoder", "rounds"}  # no activation leaves its device
+    phases = {phase for kind in report["collectives"].values() for phase in kind["phases"]}
+    assert not phases & {"encoder", "rounds"}  # no activation is sent to another device
     versions = f"jax {version('jax')}, libtpu {version('libtpu')}"
     golden = json.loads(GOLDEN.read_text()).get(versions)
     if golden is None:
@@ -163,10 +164,11 @@ def test_only_sharded_parameters_are_gathered_and_asynchronously(topology):
     )  # fmt: skip
     collectives = report["collectives"]
     none = {"count": 0, "asynchronous": 0, "phases": []}
-    gathers = collectives.get("all-gather", none)  # except those fused with other work
+    # The all-gathers that are fused with other operations are not counted.
+    gathers = collectives.get("all-gather", none)
     assert gathers["asynchronous"] == gathers["count"]
     assert set(gathers["phases"]) <= {"gather"}
-    # The gradients of gathered parameters.
+    # These are the gradients of gathered parameters.
     assert collectives["reduce-scatter"]["phases"] == ["gather"]
     assert not {"encoder", "rounds"} & set(collectives["all-reduce"]["phases"])
 
@@ -188,19 +190,19 @@ def test_a_masked_autoencoder_compiles_with_its_kernels():
 
 @pytest.mark.tpu
 @needs_compiler
-def test_a_masked_autoencoder_has_no_prompts_to_decode():
-    done = compile_for("configs/mae_vit_b.py", "--topology", "v5e:2x2", "--what", "decode")
-    assert done.returncode == 1
-    assert "--what must be step for a masked autoencoder; got decode" in done.stderr
+def test_compiling_the_decoder_of_a_masked_autoencoder_is_an_error():
+    process = compile_for("configs/mae_vit_b.py", "--topology", "v5e:2x2", "--what", "decode")
+    assert process.returncode == 1
+    assert "--what must be step for a masked autoencoder; got decode" in process.stderr
 
 
 @pytest.mark.tpu
 @needs_compiler
 def test_a_program_that_does_not_fit_is_reported_with_the_reason():
-    done = compile_for(
+    process = compile_for(
         "configs/sam_vit_b.py", "--topology", "v5e:2x2", "--what", "encode",
         "--set", "batch_size=512", "model.dtype=float32",
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "does not fit" in done.stdout
-    assert "hbm" in done.stdout.lower()
+    assert process.returncode == 1
+    assert "does not fit" in process.stdout
+    assert "hbm" in process.stdout.lower()

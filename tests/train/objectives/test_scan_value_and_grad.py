@@ -1,4 +1,4 @@
-"""Gradients inside a scan are those of the scan whose carry has no gradient."""
+"""Checks gradients that are computed inside a scan whose carry has no gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_gradients_equal_those_of_the_plain_scan():
     assert outputs["x"].tolist() == XS.tolist()
 
 
-def test_totals_continue_from_the_given_ones():
+def test_sums_are_added_to_the_initial_ones():
     zero = 0.0, jax.tree.map(jnp.zeros_like, PARAMS)
     total, carry, _ = scan_value_and_grad(step, PARAMS, CARRY, XS[:2], zero)
     total, _, _ = scan_value_and_grad(step, PARAMS, carry, XS[2:], total)
@@ -70,8 +70,8 @@ def test_a_given_gradient_is_scaled_by_the_cotangent_of_the_value():
     jax.tree.map(lambda g, x: np.testing.assert_array_equal(g, 30 + 0 * x), gradients, PARAMS)
 
 
-def test_intermediate_results_are_those_of_one_step():
-    """The backward pass of the plain scan stacks every step's; the inner gradient keeps none."""
+def test_only_one_step_of_intermediate_results_is_kept():
+    """The backward pass of a plain scan keeps those of every step; the inner gradient does not."""
 
     def wide_step(params, carry, x):
         hidden = jnp.sin(params["w"] * x)

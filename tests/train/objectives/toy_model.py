@@ -1,4 +1,4 @@
-"""A promptable model of a few lines, every part of which reacts to every prompt; and batches."""
+"""A minimal promptable model for tests of the objective, and functions that make batches."""
 
 import dataclasses
 
@@ -17,7 +17,10 @@ KEY = jax.random.key(5)
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """A model with the fields and methods of `Sam` that the objective uses."""
+    """A model with the fields and methods of `Sam` that the objective uses.
+
+    Every prompt affects the outputs, and every parameter has a gradient.
+    """
 
     image_size: tuple[int, int] = (24, 40)
     patch_size: int = 8
@@ -34,7 +37,10 @@ class Toy:
     def init(self, seed=0):
         rng, c = np.random.default_rng(seed), self.channels
         h, w = self.low_res
-        normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+        def normal(*shape):
+            return rng.normal(size=shape).astype(np.float32)
+
         return {
             "params": {
                 "image_encoder": {"kernel": normal(3, c)},
@@ -78,17 +84,20 @@ TOY = Toy()
 
 
 @jax.jit
-def keys_of_rounds(key, image_id, mask_id, rounds):
-    """The data 'n round ...' of the keys with which masks 'n' drop units."""
-    of_mask = lambda i, m: jax.vmap(lambda r: fold(key, i, m, DROPOUT, r))(rounds)
-    return jax.random.key_data(jax.vmap(of_mask)(image_id, mask_id))
+def dropout_keys(key, image_id, mask_id, rounds):
+    """Returns the key data 'n round ...' that the dropout of masks 'n' uses in each round."""
+
+    def keys_of_mask(image, mask):
+        return jax.vmap(lambda index: fold(key, image, mask, DROPOUT, index))(rounds)
+
+    return jax.random.key_data(jax.vmap(keys_of_mask)(image_id, mask_id))
 
 
 class Recorder:
-    """A model that notes each mask's prompts and outputs by the key of its round."""
+    """A wrapper of a model that records prompts and outputs of the decoder by dropout key."""
 
     def __init__(self, model):
-        self.model, self.notes = model, {}
+        self.model, self.records = model, {}
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -98,43 +107,43 @@ class Recorder:
         if method != "decode":
             return out
         key = jax.random.key_data(rngs["dropout"])
-        note = jax.lax.stop_gradient((key, args[1], out))
-        like = jax.ShapeDtypeStruct((), jnp.float32)
-        zero = jax.pure_callback(self.take, like, note, vmap_method="broadcast_all")
+        record = jax.lax.stop_gradient((key, args[1], out))
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        zero = jax.pure_callback(self.store, shape, record, vmap_method="broadcast_all")
         return out.replace(logits=out.logits + zero)
 
-    def take(self, note):
-        """Takes the notes of masks 'b n ...'."""
-        key, *leaves = (np.array(x) for x in jax.tree.leaves(note))
-        shape = key.shape[:-1]
-        for at in np.ndindex(shape):
-            some = [x[at][0, 0] for x in leaves]
-            self.notes[key[at].tobytes()] = jax.tree.unflatten(jax.tree.structure(note[1:]), some)
+    def store(self, record):
+        """Stores the records of masks 'b n ...' and returns zeros of the shape 'b n'."""
+        key, *leaves = (np.array(x) for x in jax.tree.leaves(record))
+        structure, shape = jax.tree.structure(record[1:]), key.shape[:-1]
+        for index in np.ndindex(shape):
+            mask_leaves = [x[index][0, 0] for x in leaves]
+            self.records[key[index].tobytes()] = jax.tree.unflatten(structure, mask_leaves)
         return np.zeros(shape, np.float32)
 
-    def of(self, batch, rounds, key=KEY):
-        """The notes of all valid masks by (image, mask): a list of rounds."""
+    def records_by_mask(self, batch, rounds, key=KEY):
+        """Returns {(image, mask): the records of all rounds} of the valid masks of a batch."""
         ids = [
             (int(i), int(m))
             for i, masks, valid in zip(batch.image_id, batch.mask_id, batch.valid, strict=True)
             for m in masks[valid]
         ]
-        keys = keys_of_rounds(key, *np.array(ids).T, np.arange(rounds))
+        keys = dropout_keys(key, *np.array(ids).T, np.arange(rounds))
         return {
-            which: [self.notes[key.tobytes()] for key in some]
-            for which, some in zip(ids, np.asarray(keys), strict=True)
+            mask_ids: [self.records[key.tobytes()] for key in mask_keys]
+            for mask_ids, mask_keys in zip(ids, np.asarray(keys), strict=True)
         }
 
 
 def make_batch(model, sizes, masks, image_id=(7, 3, 11), mask_id=None, seed=0):
-    """A batch of images of random grey, and masks: for each image a list of 'h w' bool."""
+    """Returns a batch of images of noise with the given masks, a list of 'h w' bool per image."""
     rng, (h, w) = np.random.default_rng(seed), model.image_size
     b, n = len(sizes), max(map(len, masks)) + 1
     bits = np.zeros((b, n, h, w), bool)
-    for image, some in enumerate(masks):
-        bits[image, : len(some)] = some
+    for i, image_masks in enumerate(masks):
+        bits[i, : len(image_masks)] = image_masks
     if mask_id is None:
-        mask_id = [1 + rng.permutation(n) for _ in sizes]  # 0 is that of fillers of chunks
+        mask_id = [1 + rng.permutation(n) for _ in sizes]  # chunks are padded with the id 0
     image = rng.integers(0, 256, (b, h, w, 3), np.uint8)
     image[:, ::8] = rng.integers(0, 256, (b, 1, 1, 3), np.uint8)
     return Batch(
@@ -143,7 +152,7 @@ def make_batch(model, sizes, masks, image_id=(7, 3, 11), mask_id=None, seed=0):
         image_id=np.array(image_id[:b], np.int32),
         masks=np.packbits(bits, axis=-1),
         mask_id=np.array(mask_id, np.int32),
-        valid=np.arange(n) < np.array([len(some) for some in masks])[:, None],
+        valid=np.arange(n) < np.array([len(image_masks) for image_masks in masks])[:, None],
     )
 
 
@@ -153,30 +162,33 @@ def rectangle(model, x0, y0, x1, y1):
     return mask
 
 
-def masks_in(model, size, number, seed):
-    """Random rectangles in an image, and at last one pixel, which vanishes at low resolution."""
+def random_masks(model, size, count, seed):
+    """Returns random rectangles and one mask of a single pixel, within an image's size.
+
+    The single pixel covers less than half of a pixel at the resolution of the loss.
+    """
     rng, masks = np.random.default_rng(seed), []
-    for _ in range(number - 1):
+    for _ in range(count - 1):
         (y0, y1), (x0, x1) = (np.sort(rng.choice(s + 1, 2, replace=False)) for s in size)
         masks.append(rectangle(model, x0, y0, x1, y1))
     y, x = (int(rng.integers(s)) for s in size)
     return [*masks, rectangle(model, x, y, x + 1, y + 1)]
 
 
-def rearranged(batch):
-    """The images and their masks in another order, with fillers among them."""
+def permute(batch):
+    """Returns a batch with the images and masks in another order and with more invalid masks."""
     order, columns = [2, 0, 1], [3, 1, 0, 2]
-    moved = jax.tree.map(lambda x: x[order], batch)
+    permuted = jax.tree.map(lambda x: x[order], batch)
     n = batch.valid.shape[1]
     assert n == 4
     rng = np.random.default_rng(9)
-    filler = {
+    invalid = {
         "masks": rng.integers(0, 256, (3, 2, *batch.masks.shape[2:]), np.uint8),
         "mask_id": np.arange(50, 56, dtype=np.int32).reshape(3, 2),
         "valid": np.zeros((3, 2), bool),
     }
-    changed = {
-        field: np.concatenate([more[:, :1], getattr(moved, field)[:, columns], more[:, 1:]], axis=1)
-        for field, more in filler.items()
+    padded = {
+        field: np.concatenate([x[:, :1], getattr(permuted, field)[:, columns], x[:, 1:]], axis=1)
+        for field, x in invalid.items()
     }
-    return moved.replace(**changed)
+    return permuted.replace(**padded)

@@ -1,4 +1,4 @@
-"""The report of a masked autoencoder: its loss on held-out images, and pictures."""
+"""The report of a masked autoencoder: its loss on held-out images, and its plots."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ def params():
 
 
 class PartlyBad(ToySource):
-    """Scenes, of which the second is broken and the third too small."""
+    """Scenes; the second one is broken and the third one is too small."""
 
     def __init__(self):
         examples = [SCENES[index] for index in range(5)]
-        examples[1] = BadSample("broken image", "it fell down")
+        examples[1] = BadSample("broken image", "truncated")
         examples[2] = dataclasses.replace(examples[2], image=examples[2].image[:4])
         super().__init__(examples)
 
@@ -39,7 +39,7 @@ class PartlyBad(ToySource):
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-def test_the_report(tmp_path, params, normalized):
+def test_report_contains_figures_and_escapes_names(tmp_path, params, normalized):
     run = to_dict(dataclasses.replace(tiny, model=MODEL, objective=Reconstruction(normalized)))
     (tmp_path / "config.json").write_text(json.dumps(run))
     rows = "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3))
@@ -53,8 +53,8 @@ def test_the_report(tmp_path, params, normalized):
     text = page.read_text()
     assert "<script>" not in text
     assert "<b>" not in text
-    for said in ("0.432", "scenes&lt;script&gt;", "model.mask_ratio", "&lt;b&gt;3"):
-        assert said in text
+    for part in ("0.432", "scenes&lt;script&gt;", "model.mask_ratio", "&lt;b&gt;3"):
+        assert part in text
     assert ("the true ones" in text) == normalized
     picture = matplotlib.image.imread(page.parent / "reconstructions.png")
     assert picture[..., :3].std() > 0.05

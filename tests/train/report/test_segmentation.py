@@ -1,4 +1,4 @@
-"""The report is complete, contains the numbers, and none of its texts overlap or are cut off."""
+"""Checks that the report is complete and that its texts do not overlap and are not cut off."""
 
 import copy
 import html.parser
@@ -38,7 +38,10 @@ EVALUATION = {
 
 
 class Stub(SamPredictor):
-    """A predictor whose masks are rows of the image: with k clicks, all but the k-th eighth."""
+    """A predictor whose masks cover the image except one eighth of its rows.
+
+    The number of clicks determines which eighth is missing.
+    """
 
     def __init__(self):
         pass
@@ -57,8 +60,8 @@ class Stub(SamPredictor):
         return masks, scores, np.zeros((len(prompts), m, 4, 4), np.float32)
 
 
-class Odd(Source):
-    """Images of different sizes; the third is broken, and the second's mask covers all of it."""
+class UnusualImages(Source):
+    """Images of different sizes; the third is broken, and the mask of the second covers it all."""
 
     sizes = ((40, 200), (200, 40), (60, 60), (1300, 700), (64, 48))
 
@@ -67,7 +70,7 @@ class Odd(Source):
 
     def __getitem__(self, index):
         if index == 2:
-            raise BadSample("broken image", "it is the third")
+            raise BadSample("broken image", "truncated")
         example = SyntheticScenes(self.sizes[index])[index]
         if index == 1:
             example = Example(example.image, [rle.encode(np.ones(self.sizes[1], bool))])
@@ -77,14 +80,15 @@ class Odd(Source):
         return f"<b>$x_{index}$ 漢字"
 
 
-def rows(count, every=10):
+def make_rows(count, every=10):
+    """Returns logged rows of training metrics."""
     return [
         {"step": every * i, "loss": 3 / i, "miou_of_rounds": [i / (i + 2), i / (i + 1)]}
         for i in range(1, count + 1)
     ]
 
 
-def write(workdir, source, rows, evaluations=(), name="scenes"):
+def write_report(workdir, source, rows, evaluations=(), name="scenes"):
     """Writes a report and returns its folder."""
     run = to_dict(config)
     run["data"]["source"] = name
@@ -120,56 +124,56 @@ class Page(html.parser.HTMLParser):
     [
         (select(SyntheticScenes((64, 96)), "::10000"), 40, [100, 200], 8),
         (select(SyntheticScenes((48, 48)), "7"), 1, [], 1),
-        (Odd(), 3, [], 4),
+        (UnusualImages(), 3, [], 4),
     ],
-    ids=["many", "one", "odd"],
+    ids=["many", "one", "unusual"],
 )
-def test_report(tmp_path, source, steps, evaluated, objects):
+def test_report_contains_figures_and_escapes_names(tmp_path, source, steps, evaluated, objects):
     hostile = "labels:<script>alert(1)</script>&"
-    folder = write(
-        tmp_path, source, rows(steps), [{"step": s} | EVALUATION for s in evaluated], hostile
+    folder = write_report(
+        tmp_path, source, make_rows(steps), [{"step": s} | EVALUATION for s in evaluated], hostile
     )
     files = {"curves.png", "clicks.png", "examples.png", "index.html"}
-    assert {path.name for path in folder.iterdir()} == files, "nothing half written"
+    assert {path.name for path in folder.iterdir()} == files, "there must be no temporary files"
     for name in ("curves.png", "clicks.png", "examples.png"):
         picture = matplotlib.image.imread(folder / name)
         assert 600 < picture.shape[1] < 2000
         assert 200 < picture.shape[0] < 5000
-        assert picture[..., :3].std() > 0.05, "something is drawn"
+        assert picture[..., :3].std() > 0.05, "the picture must not be empty"
 
-    read = Page((folder / "index.html").read_text(encoding="utf-8"))
-    assert not read.tags & {"script", "b", "iframe", "link"}
-    assert sorted(read.links) == [
+    parsed = Page((folder / "index.html").read_text(encoding="utf-8"))
+    assert not parsed.tags & {"script", "b", "iframe", "link"}
+    assert sorted(parsed.links) == [
         "../config.json", "clicks.png", "curves.png", "examples.png", "examples.png"
     ]  # fmt: skip
-    assert read.text.count(hostile) >= 3  # title, heading, configuration
+    assert parsed.text.count(hostile) >= 3  # title, heading, configuration
     for number in ("0.712", "0.803", "0.915", "0.861", "0.890", "571", "0.7752"):
-        assert number in read.text
-    assert read.text.count(", mask ") == objects
-    assert read.text.count(source.name(0)) == 1
+        assert number in parsed.text
+    assert parsed.text.count(", mask ") == objects
+    assert parsed.text.count(source.name(0)) == 1
 
 
-def test_the_fields_of_the_config_are_there(tmp_path):
+def test_report_contains_the_fields_of_the_config(tmp_path):
     text = (
-        write(tmp_path, select(SyntheticScenes((32, 32)), "7"), rows(2)) / "index.html"
+        write_report(tmp_path, select(SyntheticScenes((32, 32)), "7"), make_rows(2)) / "index.html"
     ).read_text()
     missing = {name for name in page.MAIN_FIELDS if f">{name}<" not in text}
     assert missing == {
         *("model.image_size", "model.patch_size", "model.embed_dim", "model.depth"),
         *("model.dtype", "model.mask_ratio", "data.min_area"),
-    }, "fields of autoencoders"
+    }, "only fields of autoencoders may be missing"
 
 
-def test_objects_are_of_all_sizes_and_of_different_images():
+def test_chosen_objects_have_different_sizes_and_images():
     source = select(SyntheticScenes((96, 96)), "::500")
     chosen = list(qualitative.choose_objects(source))
     assert len({name.split(",")[0] for name, _, _ in chosen}) == qualitative.NUM_OBJECTS
     areas = [mask.mean() for _, _, mask in chosen]
-    assert min(areas) >= qualitative.MIN_AREA
+    assert min(areas) >= qualitative.MIN_AREA_FRACTION
     assert max(areas) > 4 * min(areas)
     again = list(qualitative.choose_objects(source))
     assert [name for name, _, _ in again] == [name for name, _, _ in chosen]
-    # Where there are only tiny ones, one of these.
+    # If all objects are tiny, one of them is chosen.
     dot = np.zeros((100, 100), bool)
     dot[3, 4] = True
     tiny = [Example(np.zeros((100, 100, 3), np.uint8), [rle.encode(dot)])]
@@ -190,17 +194,18 @@ def test_clicks_are_where_the_prediction_is_wrong():
     assert nine.clicks[:3] == three.clicks
     for prediction in shown.predictions:
         assert all(mask[y, x] == bool(label) for x, y, label in prediction.clicks)
-        both, either = prediction.masks & mask, prediction.masks | mask
-        np.testing.assert_allclose(prediction.iou, both.sum((1, 2)) / either.sum((1, 2)))
+        intersection, union = prediction.masks & mask, prediction.masks | mask
+        iou = intersection.sum((1, 2)) / union.sum((1, 2))
+        np.testing.assert_allclose(prediction.iou, iou)
 
 
-def boxes_of_texts(figure, monkeypatch):
+def text_boxes(figure, monkeypatch):
     """Returns (text, its box in pixels) for all texts of a figure."""
-    written = []
+    drawn = []
     draw = Text.draw
-    monkeypatch.setattr(Text, "draw", lambda t, *args: (written.append(t), draw(t, *args)))
+    monkeypatch.setattr(Text, "draw", lambda t, *args: (drawn.append(t), draw(t, *args)))
     figure.canvas.draw()
-    shown = [t for t in written if t.get_text() and t.get_visible()]
+    shown = [t for t in drawn if t.get_text() and t.get_visible()]
     return [(t.get_text(), t.get_window_extent()) for t in shown]
 
 
@@ -216,8 +221,8 @@ def scaled(factor, oracle=0.0):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: curves.draw_curves(rows(1), [{"step": 10} | EVALUATION]),
-        lambda: curves.draw_curves(rows(2000, 50), [{"step": 100_000} | EVALUATION]),
+        lambda: curves.draw_curves(make_rows(1), [{"step": 10} | EVALUATION]),
+        lambda: curves.draw_curves(make_rows(2000, 50), [{"step": 100_000} | EVALUATION]),
         lambda: curves.draw_clicks(EVALUATION),
         lambda: curves.draw_clicks(scaled(0.0)),
         lambda: curves.draw_clicks(scaled(1.09)),
@@ -225,14 +230,14 @@ def scaled(factor, oracle=0.0):
         lambda: qualitative.draw_objects(
             [
                 qualitative.click_on_object(Stub(), *chosen)
-                for chosen in qualitative.choose_objects(Odd())
+                for chosen in qualitative.choose_objects(UnusualImages())
             ]
         ),
     ],
 )
 def test_texts_are_on_the_figure_and_do_not_overlap(draw, monkeypatch):
     figure = draw()
-    boxes = boxes_of_texts(figure, monkeypatch)
+    boxes = text_boxes(figure, monkeypatch)
     assert len(boxes) > 5
     width, height = figure.canvas.get_width_height()
     for text, box in boxes:
@@ -243,7 +248,7 @@ def test_texts_are_on_the_figure_and_do_not_overlap(draw, monkeypatch):
         assert not a.overlaps(b), f"{one} and {other}"
 
 
-def test_no_curve_is_lost_where_values_are_not_numbers():
-    broken = [row | {"loss": float("nan")} for row in rows(3)]
-    figure = curves.draw_curves(broken, [{"step": 30} | EVALUATION])
+def test_curves_with_nan_losses_can_be_drawn():
+    nan_rows = [row | {"loss": float("nan")} for row in make_rows(3)]
+    figure = curves.draw_curves(nan_rows, [{"step": 30} | EVALUATION])
     figure.canvas.draw()

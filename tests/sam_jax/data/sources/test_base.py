@@ -1,4 +1,4 @@
-"""Tests of the base class: a source needs only paths of images and a way to read masks."""
+"""Tests of the base class for sources of images in files."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ SIZE = (40, 60)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagesAlone(FileSource):
+class ImagesOnly(FileSource):
     """The smallest possible source."""
 
     paths: tuple[str, ...]
@@ -29,7 +29,7 @@ class ImagesAlone(FileSource):
 
 
 @dataclasses.dataclass(frozen=True)
-class WithMasks(ImagesAlone):
+class WithMasks(ImagesOnly):
     size: tuple[int, int] = SIZE
 
     def read_masks(self, index):
@@ -44,8 +44,8 @@ def paths(tmp_path):
     return tuple(str(tmp_path / f"{name}.jpg") for name in "ab")
 
 
-def test_a_source_of_images_alone(paths):
-    source = ImagesAlone(paths)
+def test_a_source_of_images_without_masks(paths):
+    source = ImagesOnly(paths)
     assert isinstance(source, Source)
     assert [source.name(i) for i in range(len(source))] == list(paths)
     for i, path in enumerate(paths):
@@ -59,7 +59,7 @@ def test_a_source_of_images_alone(paths):
 
 @pytest.mark.parametrize("index", [-1, 2])
 @pytest.mark.parametrize("read", ["__getitem__", "image", "encoded"])
-def test_an_index_out_of_range(paths, read, index):
+def test_an_index_out_of_range_is_an_error(paths, read, index):
     with pytest.raises(IndexError, match=f"index must be 0 to 1; got {index}"):
         getattr(WithMasks(paths), read)(index)
 
@@ -82,4 +82,4 @@ def test_an_image_must_have_the_size_of_its_masks(paths, decode_size):
 def test_a_missing_file_is_a_bad_sample(paths):
     os.remove(paths[0])
     with pytest.raises(BadSample, match="missing file: there is no file"):
-        ImagesAlone(paths)[0]
+        ImagesOnly(paths)[0]

@@ -91,7 +91,7 @@ def test_crowds_and_images_with_crowds_only_are_skipped(tmp_path):
         open_coco(write(tmp_path, images, [crowd]))
 
 
-def test_the_public_layouts_of_images(tmp_path):
+def test_images_are_found_in_the_public_layouts(tmp_path):
     images = [image(n, file_name=f"train2017/{n}.jpg") for n in (1, 2)]
     source = open_coco(write(tmp_path, images, [annotation(1), annotation(2)]))
     save(tmp_path / "train2017" / "1.jpg")
@@ -103,7 +103,7 @@ def test_the_public_layouts_of_images(tmp_path):
     assert all(source[i].masks for i in range(2))
 
 
-def test_images_may_be_decoded_smaller_and_masks_stay(tmp_path):
+def test_masks_keep_their_size_when_images_are_decoded_smaller(tmp_path):
     folder = write(tmp_path, [image(1, height=400, width=600)], [annotation(1)])
     save(tmp_path / "images" / "1.jpg", (400, 600))
     example = open_coco(folder, decode_size=(64, 64))[0]
@@ -172,7 +172,7 @@ def test_reasons_of_bad_images(tmp_path, fields, expected):
     assert source.name(0).startswith(folder)
 
 
-def test_a_broken_image(tmp_path):
+def test_a_broken_image_is_a_bad_sample(tmp_path):
     source = open_coco(write(tmp_path, [image(1)], [annotation(1)]))
     data = (tmp_path / "images" / "1.jpg").read_bytes()
     (tmp_path / "images" / "1.jpg").write_bytes(data[: len(data) // 2])

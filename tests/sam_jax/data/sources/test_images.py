@@ -1,4 +1,4 @@
-"""Tests of images without masks: found in folders, of all pixel formats, or broken."""
+"""Tests of images without masks: files in folders, pixel formats, and broken files."""
 
 import io
 import pickle
@@ -18,7 +18,7 @@ def write(path, pixels, **options):
     Image.fromarray(pixels).save(path, **options)
 
 
-def test_files_are_found_below_the_folder_by_name(tmp_path):
+def test_files_are_found_recursively_and_sorted_by_name(tmp_path):
     pixels = np.zeros((8, 9, 3), np.uint8)
     for name in ("b.png", "a/2.JPG", "a/10.jpeg", "c.webp", ".hidden.png", ".cache/x.png"):
         write(tmp_path / name, pixels)
@@ -44,8 +44,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_pixels(tmp_path, kind):
-    """All of these decode to the same gray pixels."""
+def test_pixel_formats(tmp_path, kind):
+    """Checks pixel formats. All files decode to the same gray pixels."""
     pixels = KINDS[kind].copy()
     if kind == "grey and alpha":
         pixels[..., 1] = 0
@@ -84,7 +84,7 @@ def test_a_folder_without_images_is_an_error(tmp_path):
         open_source(f"images:{tmp_path}")
 
 
-def test_a_source_without_its_masks():
+def test_a_source_can_be_opened_without_its_masks():
     source = open_source("scenes:32x40")
     alone = open_source("scenes:32x40", masks=False)
     assert isinstance(alone, ImagesOnly)

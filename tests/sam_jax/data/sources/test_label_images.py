@@ -41,7 +41,7 @@ def write(folder, labels, index=None):
 
 
 def write_folders(folder, labels, mode="L"):
-    """Writes folders with one PNG a mask, named in the order of the labels."""
+    """Writes folders with one PNG per mask, named in the order of the labels."""
     for i, pixels in enumerate(labels):
         name = f"{9 - i}"
         save(folder / name / "images" / f"{name}.png", np.full((*SIZE, 3), i, np.uint8))
@@ -65,7 +65,7 @@ def reason(source, index=0):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_masks_by_ascending_label(tmp_path, dtype):
+def test_masks_are_sorted_by_label(tmp_path, dtype):
     labels = [labels_of(i, dtype=dtype) for i in range(3)]
     labels[1][labels[1] == labels[1].max()] = 255 if dtype == np.uint8 else 60_000
     source = open_labels(write(tmp_path, labels))
@@ -78,7 +78,7 @@ def test_masks_by_ascending_label(tmp_path, dtype):
         source[3]
 
 
-def test_every_arrangement_of_labels(tmp_path):
+def test_arbitrary_label_maps(tmp_path):
     arrangements = [
         [[1]],
         [[0, 1]],
@@ -108,7 +108,7 @@ def test_palettes_and_single_bits(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "RGB", "1", "P", "LA"])
-def test_one_file_a_mask(tmp_path, mode):
+def test_folders_with_one_file_per_mask(tmp_path, mode):
     labels = [labels_of(i) for i in range(3)]
     source = open_labels(write_folders(tmp_path, labels, mode))
     assert [os.path.basename(source.name(i)) for i in range(3)] == ["7.png", "8.png", "9.png"]
@@ -168,7 +168,7 @@ def test_a_truncated_file_is_a_bad_sample(tmp_path):
         path.write_bytes(data)
 
 
-def test_too_large_a_label_image_is_not_decoded(tmp_path):
+def test_a_label_image_that_is_too_large_is_not_decoded(tmp_path):
     folder = write(tmp_path, [labels_of(0)])
     Image.new("1", (9000, 9000)).save(tmp_path / "images" / "0_label.png")
     with pytest.raises(BadSample, match="at most 67108864 pixels; got 9000 x 9000"):

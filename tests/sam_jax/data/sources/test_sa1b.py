@@ -84,7 +84,7 @@ def packed(folder, tmp_path):
     return pack(folder, tmp_path / "tars" / "sa_000000.tar")
 
 
-def test_samples_are_what_was_written_by_ascending_id(folder):
+def test_samples_equal_the_written_ones_and_are_sorted_by_id(folder):
     source = open_sa1b(str(folder))
     assert len(source) == len(IDS)
     for i, number in enumerate(IDS):
@@ -111,7 +111,7 @@ def test_folders_and_tars_together(folder, packed, tmp_path):
     write(folder / "more", 50)
     write(tmp_path / "others", 7)
     pack(tmp_path / "others", folder / "more" / "b.tar")
-    source = open_sa1b(str(tmp_path))  # sa_000000.tar has what `images` has
+    source = open_sa1b(str(tmp_path))  # sa_000000.tar has the same samples as `images`
     assert [os.path.basename(source.name(i)) for i in range(len(source))] == [
         f"sa_{number}.jpg" for number in sorted([*IDS, 50, 7])
     ]
@@ -133,7 +133,7 @@ def test_other_files_are_ignored(folder):
     assert len(open_sa1b(str(folder))) == len(IDS)
 
 
-def test_images_may_be_decoded_smaller_and_masks_stay(tmp_path):
+def test_masks_keep_their_size_when_images_are_decoded_smaller(tmp_path):
     write(tmp_path, 1, record(1, size=(240, 361)), jpeg(1, (240, 361)))
     example = open_sa1b(str(tmp_path), decode_size=(64, 64))[0]
     assert example.image.shape == (60, 91, 3)
@@ -142,7 +142,7 @@ def test_images_may_be_decoded_smaller_and_masks_stay(tmp_path):
     assert reason(open_sa1b(str(tmp_path), decode_size=(64, 64))) == "size mismatch"
 
 
-def test_the_size_of_an_image_is_that_of_the_upright_image(tmp_path):
+def test_sizes_are_those_after_the_exif_rotation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     write(tmp_path, 1, record(1, size=(360, 240)), jpeg(1, (240, 360), exif=exif))
@@ -266,7 +266,7 @@ def test_a_truncated_tar_has_one_bad_sample(folder, tmp_path):
     assert all(source[i].masks for i in range(len(IDS)) if i != index)
 
 
-def test_a_hostile_tar_writes_nothing_and_reads_nothing_else(tmp_path, monkeypatch):
+def test_a_hostile_tar_neither_writes_nor_reads_other_files(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "work" / "here")
     monkeypatch.chdir(tmp_path / "work" / "here")
     secret = tmp_path / "secret.json"
@@ -280,15 +280,15 @@ def test_a_hostile_tar_writes_nothing_and_reads_nothing_else(tmp_path, monkeypat
                 setattr(info, field, value)
             archive.addfile(info, io.BytesIO(content))
 
-        for number, place in enumerate(["../", "/tmp/", "a/../../", ""]):
-            add(f"{place}sa_{number}.jpg", jpeg(number))
-            add(f"{place}sa_{number}.json", json.dumps(record(number)).encode())
+        for number, prefix in enumerate(["../", "/tmp/", "a/../../", ""]):
+            add(f"{prefix}sa_{number}.jpg", jpeg(number))
+            add(f"{prefix}sa_{number}.json", json.dumps(record(number)).encode())
         add("sa_8.jpg", jpeg(8))
         add("sa_8.json", type=tarfile.SYMTYPE, linkname=str(secret))
         add("sa_9.jpg", jpeg(9))
         add("sa_9.json", type=tarfile.LNKTYPE, linkname="sa_0.json")
         add("sa_10.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
-        add("sa_3.json", json.dumps(record(3, masks=5)).encode())  # the last one counts
+        add("sa_3.json", json.dumps(record(3, masks=5)).encode())  # replaces the first one
     source = open_sa1b("a.tar")
     assert [len(source[i].masks) for i in range(4)] == [2, 2, 2, 5]
     assert len(source) == 6
@@ -319,7 +319,7 @@ def test_headers_are_read_once(packed, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty", "folder", "values", "shape"])
-def test_a_damaged_index_is_written_again(packed, monkeypatch, damage):
+def test_a_damaged_index_is_rewritten(packed, monkeypatch, damage):
     expected, path = open_sa1b(packed), f"{packed}.index.npz"
     with open(path, "rb") as file:
         data = bytearray(file.read())
@@ -341,7 +341,7 @@ def test_a_damaged_index_is_written_again(packed, monkeypatch, damage):
     assert all(same(source[i], expected[i]) for i in range(len(IDS)))
 
 
-def test_an_index_of_another_tar_is_written_again(packed, folder, monkeypatch):
+def test_an_index_of_another_tar_is_rewritten(packed, folder, monkeypatch):
     open_sa1b(packed)
     write(folder, 5)
     pack(folder, packed)
@@ -388,7 +388,7 @@ def test_errors_of_opening(tmp_path):
         open_sa1b(str(tmp_path))
 
 
-def test_a_changed_json_raises_nothing_but_bad_sample(tmp_path):
+def test_a_changed_json_raises_only_bad_sample(tmp_path):
     rng = np.random.default_rng(0)
     junk = [None, True, -1, 0, 1.5, 10**30, "", "x", "\ud800", [], [[]], {}, {"a": 1}]
 

@@ -1,4 +1,4 @@
-"""Tests of generated scenes: they are reproducible, and clicks on them are ambiguous."""
+"""Tests that generated scenes are reproducible, and that clicks on them are ambiguous."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def pairs(scenes):
     ]
 
 
-def test_a_scene_is_a_function_of_its_index_alone():
+def test_a_scene_depends_only_on_its_index():
     source, other = SyntheticScenes(), SyntheticScenes(count=12)
     forwards = [source[index] for index in range(12)]
     backwards = [other[index] for index in reversed(range(12))][::-1]
@@ -92,7 +92,7 @@ def test_masks_are_different_and_large_enough(scenes):
 
 
 def test_masks_are_the_visible_pixels(pairs):
-    """Masks share pixels only if one is an object and the other a part of it."""
+    """Checks that masks share pixels only if one is an object and the other a part of it."""
     shared = [(large & small).sum() for large, small in pairs]
     for (_, small), pixels in zip(pairs, shared, strict=True):
         assert pixels in (0, small.sum())
@@ -103,7 +103,7 @@ def test_masks_contrast_with_their_surroundings(scenes):
     for image, masks in scenes:
         for mask in masks:
             if any((other & mask).sum() == other.sum() for other in masks if other is not mask):
-                continue  # it has parts, which have other colors
+                continue  # it has parts with other colors
             around = scipy.ndimage.binary_dilation(mask, iterations=2) & ~mask
             distances.append(np.linalg.norm(image[mask].mean(axis=0) - image[around].mean(axis=0)))
     assert np.percentile(distances, 5) > 40
@@ -127,14 +127,14 @@ def test_some_objects_are_occluded(monkeypatch):
 
 
 def test_clicks_are_ambiguous_often_enough(scenes, pairs):
-    """Many pixels are in several masks, and most scenes have such pixels."""
+    """Checks that many pixels are in several masks, and that most scenes have such pixels."""
     covers = [np.sum(masks, axis=0) for _, masks in scenes]
     several = sum((cover >= 2).sum() for cover in covers) / sum((c >= 1).sum() for c in covers)
     assert several > 0.1
     assert np.mean([cover.max() >= 2 for cover in covers]) > 0.5
     assert max(cover.max() for cover in covers) >= 3  # a part of a part
     nested = [small.sum() / large.sum() for large, small in pairs if (large & small).any()]
-    assert np.mean(np.array(nested) < 0.8) > 0.8  # and the answers differ
+    assert np.mean(np.array(nested) < 0.8) > 0.8  # and the areas of the masks differ
 
 
 def test_masks_are_of_several_sizes(scenes):

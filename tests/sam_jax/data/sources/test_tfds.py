@@ -1,4 +1,4 @@
-"""Tests of TensorFlow Datasets in ArrayRecord, written by hand and read without TensorFlow."""
+"""Tests of TensorFlow Datasets in ArrayRecord, written and read without TensorFlow."""
 
 import io
 import json
@@ -86,15 +86,15 @@ def write(folder, name, splits, shards=2):
     """Writes the features, the info and the shards of a dataset, as `tfds build` does."""
     version = VERSIONS[name]
     builder = tfds.builder(name, data_dir=folder / "unused", file_format="array_record")
-    place = folder / name / version
-    place.mkdir(parents=True)
-    (place / "features.json").write_text(json.dumps(builder.info.features.to_json()))
+    version_folder = folder / name / version
+    version_folder.mkdir(parents=True)
+    (version_folder / "features.json").write_text(json.dumps(builder.info.features.to_json()))
     infos = []
     for split, examples in splits.items():
         records = [e if isinstance(e, bytes) else serialize(builder, e) for e in examples]
         parts = np.array_split(np.arange(len(records)), shards)
         for i, part in enumerate(parts):
-            path = place / f"{name}-{split}.array_record-{i:05d}-of-{shards:05d}"
+            path = version_folder / f"{name}-{split}.array_record-{i:05d}-of-{shards:05d}"
             writer = array_record.ArrayRecordWriter(str(path), "group_size:1")
             for index in part:
                 writer.write(records[index])
@@ -104,8 +104,8 @@ def write(folder, name, splits, shards=2):
         info = {"name": split, "shardLengths": lengths, "numBytes": "1"}
         infos.append(info | {"filepathTemplate": template})
     info = {"name": name, "version": version, "fileFormat": "array_record", "splits": infos}
-    (place / "dataset_info.json").write_text(json.dumps(info))
-    return place
+    (version_folder / "dataset_info.json").write_text(json.dumps(info))
+    return version_folder
 
 
 def serialize(builder, example):
@@ -154,7 +154,7 @@ def test_examples_are_read_in_any_order(folder, name, seeds):
         source[len(seeds)]
 
 
-def test_imagenet_has_images_alone(tmp_path):
+def test_imagenet_has_images_without_masks(tmp_path):
     examples = [{"image": jpeg(i), "label": i, "file_name": f"{i}.JPEG"} for i in range(3)]
     write(tmp_path, "imagenet2012", {"train": [*examples, examples[0] | {"image": b"text"}]})
     source = open_tfds(f"imagenet2012@{tmp_path}")
@@ -166,7 +166,7 @@ def test_imagenet_has_images_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["segment_anything", "lvis/validation"])
-def test_images_can_be_read_alone(folder, name):
+def test_images_can_be_read_without_masks(folder, name):
     source = open_tfds(f"{name}@{folder}")
     np.testing.assert_array_equal(source.image(1), source[1].image)
     np.testing.assert_array_equal(decode_image(source.encoded(1), None), source.image(1))
@@ -245,10 +245,10 @@ def test_features_of_other_kinds_are_bad_records(tmp_path):
 
 
 def test_damaged_and_missing_shards(tmp_path):
-    place = write(
+    version_folder = write(
         tmp_path, "segment_anything", {"train": [segment_anything(i) for i in range(4)]}, 4
     )
-    shards = sorted(place.glob("*.array_record-*"))
+    shards = sorted(version_folder.glob("*.array_record-*"))
     shards[0].unlink()
     shards[1].write_bytes(b"")
     data = bytearray(shards[2].read_bytes())

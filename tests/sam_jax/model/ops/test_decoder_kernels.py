@@ -1,4 +1,4 @@
-"""The TPU kernels of the decoder, interpreted, against the same arithmetic in plain JAX."""
+"""Compares the TPU kernels of the decoder, in interpret mode, with plain JAX."""
 
 import functools
 
@@ -14,7 +14,7 @@ from sam_jax.model.ops.blocks import num_steps, pixels_per_step, vmap_objects
 from sam_jax.model.ops.platform import traced_for
 from sam_jax.model.prompt_encoder import PromptFeatures
 
-PIXELS, CHANNELS, HEADS, TOKENS = 1024, 16, 2, 5  # four steps; tokens do not fill a register
+PIXELS, CHANNELS, HEADS, TOKENS = 1024, 16, 2, 5  # four grid steps
 OBJECTS = 2
 RATE = 0.1
 
@@ -26,7 +26,7 @@ def draw():
 
 
 def values_and_gradients(jit, f, args):
-    """Results of f for objects 'b n ...', and gradients of a sum with varying weights."""
+    """Returns the results of f for objects 'b n ...', and the gradients of a weighted sum."""
 
     def total(args):
         results = vmap_objects(f, *args)
@@ -94,24 +94,24 @@ def test_update_of_the_image(jit, draw, is_dropped):
 def test_upscaling(jit, draw):
     o, e, masks = 8, 4, 3
 
-    def plain(image, kernel1, bias1, norm_scale, norm_bias, kernel2, bias2, hyper):
+    def plain(image, kernel1, bias1, norm_scale, norm_bias, kernel2, bias2, hypernetwork_out):
         gelu = functools.partial(jax.nn.gelu, approximate=False)
         x = jnp.einsum("pc,cijo->pijo", image, kernel1) + bias1
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
         x = gelu(x * norm_scale + norm_bias)
         x = gelu(jnp.einsum("pijo,okle->pijkle", x, kernel2) + bias2)
-        return jnp.einsum("pijkle,me->mikjlp", x, hyper).reshape(masks, 16, PIXELS)
+        return jnp.einsum("pijkle,me->mikjlp", x, hypernetwork_out).reshape(masks, 16, PIXELS)
 
     shapes = [(CHANNELS, 2, 2, o), (o,), (o,), (o,), (o, 2, 2, e), (e,)]
-    image, hyper = draw(1, OBJECTS, PIXELS, CHANNELS), draw(1, OBJECTS, masks, e)
+    image, hypernetwork_out = draw(1, OBJECTS, PIXELS, CHANNELS), draw(1, OBJECTS, masks, e)
     weights = [draw(1, 1, *shape) for shape in shapes]
 
     def kernel(image, *weights):
-        *weights, hyper = weights
-        return upscaling.upscale(image, upscaling.UpscalingWeights(*weights), hyper)
+        *weights, hypernetwork_out = weights
+        return upscaling.upscale(image, upscaling.UpscalingWeights(*weights), hypernetwork_out)
 
-    assert_same(jit, kernel, plain, (image, *weights, hyper))
+    assert_same(jit, kernel, plain, (image, *weights, hypernetwork_out))
 
 
 def test_fitted_error_function_is_accurate():
@@ -119,10 +119,11 @@ def test_fitted_error_function_is_accurate():
     np.testing.assert_allclose(upscaling.erf(x), jax.lax.erf(x), rtol=0, atol=5e-6)
 
 
-def test_decoder_is_as_close_to_float32_with_kernels_as_without(jit, draw):
-    """In bfloat16, for which the table chooses the kernels, with the same entries dropped.
+def test_bfloat16_decoder_is_as_accurate_with_kernels_as_without(jit, draw):
+    """Compares bfloat16, for which dispatch chooses the kernels, with float32.
 
-    All objects share one image until the first block updates it.
+    Dropout drops the same entries in both. All objects share one image until the first block
+    updates it.
     """
     c, gh, gw = 64, 16, 32
     decoder = MaskDecoder(
@@ -141,7 +142,7 @@ def test_decoder_is_as_close_to_float32_with_kernels_as_without(jit, draw):
     variables = jit(decoder.init)(jax.random.key(0), *inputs)
 
     def run(dtype):
-        """Logits, and the gradients of embedding and dense features."""
+        """Returns logits, and the gradients with respect to embedding and dense features."""
 
         def logits(embedding, dense):
             features = PromptFeatures(sparse.astype(dtype), present, dense.astype(dtype))
@@ -176,7 +177,8 @@ def test_dropout_uses_one_byte_for_each_entry():
     assert keep.shape == (5, 256, 32)
     np.testing.assert_allclose(np.mean(keep), 1 - 26 / 256, atol=0.005)
     assert image_to_token.inverse_keep_prob(RATE) == 256 / 230
-    by_quarter = keep.reshape(5, 4, -1).astype(float)  # independent, though from the same words
+    # Quarters are independent, although they share random words.
+    by_quarter = keep.reshape(5, 4, -1).astype(float)
     assert np.abs(np.corrcoef(by_quarter[0]) - np.eye(4)).max() < 0.1
 
 

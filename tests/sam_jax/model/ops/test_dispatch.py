@@ -1,4 +1,4 @@
-"""The table of operations, and the choice among implementations."""
+"""Tests the table of operations, and how an implementation is chosen."""
 
 import inspect
 
@@ -67,10 +67,10 @@ def test_every_operation_has_a_plain_implementation_for_all_inputs(operation):
 def test_implementations_have_names_and_one_signature(operation):
     rows = TABLE[operation]
     assert len({row.name for row in rows}) == len(rows)
-    parameters = [list(inspect.signature(row.function).parameters) for row in rows]
-    assert parameters == [parameters[0]] * len(rows)
-    own = inspect.signature(getattr(dispatch, operation)).parameters
-    assert own["implementation"].default is None
+    row_parameters = [list(inspect.signature(row.function).parameters) for row in rows]
+    assert row_parameters == [row_parameters[0]] * len(rows)
+    parameters = inspect.signature(getattr(dispatch, operation)).parameters
+    assert parameters["implementation"].default is None
 
 
 def test_an_implementation_can_be_asked_for_by_name():

@@ -1,4 +1,4 @@
-"""Fused attention of accelerators against plain matrix products."""
+"""Compares fused attention for accelerators with plain matrix products."""
 
 import functools
 
@@ -14,12 +14,15 @@ from sam_jax.model.ops.relative_positions import attend_plain
 @pytest.fixture(scope="module")
 def inputs():
     rng = np.random.default_rng(0)
-    draw = lambda channels: rng.standard_normal((2, 384, channels)).astype(np.float32)
+
+    def draw(channels):
+        return rng.standard_normal((2, 384, channels)).astype(np.float32)
+
     return draw(20) / 2, draw(20), draw(12)
 
 
 def values_and_gradients(attend, inputs):
-    """The result, and the gradients of a sum in which every entry has another weight."""
+    """Returns the result, and the gradients of its sum with random weights."""
     weights = np.random.default_rng(1).standard_normal((2, 384, 12)).astype(np.float32)
 
     def total(*inputs):
@@ -30,8 +33,8 @@ def values_and_gradients(attend, inputs):
     return out, *gradients
 
 
-def assert_same(found, expected):
-    for a, b in zip(found, expected, strict=True):
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
@@ -44,7 +47,7 @@ def test_splash_attention_has_the_values_and_gradients_of_plain_products(inputs)
 
 
 def test_cudnn_attention_has_the_values_and_gradients_of_plain_products(inputs, monkeypatch):
-    """There is no GPU here: plain JAX computes what cuDNN is asked for."""
+    """Replaces cuDNN, which needs a GPU, by plain JAX."""
     calls = []
 
     def attend(q, k, v, *, implementation, scale):
@@ -53,6 +56,6 @@ def test_cudnn_attention_has_the_values_and_gradients_of_plain_products(inputs, 
         return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits, axis=-1), v)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
-    found = values_and_gradients(global_attention.cudnn_attention, inputs)
-    assert_same(found, values_and_gradients(attend_plain, inputs))
+    actual = values_and_gradients(global_attention.cudnn_attention, inputs)
+    assert_same(actual, values_and_gradients(attend_plain, inputs))
     assert set(calls) == {("cudnn", *[(384, 2, 24)] * 3)}

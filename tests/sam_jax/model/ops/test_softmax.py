@@ -1,4 +1,4 @@
-"""Softmax with masks and with a late division."""
+"""Tests softmax with masks, and softmax whose normalization is applied later."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The TPU kernel, interpreted, against plain JAX."""
+"""Compares the TPU kernel, in interpret mode, with plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ IMAGES, TOKENS, HEADS, D = 3, 13, 2, 8
 
 @pytest.fixture(scope="module")
 def qkv():
-    draw = np.random.default_rng(0).standard_normal((IMAGES, TOKENS, 3 * HEADS * D))
-    return 2 * draw.astype(np.float32)
+    sample = np.random.default_rng(0).standard_normal((IMAGES, TOKENS, 3 * HEADS * D))
+    return 2 * sample.astype(np.float32)
 
 
 def test_the_kernel_has_the_values_and_gradients_of_plain_jax(qkv):

@@ -1,4 +1,4 @@
-"""The implementations of attention within windows against each other."""
+"""Compares the implementations of attention within windows."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ SIDE, HEADS, D, WINDOWS = 5, 3, 8, 4
 def test_implementations_have_the_values_and_gradients_of_plain_jax(attend):
     attend = getattr(window_attention, attend)
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     qkv, weights = draw(WINDOWS, SIDE, SIDE, 3 * HEADS * D), draw(WINDOWS, SIDE, SIDE, HEADS * D)
     tables = draw(2 * SIDE - 1, D), draw(2 * SIDE - 1, D)
 
@@ -29,7 +32,7 @@ def test_implementations_have_the_values_and_gradients_of_plain_jax(attend):
         return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(qkv, tables)
 
     with pltpu.force_tpu_interpret_mode():
-        found = run(lambda *x: attend(*x, HEADS))
+        actual = run(lambda *x: attend(*x, HEADS))
     expected = run(lambda *x: window_attention.attend_xla(*x, HEADS))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

@@ -1,4 +1,4 @@
-"""Windows of a grid, cut and joined."""
+"""Tests that grids are split into windows and joined again."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from sam_jax.model.ops.windows import (
 )
 
 
-def test_windows_are_cut_row_by_row_and_padded_with_the_fill():
+def test_windows_are_in_row_order_and_padded_with_the_fill_value():
     x = jnp.arange(1, 7.0).reshape(1, 2, 3, 1)  # 1 2 3 / 4 5 6
     windows = split_windows(x, 2, fill=jnp.array([-1.0]))
     np.testing.assert_array_equal(windows[..., 0], [[[1, 2], [4, 5]], [[3, -1], [6, -1]]])
@@ -20,7 +20,7 @@ def test_windows_are_cut_row_by_row_and_padded_with_the_fill():
 
 
 @pytest.mark.parametrize("grid", [(6, 9), (5, 7), (1, 10), (3, 3), (2, 2)], ids=str)
-def test_joining_undoes_splitting(grid):
+def test_joining_inverts_splitting(grid):
     x = np.random.default_rng(0).standard_normal((2, *grid, 4)).astype(np.float32)
     windows = split_windows(jnp.asarray(x), 3, fill=jnp.full(4, np.nan))
     assert windows.shape == (2 * -(-grid[0] // 3) * -(-grid[1] // 3), 3, 3, 4)
