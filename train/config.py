@@ -77,10 +77,8 @@ class Images:
 class Data(Images):
     """The images with masks that SAM is trained on."""
 
-    jitter: tuple[
-        float, ...
-    ] = ()  # smallest and largest scale of a random window; empty: no window
-    jitter_unit: Unit = "canvas"  # scale 1: the image fits, one "pixel" is one, the "object" fits
+    jitter: tuple[float, ...] = ()  # smallest and largest scale of a random window; (): none
+    jitter_unit: Unit = "canvas"  # what fits into the canvas at scale 1, see data/jitter.py
     views: int = 0  # fixed views per image, so that features can be kept; 0: always new ones
 
     def rules(self) -> Iterator[Rule]:
