@@ -44,8 +44,8 @@ def sam_variables(
     """Returns the variables that a run of a SAM starts from.
 
     Args:
-      config: The run. Its `init_from` may name the weights of a SAM, or of a masked autoencoder,
-        whose encoder then becomes the image encoder.
+      config: The run. Its `init_from` may name the weights of a SAM, or of a masked autoencoder or
+        another plain vision transformer (DINOv2, timm), which then becomes the image encoder.
       init_fn: Initializes the model's variables.
 
     Returns:
@@ -101,16 +101,14 @@ def _read_checkpoint(config: TrainConfig) -> Checkpoint | None:
 
 
 def _encoder_params(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, jax.Array]:
-    """Converts an autoencoder's encoder to parameters of the image encoder, by path."""
+    """Converts a plain vision transformer to parameters of the image encoder, by path."""
     model: Any = config.model
-    autoencoder, grid = checkpoint.model, None
-    if isinstance(autoencoder, MaskedAutoencoder):
-        grid = autoencoder.grid
-        if autoencoder.num_heads != model.image_encoder.num_heads:
-            raise ConfigError(
-                f"init_from={config.init_from!r} holds an encoder of {autoencoder.num_heads} "
-                f"heads; model.image_encoder.num_heads is {model.image_encoder.num_heads}"
-            )
+    if checkpoint.num_heads not in (None, model.image_encoder.num_heads):
+        raise ConfigError(
+            f"init_from={config.init_from!r} holds an encoder of {checkpoint.num_heads} "
+            f"heads; model.image_encoder.num_heads is {model.image_encoder.num_heads}"
+        )
+    grid = checkpoint.model.grid if isinstance(checkpoint.model, MaskedAutoencoder) else None
     notes: list[str] = []
     try:
         params = mae.encoder_for(model, checkpoint.tensors, notes, grid)

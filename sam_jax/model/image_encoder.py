@@ -23,6 +23,7 @@ from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xa
 
 Remat = Literal["none", "products", "blocks"]
 Dtype = Literal["float32", "bfloat16"]
+Part = Literal["all", "trunk", "neck"]
 
 
 class ImageEncoder(nn.Module):
@@ -79,30 +80,26 @@ class ImageEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Any,
-        train: bool = False,
-        part: Literal["all", "trunk", "neck"] = "all",
-    ) -> Float[Array, "b gh gw c"]:
-        """Encodes images.
+        self, image: Float[Array | np.ndarray, "b h w i"], train: bool = False, part: Part = "all"
+    ) -> Float[Array, "b gh gw o"]:
+        """Encodes images, or runs one part of the encoder.
 
         Args:
-          x: Normalised images, whose sides are multiples of `patch_size`; tokens for the neck.
+          image: Normalised images 'b h w 3', whose sides are multiples of `patch_size`. For the
+            neck, the tokens that the trunk returns.
           train: Whether to drop paths; needs the rng "drop_path".
-          part: The trunk alone, which returns tokens of `embed_dim` channels, the neck alone, or
-            both.
+          part: "all", "trunk" for everything before the neck, or "neck".
 
         Returns:
-          Embeddings of `out_dim` channels.
+          Embeddings of `out_dim` channels; from the trunk, tokens of `embed_dim` channels.
         """
-        if part != "neck":
-            x = self._trunk(x, train)
+        x = image if part == "neck" else self._trunk(image, train)
         return x if part == "trunk" else Neck(self.out_dim, self.dtype, name="neck")(x)
 
     def _trunk(
         self, image: Float[Array | np.ndarray, "b h w 3"], train: bool
-    ) -> Float[Array, "b gh gw e"]:
-        """Applies everything before the neck."""
+    ) -> Float[Array, "b gh gw c"]:
+        """Embeds patches and applies the blocks."""
         c = self.embed_dim
         x = PatchConv(c, self.patch_size, self.dtype, xavier_uniform, name="patch_embed")(image)
         init = nn.initializers.truncated_normal(0.02)
@@ -113,10 +110,9 @@ class ImageEncoder(nn.Module):
         blocks = [self._block(i) for i in range(self.depth)]
         # Initialization visits each block by itself, since it creates the parameters to stack.
         if self.scan_blocks and not self.is_initializing():
-            x = scan_super_blocks(blocks, self.variables["params"], x, keep)
-        else:
-            for i, block in enumerate(blocks):
-                x = block(x, None if keep is None else keep[i])
+            return scan_super_blocks(blocks, self.variables["params"], x, keep)
+        for i, block in enumerate(blocks):
+            x = block(x, None if keep is None else keep[i])
         return x
 
     def _block(self, index: int) -> nn.Module:

@@ -7,12 +7,13 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from sam_jax.model.image_encoder import ImageEncoder
 from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import Sam
 
 
-def init_variables(model: Sam | MaskedAutoencoder, seed: int) -> dict[str, Any]:
+def init_variables(model: Sam | MaskedAutoencoder | ImageEncoder, seed: int) -> dict[str, Any]:
     """Initializes a model's variables.
 
     >>> variables = init_variables(sam_jax.sam_tiny(), seed=0)
@@ -24,12 +25,14 @@ def init_variables(model: Sam | MaskedAutoencoder, seed: int) -> dict[str, Any]:
 
     Returns:
       {"params", "constants"}: float32 arrays by module and parameter name. "constants" is empty
-      for a masked autoencoder.
+      for a masked autoencoder and for an image encoder alone.
     """
     image = jnp.zeros((1, *model.image_size, 3))
     if isinstance(model, MaskedAutoencoder):
         keys = jax.random.split(jax.random.key(0), 1)
         return {**model.init(jax.random.key(seed), image, keys), "constants": {}}
+    if isinstance(model, ImageEncoder):
+        return {**model.init(jax.random.key(seed), image), "constants": {}}
     prompts = Prompts(
         points=jnp.zeros((1, 1, 1, 2)),
         labels=jnp.zeros((1, 1, 1), jnp.int32),
@@ -41,7 +44,9 @@ def init_variables(model: Sam | MaskedAutoencoder, seed: int) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=32)
-def variable_shapes(model: Sam | MaskedAutoencoder) -> dict[str, jax.ShapeDtypeStruct]:
+def variable_shapes(
+    model: Sam | MaskedAutoencoder | ImageEncoder,
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes and dtypes of a model's variables by path, without computing anything.
 
     >>> variable_shapes(sam_jax.sam_tiny())["params/mask_decoder/iou_token"].shape

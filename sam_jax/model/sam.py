@@ -7,7 +7,7 @@ products on every device; preprocessing and postprocessing live in `sam_jax.pred
 """
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -119,38 +119,46 @@ class Sam(nn.Module):
         Raises:
           ValueError: If the image has another rank, or sides that the patch does not divide.
         """
-        return self._encode(image, train, "all")
+        self._check_image(image)
+        with self._precision():
+            return self.image_encoder(image.astype(self.dtype), train)
 
     def encode_trunk(
         self, image: Shaped[Array | np.ndarray, "..."], train: bool = False
     ) -> Float[Array, "b gh gw e"]:
-        """Runs `encode` up to the neck of the image encoder; arguments as for `encode`.
+        """Runs `encode` up to the neck of the image encoder; `apply_neck` does the rest.
+
+        Args:
+          image: As for `encode`.
+          train: As for `encode`.
 
         Returns:
-          Tokens of `image_encoder.embed_dim` channels in `dtype`, from which `apply_neck` makes
-          embeddings.
-        """
-        return self._encode(image, train, "trunk")
+          Tokens of `image_encoder.embed_dim` channels in `dtype`.
 
-    def apply_neck(
-        self, tokens: Float[Array | np.ndarray, "b gh gw e"]
-    ) -> Float[Array, "b gh gw c"]:
-        """Makes embeddings from the tokens of `encode_trunk`."""
+        Raises:
+          ValueError: As for `encode`.
+        """
+        self._check_image(image)
+        with self._precision():
+            return self.image_encoder(image.astype(self.dtype), train, part="trunk")
+
+    def apply_neck(self, tokens: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "b gh gw c"]:
+        """Applies the neck of the image encoder.
+
+        Args:
+          tokens: 'b gh gw e' from `encode_trunk`.
+
+        Returns:
+          Embeddings in `dtype`, those that `encode` returns.
+
+        Raises:
+          ValueError: If the tokens have another rank or number of channels.
+        """
+        e = self.image_encoder.embed_dim
+        if tokens.ndim != 4 or tokens.shape[-1] != e:
+            raise ValueError(f"tokens must have shape (b, gh, gw, {e}); got {tokens.shape}")
         with self._precision():
             return self.image_encoder(tokens.astype(self.dtype), part="neck")
-
-    def _encode(
-        self, image: Array | np.ndarray, train: bool, part: Literal["all", "trunk"]
-    ) -> Float[Array, "b gh gw c"]:
-        p = self.patch_size
-        sides = image.shape[1:3]
-        if image.ndim != 4 or image.shape[-1] != 3 or any(s % p or not s for s in sides):
-            raise ValueError(
-                f"image must have shape (b, h, w, 3) with h and w divisible by the patch of {p} "
-                f"pixels, e.g. {(1, *self.image_size, 3)}; got {image.shape}"
-            )
-        with self._precision():
-            return self.image_encoder(image.astype(self.dtype), train, part)
 
     def decode(
         self, embedding: Shaped[Array | np.ndarray, "..."], prompts: Prompts, train: bool = False
@@ -219,6 +227,16 @@ class Sam(nn.Module):
         gh, gw = embedding.shape[1:3]
         padded_size = (gh * self.patch_size, gw * self.patch_size)
         return self.prompt_encoder(prompts, padded_size), self.prompt_encoder.encode_grid(gh, gw)
+
+    def _check_image(self, image: Array | np.ndarray) -> None:
+        """Raises ValueError if images have another rank, or sides the patch does not divide."""
+        p = self.patch_size
+        sides = image.shape[1:3]
+        if image.ndim != 4 or image.shape[-1] != 3 or any(s % p or not s for s in sides):
+            raise ValueError(
+                f"image must have shape (b, h, w, 3) with h and w divisible by the patch of {p} "
+                f"pixels, e.g. {(1, *self.image_size, 3)}; got {image.shape}"
+            )
 
     def _precision(self) -> AbstractContextManager[Any]:
         # By default, TPUs multiply float32 matrices in bfloat16 and GPUs in TF32.

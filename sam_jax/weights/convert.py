@@ -16,7 +16,7 @@ from sam_jax.model.init import variable_shapes
 from sam_jax.model.mask_decoder import MaskDecoder
 from sam_jax.model.sam import Sam, build_sam
 from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
-from sam_jax.weights import mae, names
+from sam_jax.weights import mae, names, vit
 from sam_jax.weights.state_dict import take_tensors
 from sam_jax.weights.tensors import (
     WeightsError,
@@ -46,7 +46,7 @@ def from_torch(state: dict[Any, Any], notes: list[str]) -> tuple[Sam, dict[str, 
       WeightsError: If tensors are unknown, missing or have wrong shapes. The message lists them.
     """
     tensors = take_tensors(state, notes)
-    return mae.to_sam(tensors, notes) if mae.is_mae(tensors) else from_tensors(tensors, notes)
+    return (mae.to_sam if vit.is_plain_vit(tensors) else from_tensors)(tensors, notes)
 
 
 def from_tensors(tensors: dict[str, np.ndarray], notes: list[str]) -> tuple[Sam, dict[str, Any]]:
@@ -56,8 +56,9 @@ def from_tensors(tensors: dict[str, np.ndarray], notes: list[str]) -> tuple[Sam,
     if "image_encoder.pos_embed" not in tensors:
         raise WeightsError(
             "these are not weights of Segment Anything: neither image_encoder.pos_embed (official "
-            "names), vision_encoder.pos_embed (Hugging Face) nor cls_token and blocks.0.* (MAE) is "
-            f"there; got {format_list(tensors)}"
+            "names), vision_encoder.pos_embed (Hugging Face) nor, for the encoder alone, "
+            "patch_embed.proj.weight (MAE, DINOv2, timm) or embeddings.patch_embeddings.* (Hugging "
+            f"Face) is there; got {format_list(tensors)}"
         )
     model = _infer_model(tensors)
     return model, _convert_tensors(model, tensors, notes)

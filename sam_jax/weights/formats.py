@@ -20,7 +20,9 @@ from sam_jax.weights import (
     mae,
     safetensors_file,
     torch_file,
+    vit,
 )
+from sam_jax.weights.model_json import read_json
 from sam_jax.weights.state_dict import take_tensors
 from sam_jax.weights.tensors import WeightsError
 
@@ -36,11 +38,13 @@ class Checkpoint:
     """A model's weights, as numpy arrays.
 
     Attributes:
-      kind: A key of `KINDS`: "sam", or "mae" for a masked autoencoder.
-      model: The model. None for a file of facebookresearch/mae, which does not tell the fields of
-        its decoder.
-      variables: {"params", "constants"} of the model; empty if `model` is None.
-      tensors: Arrays by the names of facebookresearch/mae; empty for a SAM.
+      kind: A key of `KINDS`: "sam", or "mae" for a masked autoencoder; or "vit" for a plain vision
+        transformer without a model of ours, such as a file of facebookresearch/mae.
+      model: The model; None for a "vit".
+      variables: {"params", "constants"} of the model; empty for a "vit".
+      tensors: Arrays by the names of timm, which are also those of facebookresearch/mae; empty for
+        a SAM.
+      num_heads: Attention heads of the encoder's blocks; None for a SAM, or if nothing tells them.
       notes: Remarks about the file that a user should read.
     """
 
@@ -48,6 +52,7 @@ class Checkpoint:
     model: Sam | MaskedAutoencoder | None
     variables: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    num_heads: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -78,7 +83,7 @@ def _read_sam_directory(path: Path) -> Checkpoint:
 
 def _read_mae_directory(path: Path) -> Checkpoint:
     model, tensors = directory.read_mae(path)
-    return Checkpoint("mae", model, mae.from_torch(model, tensors), tensors)
+    return Checkpoint("mae", model, mae.from_torch(model, tensors), tensors, model.num_heads)
 
 
 KINDS = {
@@ -108,9 +113,10 @@ def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
 
     Args:
       path: A weights directory, a Hugging Face folder, or a `.pth` or safetensors file with
-        official, Hugging Face or MAE names; "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official
+        official or Hugging Face names; "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official
         file, which is downloaded once; or "sam_tiny", which the package contains and which was
-        trained on generated scenes. An MAE file's encoder becomes that of an untrained model.
+        trained on generated scenes. A plain vision transformer (MAE, DINOv2, timm, transformers'
+        ViT), in a file or a Hugging Face folder, becomes the encoder of an untrained model.
 
     Returns:
       The model and its {"params", "constants"}, float32 arrays on the default device.
@@ -124,7 +130,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
     if isinstance(checkpoint.model, Sam):
         model, variables = checkpoint.model, checkpoint.variables
     elif checkpoint.model is None:
-        model, variables = mae.to_sam(checkpoint.tensors, checkpoint.notes)
+        model, variables = _to_sam(checkpoint)
     else:
         raise WeightsError(
             f"{path} holds a masked autoencoder, not a SAM: read it with load_autoencoder, or "
@@ -159,7 +165,7 @@ def load_autoencoder(path: str | os.PathLike[str]) -> tuple[MaskedAutoencoder, d
 def read_autoencoder(
     path: str | os.PathLike[str],
 ) -> tuple[MaskedAutoencoder | None, dict[str, np.ndarray]] | None:
-    """Reads the tensors of a masked autoencoder.
+    """Reads the tensors of a masked autoencoder, or of another plain vision transformer.
 
     Args:
       path: As for `load`.
@@ -199,8 +205,11 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
             return kind.read_directory(path)
     notes: list[str] = []
     tensors = take_tensors(_read_state(path), notes)
-    if mae.is_mae(tensors):
-        return Checkpoint("mae", None, tensors=tensors, notes=notes)
+    if vit.is_plain_vit(tensors):
+        tensors = vit.to_timm_names(tensors, notes)
+        config = path / huggingface.CONFIG
+        heads = vit.count_heads(tensors, read_json(config) if config.is_file() else {})
+        return Checkpoint("vit", None, tensors=tensors, num_heads=heads, notes=notes)
     model, variables = convert.from_tensors(tensors, notes)
     return Checkpoint("sam", model, variables, notes=notes)
 
@@ -254,8 +263,8 @@ def convert_file(
     """Converts weights to another format.
 
     Args:
-      source: The weights to read, as for `read`. An MAE file's encoder becomes that of an untrained
-        `Sam`.
+      source: The weights to read, as for `read`. A plain vision transformer becomes the encoder of
+        an untrained `Sam`.
       target: The path to write, as for `save`.
       format: The format to write, as for `save`.
 
@@ -265,9 +274,13 @@ def convert_file(
     checkpoint = read(source)
     model, variables = checkpoint.model, checkpoint.variables
     if model is None:
-        model, variables = mae.to_sam(checkpoint.tensors, checkpoint.notes)
+        model, variables = _to_sam(checkpoint)
     save(target, model, variables, format)
     return checkpoint.notes
+
+
+def _to_sam(checkpoint: Checkpoint) -> tuple[Sam, dict[str, Any]]:
+    return mae.to_sam(checkpoint.tensors, checkpoint.notes, checkpoint.num_heads)
 
 
 def _find(path: str | os.PathLike[str]) -> Path:

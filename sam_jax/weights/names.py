@@ -1,7 +1,8 @@
-"""Names and layouts of each parameter in sam_jax, segment-anything, Hugging Face and MAE.
+"""Names and layouts of each parameter in sam_jax, segment-anything, Hugging Face, MAE and timm.
 
 Sources: the state dicts of facebookresearch/segment-anything, of transformers' `SamModel`
-(`models/sam/convert_sam_to_hf.py`) and of facebookresearch/mae (`models_mae.py`).
+(`models/sam/convert_sam_to_hf.py`), `Dinov2Model`, `ViTModel` and `ViTMAEModel`, of
+facebookresearch/mae (`models_mae.py`) and of timm (`vision_transformer.py`).
 """
 
 import re
@@ -210,17 +211,52 @@ def huggingface_name(official: str) -> str:
     return official
 
 
-def mae_encoder_names(depth: int) -> NameTable:
-    """Returns the MAE names of an encoder's layers, by paths that `ImageEncoder` has too."""
+_TO_TIMM = (  # of transformers' `Dinov2Model`, `ViTModel` and `ViTMAEModel`, as _TO_HUGGINGFACE
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.(q|k|v)_proj\.", r".attn.\1."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+)
+
+
+def timm_name(huggingface: str) -> str:
+    """Returns timm's name of a tensor of transformers' plain vision transformers.
+
+    Args:
+      huggingface: The name in transformers.
+
+    Returns:
+      The name in timm, where `attn.q`, `attn.k` and `attn.v` stand for the thirds of `attn.qkv`. A
+      name that is timm's already, or unknown, is unchanged.
+    """
+    for pattern, replacement in _TO_TIMM:
+        huggingface = re.sub(pattern, replacement, huggingface)
+    return huggingface
+
+
+def timm_names(depth: int) -> NameTable:
+    """Returns timm's names of a plain encoder's layers, by their paths in `ImageEncoder`.
+
+    facebookresearch/mae and facebookresearch/dinov2 have the same names.
+    """
     names = _layer("patch_embed", "patch_embed.proj", CONV)
     for i in range(depth):
-        names |= _mae_block(f"block_{i:02d}", f"blocks.{i}")
+        names |= _timm_block(f"block_{i:02d}", f"blocks.{i}")
     return names
 
 
 def mae_names(depth: int, decoder_depth: int) -> NameTable:
     """Returns the MAE name and the layout of each variable of a `MaskedAutoencoder`, by path."""
-    names = mae_encoder_names(depth) | {
+    names = timm_names(depth) | {
         "class_token": ("cls_token", TOKEN),
         "mask_token": ("mask_token", TOKEN),
         **_norm("norm", "norm"),
@@ -229,11 +265,11 @@ def mae_names(depth: int, decoder_depth: int) -> NameTable:
         **_layer("decoder_pred", "decoder_pred"),
     }
     for i in range(decoder_depth):
-        names |= _mae_block(f"decoder_block_{i:02d}", f"decoder_blocks.{i}")
+        names |= _timm_block(f"decoder_block_{i:02d}", f"decoder_blocks.{i}")
     return {f"params/{path}": entry for path, entry in names.items()}
 
 
-def _mae_block(path: str, name: str) -> NameTable:
+def _timm_block(path: str, name: str) -> NameTable:
     return {
         **_norm(f"{path}/norm1", f"{name}.norm1"),
         **_norm(f"{path}/norm2", f"{name}.norm2"),
@@ -244,5 +280,5 @@ def _mae_block(path: str, name: str) -> NameTable:
     }
 
 
-# Tensors of an MAE checkpoint that a SAM's image encoder lacks.
-MAE_DROPPED = re.compile(r"(cls_token|mask_token|(fc_)?norm\.|decoder_|head\.).*")
+# Tensors of a plain vision transformer, by timm's names, that a SAM's image encoder lacks.
+VIT_DROPPED = re.compile(r"(cls_token|mask_token|fc_norm\.|decoder_|head\.|pooler\.).*")
