@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sam_jax.model.sam import Sam
-
 LAYER_NORM_EPS = 1e-6
 
 
 def fit_neck(
-    model: Sam,
     params: dict[str, Any],
     tokens: Float[np.ndarray, "n e"],
     scale: Float[np.ndarray, " e"] | None,
@@ -31,8 +28,7 @@ def fit_neck(
     bias for that. The projection is therefore orthogonal to the mean, which costs one dimension.
 
     Args:
-      model: The model.
-      params: The parameters of its neck, for the shapes and the norms.
+      params: The initial parameters of the neck, whose norms are kept.
       tokens: Tokens before the neck, of images like those to train on.
       scale: The scale of the encoder's last LayerNorm; ones by default.
       seed: Seed of a rotation, after which all channels have about the same variance.
@@ -40,7 +36,7 @@ def fit_neck(
     Returns:
       The parameters of the neck.
     """
-    c = model.embedding_dim
+    c = params["conv1"]["kernel"].shape[-1]
     scale = np.ones(tokens.shape[1]) if scale is None else np.asarray(scale, np.float64)
     centered = tokens - tokens.mean(axis=1, keepdims=True, dtype=np.float64)
     deviation = np.sqrt((centered**2).mean(axis=1, keepdims=True) + LAYER_NORM_EPS)

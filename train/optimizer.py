@@ -105,7 +105,13 @@ def carry_over(old: Any, new: Any) -> Any:
         return found[0]
 
     known = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
-    return jax.tree.map_with_path(lambda path, leaf: known.get(name(path), leaf), new)
+
+    def copy(path: Any, leaf: Any) -> Any:
+        leaf = known.get(name(path), leaf)
+        # There are two counts. No buffer may be in a state twice, since steps donate it.
+        return leaf if leaf.ndim else jnp.copy(leaf)
+
+    return jax.tree.map_with_path(copy, new)
 
 
 def is_decayed(params: Any) -> Any:

@@ -114,9 +114,11 @@ def train_loop(
     )
     metrics = Metrics(folder, done, config.num_steps) if is_lead_host() else None
     context = Context(mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split)
+    trainable = stages[0][2].trainable
     for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
-        if done == start > 0:
+        if done == start and stage.trainable != trainable:
             state = change_optimizer(mesh, state, optimizer)
+        trainable = stage.trainable
         if done < stop:
             state = train_stage(stage, optimizer, state, done, stop, context)
             done = stop

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sam_jax.data.loader import Transform
+from sam_jax.data.loader import Loader, Transform
 from sam_jax.data.open import Subset
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.evaluate.clicks import evaluate_clicks, format_table
@@ -26,6 +26,7 @@ from train.report.segmentation import write_report
 from train.sharding import Objective
 
 NECK = ["image_encoder", "neck"]
+NECK_IMAGES = 48  # that the initial neck is fitted to
 
 
 class SegmentationTask:
@@ -61,7 +62,14 @@ class SegmentationTask:
 
     def initial_variables(self, train_split: Subset) -> dict[str, Any]:
         """Returns the variables of `init_from`, or initialized ones; see `sam_variables`."""
-        return sam_variables(self.config, self.init_fn, train_split)
+
+        def sample_batch() -> Batch:
+            data, seed = cast(Data, self.config.data), self.config.seed
+            source, indices = train_split.source, train_split.indices
+            loader = Loader(source, indices, self.transform, NECK_IMAGES, seed, data.views)
+            return cast(Batch, loader.batch(0)[0])
+
+        return sam_variables(self.config, self.init_fn, sample_batch)
 
     def batch_spec(self) -> Batch:
         """Returns the shapes of a batch of all hosts."""

@@ -1,0 +1,104 @@
+"""Runs in stages: each stage has its objective, batch size and trained parts."""
+
+import dataclasses
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.model.sam import sam_tiny
+from tests.train.running import CONFIG, finish, losses, start_run
+from train.config import ConfigError, Data, Interactive, Optimizer, Stage, TrainConfig
+from train.optimizer import carry_over, make_optimizer
+
+STAGES = """
+import dataclasses
+from train.config import Stage
+
+rounds = dataclasses.replace(config.objective, num_clicks=0, num_extra_rounds=0)
+data = dataclasses.replace(config.data, jitter=(0.3, 0.7), jitter_unit="object", views=2)
+config = dataclasses.replace(
+    config,
+    objective=rounds,
+    data=data,
+    trainable=("image_encoder/neck", "mask_decoder"),
+    feature_cache="CACHE",
+    stages=(
+        Stage(start=4, objective=config.objective, batch_size=4),
+        Stage(start=6, trainable=("image_encoder", "mask_decoder")),
+        Stage(start=8, data=dataclasses.replace(data, views=0), trainable=()),
+    ),
+)
+"""
+
+
+def make_config(**changes):
+    config = TrainConfig(model=sam_tiny(), data=Data(source="scenes"))
+    return dataclasses.replace(config, **changes)
+
+
+def test_stages_begin_where_they_say_and_end_where_the_next_one_begins():
+    three = Interactive(num_clicks=2)
+    stages = (Stage(start=5, objective=three), Stage(start=9, batch_size=2), Stage(start=50))
+    config = make_config(num_steps=12, stages=stages, batch_size=8)
+    parts = config.parts()
+    assert [part[:2] for part in parts] == [(0, 5), (5, 9), (9, 12)]
+    assert [part.objective for *_, part in parts] == [Interactive(), three, Interactive()]
+    assert [part.batch_size for *_, part in parts] == [8, 8, 2]
+    assert all(not part.stages for *_, part in parts)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((Stage(start=5), Stage(start=5)), "stages must be in the order of their starts"),
+        ((Stage(start=0),), "all above 0"),
+        ((Stage(start=1, batch_size=0),), "batch_size must be at least 1"),
+        ((Stage(start=1, data=Data(source="coco:x")),), r"stages\[0\].data must be the images"),
+    ],
+)
+def test_bad_stages_are_errors(stages, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(stages=stages)
+
+
+def test_the_moments_of_parts_that_stay_trained_are_kept():
+    params = {
+        part: {"kernel": jnp.full((2, 2), float(i))}
+        for i, part in enumerate(("image_encoder", "mask_decoder"))
+    }
+    gradients = jax.tree.map(jnp.ones_like, params)
+    decoder, both = (
+        make_optimizer(Optimizer(), 1, trainable)
+        for trainable in (("mask_decoder",), ("mask_decoder", "image_encoder"))
+    )
+    _, state = decoder.update(gradients, decoder.init(params), params)
+    carried = carry_over(state, both.init(params))
+    moments = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(carried)
+    }
+    assert len(moments) == 6  # two counts and two moments of two arrays
+    for path, value in moments.items():
+        was_trained = "mask_decoder" in path or path.endswith(".count")
+        assert (value != 0).all() == was_trained, path
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(carried)]
+    assert len(set(buffers)) == len(buffers)  # a step donates each buffer once
+
+
+@pytest.mark.slow
+def test_a_run_resumes_exactly_inside_and_between_stages(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG + STAGES.replace("CACHE", str(tmp_path / "cache")))
+    once, resumed = tmp_path / "once", tmp_path / "resumed"
+    finish(start_run(config, once))
+    for steps in (4, 7, 12):
+        finish(start_run(config, resumed, f"num_steps={steps}"))
+    assert losses(resumed) == losses(once)
+    digests = [
+        hashlib.sha256((workdir / "weights" / "weights.safetensors").read_bytes()).hexdigest()
+        for workdir in (once, resumed)
+    ]
+    assert digests[0] == digests[1]
