@@ -1,6 +1,5 @@
 """Encodes tiles of one image when they are asked for, and keeps the latest of them."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,17 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
 
 from sam_jax.images.read import MAX_IMAGE_PIXELS
-from sam_jax.images.resize import fit_size
+from sam_jax.images.resize import fit_size, resize_in_bands
 from sam_jax.model.sam import Sam
 from sam_jax.predict.encode import resize_and_encode
 from sam_jax.predict.tiles import Tile
 
 CACHE_BYTES = 256 << 20
 BATCH_SIZE = 8  # tiles in one program, where there are that many and the device is no CPU
-BAND_PIXELS = 1 << 24  # of an image that are read at once
 
 
 class TileEmbedder:
@@ -112,22 +109,10 @@ def read_tile(
         limit of images in files.
 
     Returns:
-      A view of the tile's pixels if they are at most `max_pixels`. A larger tile is read in bands
-      of rows. Squares of pixels, at most half a pixel of the
-      canvas wide, are averaged, and the result is resized to the size that the tile has on the
-      canvas, as a smaller tile will be.
+      A view of the tile's pixels if they are at most `max_pixels`. A larger tile is resized to the
+      canvas while it is read, see `resize_in_bands`.
     """
     pixels = image[tile.region]
     if tile.height * tile.width <= max_pixels:
         return pixels
-    height, width = fit_size(tile.size, canvas)
-    factor = max(1, int(min(tile.height / height, tile.width / width) / 2))
-    rows = factor * max(1, math.ceil(BAND_PIXELS / tile.width / factor))
-    bands = [
-        np.asarray(Image.fromarray(pixels[start : start + rows]).reduce(factor))
-        for start in range(0, tile.height, rows)
-    ]
-    reduced = Image.fromarray(np.concatenate(bands))
-    # The last squares may be cut off by the tile's sides.
-    box = (0, 0, tile.width / factor, tile.height / factor)
-    return np.asarray(reduced.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    return resize_in_bands(pixels, fit_size(tile.size, canvas))

@@ -236,7 +236,7 @@ def test_tiles_encoded_together_equal_single_ones(predictor, monkeypatch):
 @pytest.mark.parametrize("size", [(907, 1203), (640, 640), (2000, 130)])
 def test_large_tiles_are_reduced_in_bands(size, monkeypatch):
     """As if resized at once, but for the filter; and the size on the canvas is the same."""
-    monkeypatch.setattr("sam_jax.predict.tile_embedder.BAND_PIXELS", 5000)
+    monkeypatch.setattr("sam_jax.images.resize.BAND_PIXELS", 5000)
     small = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC))
     tile = Tile(0, 0, *size)
@@ -257,7 +257,7 @@ def test_large_tiles_are_never_in_memory_at_once(huge, monkeypatch):
         sizes.append(pixels.size)
         return to_image(pixels)
 
-    monkeypatch.setattr("sam_jax.predict.tile_embedder.BAND_PIXELS", 1 << 18)
+    monkeypatch.setattr("sam_jax.images.resize.BAND_PIXELS", 1 << 18)
     monkeypatch.setattr(Image, "fromarray", watch)
     assert read_tile(huge, Tile(10, 20, 2900, 2000), CANVAS, 1 << 20).shape == (64, 44, 3)
     assert sum(sizes[:-1]) == 2900 * 2000 * 3
