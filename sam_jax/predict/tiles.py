@@ -203,13 +203,24 @@ def nearest_tile(pyramid: Pyramid, scale: float, box: Float[np.ndarray, " 4"]) -
     """
     if scale == pyramid.scales[-1]:
         return pyramid.whole
+    height, width = tile_size(pyramid, scale)
+    top = _nearest_start(pyramid.image_size[0], height, (box[1] + box[3]) / 2)
+    left = _nearest_start(pyramid.image_size[1], width, (box[0] + box[2]) / 2)
+    return Tile(top, left, height, width)
+
+
+def tile_size(pyramid: Pyramid, scale: float) -> tuple[int, int]:
+    """Returns the (height, width) of the tiles of a level, at most those of the image.
+
+    Args:
+      pyramid: The tiles of the image.
+      scale: The level, one of `pyramid.scales`.
+    """
     height, width = (
         min(max(1, round(scale * side)), limit)
         for side, limit in zip(pyramid.canvas, pyramid.image_size, strict=True)
     )
-    top = _nearest_start(pyramid.image_size[0], height, (box[1] + box[3]) / 2)
-    left = _nearest_start(pyramid.image_size[1], width, (box[0] + box[2]) / 2)
-    return Tile(top, left, height, width)
+    return height, width
 
 
 def tile_starts(side: int, tile_side: int, stride: int) -> Int64[np.ndarray, " n"]:
