@@ -43,8 +43,7 @@ from sam_jax.images.read import ImageError
 from sam_jax.images.resize import apply_coords
 from sam_jax.masks import rle
 from sam_jax.model.sam import Sam
-from sam_jax.predict.encode import resize_and_encode
-from sam_jax.predict.predictor import check_image
+from sam_jax.predict.encode import check_image, resize_and_encode
 
 
 class SamAutomaticMaskGenerator:

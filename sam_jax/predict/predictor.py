@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32
 from numpy.typing import ArrayLike
 
 from sam_jax.images.resize import fit_size, postprocess_masks
 from sam_jax.model.mask_decoder import NUM_MASK_TOKENS
 from sam_jax.model.sam import Sam
 from sam_jax.predict.decode import decode_objects
-from sam_jax.predict.encode import resize_and_encode
+from sam_jax.predict.encode import check_image, resize_and_encode
 from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
 from sam_jax.predict.tile_masks import paste
 from sam_jax.predict.tiled_image import TiledImage
@@ -310,25 +310,10 @@ class SamPredictor:
         self, low_res: Float32[np.ndarray, "m lh lw"], size: tuple[int, int], return_logits: bool
     ) -> Bool[np.ndarray, "m h w"] | Float32[np.ndarray, "m h w"]:
         """Resizes the masks of an object to the size of their image or tile."""
-        logits = postprocess_masks(low_res, size, self.model.image_size)
-        return logits if return_logits else logits > MASK_THRESHOLD
-
-
-def check_image(image: object, image_format: str = "RGB") -> UInt8[np.ndarray, "h w 3"]:
-    """Validates an image and returns it with its channels in the order RGB.
-
-    Args:
-      image: The image to check.
-      image_format: The order of its channels, "RGB" or "BGR".
-
-    Raises:
-      ValueError: If the image is no 'h w 3' uint8 array, or the order is unknown.
-    """
-    if image_format not in ("RGB", "BGR"):
-        raise ValueError(f'image_format must be "RGB" or "BGR"; got {image_format!r}')
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        got = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"image must be a numpy array of uint8, values 0 to 255; got {got}")
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image must have shape (height, width, 3); got {image.shape}")
-    return image if image_format == "RGB" else image[..., ::-1]
+        canvas = self.model.image_size
+        if return_logits:
+            return postprocess_masks(low_res, size, canvas)
+        masks = np.empty((len(low_res), *size), bool)
+        for i, logits in enumerate(low_res):  # one at a time: their logits take four times as much
+            masks[i] = postprocess_masks(logits, size, canvas) > MASK_THRESHOLD
+        return masks
