@@ -24,6 +24,7 @@ from sam_jax.engine.instances import write_instances
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.everything.options import sa1b_preset
 from sam_jax.model.sam import Sam, replace_fields
+from sam_jax.predict.tiles import parse_tiles
 from sam_jax.weights.formats import load
 
 # Packages whose version may change the results.
@@ -112,6 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in GENERATOR_OPTIONS.items():
         option = f"--{name.replace('_', '-')}"
         generator.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=text)
+    generator.add_argument(
+        "--tiles",
+        type=parse_tiles,
+        metavar="SIZE|auto",
+        help="also segment overlapping tiles of SIZE pixels per side, or auto for the side of the "
+        "model's input; default: none",
+    )
     parallel = parser.add_argument_group(
         "several processes",
         "Each process segments its share of the images. The processes need to see DIR, but not "
@@ -189,7 +197,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def generator_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments of the generator: those of the preset, overridden by options."""
     preset = sa1b_preset() if args.preset == "sa1b" else {}
-    given = {name: getattr(args, name) for name in GENERATOR_OPTIONS}
+    given = {name: getattr(args, name) for name in (*GENERATOR_OPTIONS, "tiles")}
     given = {name: value for name, value in given.items() if value is not None}
     return preset | given | {"output_mode": "coco_rle"}
 

@@ -14,6 +14,7 @@ from sam_jax.io.atomic import write_json
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
 from sam_jax.predict.predictor import SamPredictor
+from sam_jax.predict.tiles import parse_tiles
 from sam_jax.visualize.overlay import draw_overlay
 from sam_jax.weights.formats import load
 
@@ -68,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the number of masks; default: 3 for a single point or box, which may be ambiguous, "
         "otherwise 1",
     )
+    parser.add_argument(
+        "--tiles",
+        type=parse_tiles,
+        metavar="SIZE|auto",
+        help="see the object in a tile of the image, enlarged: tiles of SIZE pixels per side, or "
+        "auto for many sizes; default: see the entire image",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the results")
 
 
@@ -83,12 +91,16 @@ def run(args: argparse.Namespace) -> None:
     num_masks = args.masks or (3 if prompt.is_single else 1)
     predictor = SamPredictor(*load(args.weights))
     image = read_image(args.image)
-    masks, scores = predict_masks(predictor, image, prompt, num_masks)
+    predictor.set_image(image, tiles=args.tiles)
+    masks, scores = predict_masks(predictor, prompt, num_masks)
     records = make_records(masks, scores)
     folder = Path(args.out)
     write_pictures(folder, image, prompt, masks, records)
     # Last: the folder is complete if it has a masks.json.
-    write_json(folder / "masks.json", describe(args.image, image, prompt) | {"masks": records})
+    description = describe(args.image, image, prompt)
+    if args.tiles is not None:
+        description["tile"] = predictor.tiles_used[0]._asdict()
+    write_json(folder / "masks.json", description | {"masks": records})
     for record in records:
         print(
             f"{record['file']}  predicted IoU {record['predicted_iou']:.3f}  "
@@ -98,20 +110,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def predict_masks(
-    predictor: SamPredictor, image: UInt8[np.ndarray, "h w 3"], prompt: Prompt, num_masks: int
+    predictor: SamPredictor, prompt: Prompt, num_masks: int
 ) -> tuple[Bool[np.ndarray, "m h w"], Float[np.ndarray, " m"]]:
     """Predicts masks of one object.
 
     Args:
-      predictor: The model; its image is replaced.
-      image: The image.
+      predictor: The model, with the image set.
       prompt: The prompt.
       num_masks: 3 or 1.
 
     Returns:
       The masks and their predicted IoUs, best first.
     """
-    predictor.set_image(image)
     masks, scores, _ = predictor.predict(
         np.array(prompt.points) if prompt.points else None,
         np.array(prompt.labels) if prompt.points else None,

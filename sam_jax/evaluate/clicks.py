@@ -12,7 +12,7 @@ perfect prediction. Unlike in training, masks of all sizes count.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from sam_jax.masks.boxes import box_of_mask
 from sam_jax.masks.clicks import center_click, center_click_on_error
 from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
+from sam_jax.predict.tiles import parse_tiles
 from sam_jax.weights.formats import load
 
 NUM_CLICKS = (1, 2, 3, 5, 9)  # after which the IoU is measured
@@ -48,26 +49,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a weights directory, a checkpoint file, or sam_vit_b, sam_vit_l, sam_vit_h or "
         "sam_tiny",
     )
+    parser.add_argument(
+        "--tiles",
+        type=parse_tiles,
+        metavar="SIZE|auto",
+        help="also evaluate with each object seen in a tile of its image: tiles of SIZE pixels per "
+        "side, or auto for many sizes",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """See `Evaluation`."""
     images = select(open_source(args.source), args.index)
     predictor = SamPredictor(*load(args.weights))
-    return evaluate_clicks(
-        predictor, images, tqdm(range(len(images)), unit=" images", disable=None)
-    )
+    progress = tqdm(range(len(images)), unit=" images", disable=None)
+    return evaluate_clicks(predictor, images, progress, args.tiles)
 
 
 def format_table(scores: dict[str, Any]) -> str:
     """See `Evaluation`."""
-    rows = [
-        (f"{count} click{'' if count == '1' else 's'}", iou)
-        for count, iou in scores["clicks"].items()
-    ]
-    rows.append(("box", scores["box"]))
-    lines = [f"mean IoU over {scores['objects']} objects", f"{'':10}{'predicted best':>16}  oracle"]
-    lines += [f"{name:10}{iou['chosen']:16.3f}{iou['oracle']:8.3f}" for name, iou in rows]
+    columns = [scores, scores["tiles"]] if "tiles" in scores else [scores]
+    titles = f"{'predicted best':>16}  oracle" * len(columns)
+    lines = [f"mean IoU over {scores['objects']} objects", f"{'':10}{titles}"]
+    if "tiles" in scores:
+        lines.insert(
+            1, f"{'':10}{'entire image':>24}{'tiles: ' + str(scores['tiles']['size']):>24}"
+        )
+    for count in (*scores["clicks"], "box"):
+        name = count if count == "box" else f"{count} click{'' if count == '1' else 's'}"
+        ious = [x["box"] if count == "box" else x["clicks"][count] for x in columns]
+        figures = "".join(f"{iou['chosen']:16.3f}{iou['oracle']:8.3f}" for iou in ious)
+        lines.append(f"{name:10}{figures}")
     lines.append(
         f"upper bound for one click, not knowing which object is meant: {scores['ceiling']:.3f}"
     )
@@ -77,7 +89,10 @@ def format_table(scores: dict[str, Any]) -> str:
 
 
 def evaluate_clicks(
-    predictor: SamPredictor, source: Source, indices: Iterable[int]
+    predictor: SamPredictor,
+    source: Source,
+    indices: Iterable[int],
+    tiles: int | str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model on images of a source.
 
@@ -85,17 +100,19 @@ def evaluate_clicks(
       predictor: The model; its image is replaced.
       source: The images and their masks.
       indices: The images to evaluate on, for example a progress bar over them.
+      tiles: Evaluate with these tiles too, see `SamPredictor.set_image`.
 
     Returns:
       {"objects": number of masks, "clicks": {"1": {"chosen": IoU, "oracle": IoU}, ...}, "box":
       {"chosen": IoU, "oracle": IoU}, "ceiling": mean of `one_click_upper_bound`, "bad_samples":
       number of images that could not be read}. "chosen" is the output with the highest predicted
-      IoU.
+      IoU. With tiles there is also "tiles": {"size": `tiles`, "clicks": ..., "box": ...}.
 
     Raises:
       ValueError: If there is no mask at all.
     """
     ious: list[np.ndarray] = []
+    tiled_ious: list[np.ndarray] = []
     upper_bounds: list[float] = []
     num_bad = 0
     for index in indices:
@@ -105,39 +122,39 @@ def evaluate_clicks(
         except BadSample:
             num_bad += 1
             continue
-        predictor.set_image(example.image)
         upper_bounds += one_click_upper_bound(masks)
-        for start in range(0, len(masks), OBJECTS_PER_CALL):
-            ious.append(measure_prompts(predictor, masks[start : start + OBJECTS_PER_CALL]))
+        predictor.set_image(example.image)
+        ious.append(measure_prompts(predictor, masks))
+        if tiles is not None:
+            predictor.set_image(example.image, tiles=tiles)
+            tiled_ious.append(measure_prompts(predictor, masks))
     if not ious:
         raise ValueError(f"there is no mask to evaluate on; {num_bad} images could not be read")
-    return summarize(np.concatenate(ious), upper_bounds, num_bad)
+    scores = {
+        "objects": len(upper_bounds),
+        **average(np.concatenate(ious)),
+        "ceiling": round(float(np.mean(upper_bounds)), 4),
+        "bad_samples": num_bad,
+    }
+    if tiles is not None:
+        scores["tiles"] = {"size": tiles, **average(np.concatenate(tiled_ious))}
+    return scores
 
 
-def summarize(
-    ious: Float[np.ndarray, "n columns 2"], upper_bounds: Sequence[float], num_bad: int
-) -> dict[str, Any]:
+def average(ious: Float[np.ndarray, "n columns 2"]) -> dict[str, Any]:
     """Averages over objects.
 
     Args:
       ious: See `measure_prompts`.
-      upper_bounds: One for each object.
-      num_bad: The number of images that could not be read.
 
     Returns:
-      See `evaluate_clicks`.
+      "clicks" and "box" of `evaluate_clicks`.
     """
     *clicks, box = [
         {"chosen": round(float(predicted_best), 4), "oracle": round(float(oracle), 4)}
         for predicted_best, oracle in ious.mean(axis=0)
     ]
-    return {
-        "objects": len(ious),
-        "clicks": dict(zip(map(str, NUM_CLICKS), clicks, strict=True)),
-        "box": box,
-        "ceiling": round(float(np.mean(upper_bounds)), 4),
-        "bad_samples": num_bad,
-    }
+    return {"clicks": dict(zip(map(str, NUM_CLICKS), clicks, strict=True)), "box": box}
 
 
 def decode_masks(example: Example) -> Bool[np.ndarray, "n h w"]:
@@ -162,19 +179,23 @@ def measure_prompts(
 
     Args:
       predictor: The model, with the image set.
-      masks: The objects.
+      masks: The objects, of which OBJECTS_PER_CALL are predicted at a time.
 
     Returns:
       The IoU for each of `NUM_CLICKS` and then for the box: that of the output with the highest
       predicted IoU, and that of the best output.
     """
-    columns = [
-        best_ious(predicted, scores, masks)
-        for count, (predicted, scores) in enumerate(predict_clicks(predictor, masks), start=1)
-        if count in NUM_CLICKS
-    ]
-    columns.append(best_ious(*predict_boxes(predictor, masks), masks))
-    return np.stack(columns, axis=1)
+    ious = []
+    for start in range(0, len(masks), OBJECTS_PER_CALL):
+        group = masks[start : start + OBJECTS_PER_CALL]
+        columns = [
+            best_ious(predicted, scores, group)
+            for count, (predicted, scores) in enumerate(predict_clicks(predictor, group), start=1)
+            if count in NUM_CLICKS
+        ]
+        columns.append(best_ious(*predict_boxes(predictor, group), group))
+        ious.append(np.stack(columns, axis=1))
+    return np.concatenate(ious)
 
 
 def predict_clicks(

@@ -2,6 +2,8 @@
 
 Source: segment-anything `utils/amg.py` (build_point_grid, build_all_layer_point_grids,
 generate_crop_boxes).
+
+Differences: crops may be tiles of a fixed size too.
 """
 
 import dataclasses
@@ -14,6 +16,9 @@ from jaxtyping import Float, Shaped
 from numpy.typing import ArrayLike
 
 from sam_jax.images.read import ImageError
+from sam_jax.predict.tiles import plan_pyramid, tile_size, tile_starts
+
+MIN_TILE_STRIDE = 1 / 4  # of a tile's side, however much tiles shall overlap
 
 
 def build_point_grid(points_per_side: int) -> Float[np.ndarray, "n 2"]:
@@ -82,7 +87,8 @@ class Crop:
 
     Attributes:
       box: (x0, y0, x1, y1) in pixels of the image; x1 and y1 are exclusive.
-      layer: 0 for the full image, 1 for its 2 x 2 crops, 2 for its 4 x 4 crops and so on.
+      layer: The grid of points: 0 for the full image and for tiles, 1 for the 2 x 2 crops of the
+        image, 2 for its 4 x 4 crops and so on.
     """
 
     box: tuple[int, int, int, int]
@@ -133,6 +139,37 @@ def plan_crops(size: tuple[int, int], num_layers: int, overlap_ratio: float) -> 
     if any(min(crop.size) < 1 for crop in crops):
         raise ImageError(f"image must be large enough for {num_layers} layers of crops; got {size}")
     return crops
+
+
+def plan_tile_crops(
+    size: tuple[int, int],
+    canvas: tuple[int, int],
+    tiles: int | str | None,
+    overlap_ratio: float,
+) -> list[Crop]:
+    """Returns overlapping tiles of one size that cover an image.
+
+    Args:
+      size: (height, width) of the image.
+      canvas: (height, width) of the padded input that the model takes.
+      tiles: The longer side of a tile in pixels of the image; "auto" for the canvas's, so that
+        the model sees each pixel at its size; None for no tiles.
+      overlap_ratio: The overlap of tiles as a fraction of their side.
+
+    Returns:
+      No crops if one tile would cover the image.
+    """
+    pyramid = plan_pyramid(size, canvas, max(canvas) if tiles == "auto" else tiles)
+    *finer, _ = pyramid.scales
+    if not finer:
+        return []
+    height, width = tile_size(pyramid, finer[0])
+    stride = max(1 - overlap_ratio, MIN_TILE_STRIDE)
+    tops, lefts = (
+        tile_starts(image_side, side, max(1, round(stride * side))).tolist()
+        for image_side, side in zip(size, (height, width), strict=True)
+    )
+    return [Crop((x, y, x + width, y + height), 0) for y, x in itertools.product(tops, lefts)]
 
 
 def _split_side(side: int, n: int, overlap: int) -> tuple[list[int], int]:

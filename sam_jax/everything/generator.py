@@ -8,7 +8,7 @@ image. First the device scores all masks (`candidates.py`) by measures of their 
 that remain are decoded once more and leave the device as bits, within their boxes
 (`rasterize.py`). Of equally good duplicates the first one is kept. Images have at most MAX_SIDE
 pixels per side. Masks of more than a share of the image, and masks of small islands only, can be
-dropped.
+dropped. Crops may be tiles of a fixed size.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from sam_jax.everything.candidates import (
     Thresholds,
     find_candidates,
 )
-from sam_jax.everything.crops import Crop, plan_crops
+from sam_jax.everything.crops import Crop, plan_crops, plan_tile_crops
 from sam_jax.everything.filtering import (
     drop_crop_duplicates,
     postprocess_small_regions,
@@ -43,8 +43,7 @@ from sam_jax.images.read import ImageError
 from sam_jax.images.resize import apply_coords
 from sam_jax.masks import rle
 from sam_jax.model.sam import Sam
-from sam_jax.predict.encode import resize_and_encode
-from sam_jax.predict.predictor import check_image
+from sam_jax.predict.encode import check_image, resize_and_encode
 
 
 class SamAutomaticMaskGenerator:
@@ -86,6 +85,7 @@ class SamAutomaticMaskGenerator:
         *,
         max_image_share: float | None = None,
         remove_small_masks: bool = False,
+        tiles: int | str | None = None,
     ) -> None:
         """Sets the options of `generate`. The defaults suit the official ViT-H.
 
@@ -117,6 +117,9 @@ class SamAutomaticMaskGenerator:
             disables this.
           remove_small_masks: Drop masks whose islands are all smaller than min_mask_region_area
             instead of keeping their largest island.
+          tiles: The side in pixels of overlapping tiles that are segmented too, as further crops
+            with the grid of points of the image; they overlap by crop_overlap_ratio of their side.
+            "auto" for the side of the model's input. An image that fits into a tile has none.
 
         Raises:
           ValueError: If an argument is invalid. The message names it.
@@ -137,6 +140,7 @@ class SamAutomaticMaskGenerator:
             output_mode=output_mode,
             max_image_share=max_image_share,
             remove_small_masks=remove_small_masks,
+            tiles=tiles,
         )
         self.point_grids = self.options.make_point_grids()
         self.model = model
@@ -196,7 +200,9 @@ class SamAutomaticMaskGenerator:
                 f"{rle.MAX_PIXELS} in all; got {size}"
             )
         options = self.options
-        crops = plan_crops(size, options.crop_n_layers, options.crop_overlap_ratio)
+        overlap = options.crop_overlap_ratio
+        crops = plan_crops(size, options.crop_n_layers, overlap)
+        crops += plan_tile_crops(size, self.model.image_size, options.tiles, overlap)
         with jax.default_device(self._device):
             masks = self._generate(image, crops, size)
         records = []
@@ -218,6 +224,8 @@ class SamAutomaticMaskGenerator:
         ]
         masks = select_masks(crops, jax.device_get(candidates))
         capacity = len(crops) * self._num_points * NUM_MULTIMASK_OUTPUTS
+        if self.options.tiles is not None:  # the number of crops varies with the image
+            capacity = 1 << max(len(masks) - 1, 0).bit_length()
         if len(crops) > 1:
             masks = drop_crop_duplicates(masks, crops, self.options.crop_nms_thresh, capacity)
         masks = self._rasterize(masks, crops, embeddings, size)

@@ -16,6 +16,7 @@ from sam_jax.everything.candidates import Thresholds
 from sam_jax.everything.crops import build_point_grids, check_point_grids
 from sam_jax.everything.filtering import round_down_to_float32
 from sam_jax.everything.records import OUTPUT_MODES
+from sam_jax.predict.tiles import check_tiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class GeneratorOptions:
     output_mode: str = "binary_mask"
     max_image_share: float | None = None
     remove_small_masks: bool = False
+    tiles: int | str | None = None
 
     def __post_init__(self) -> None:
         """Validates the options."""
@@ -50,6 +52,7 @@ class GeneratorOptions:
             raise ValueError(
                 f"output_mode must be one of {tuple(OUTPUT_MODES)}; got {self.output_mode!r}"
             )
+        check_tiles(self.tiles)
         self._check_at_least("crop_n_layers", 0)
         self._check_at_least("min_mask_region_area", 0)
         self._check_at_least("stability_score_offset", 0)

@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, Num, UInt8
 from PIL import Image
 
+BAND_PIXELS = 1 << 24  # of a large image that are read at once
+
 
 def fit_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
     """Returns the size of an image after it is resized to fit the canvas.
@@ -49,6 +51,30 @@ def resize_and_pad(
     padded = np.zeros((*canvas, 3), np.uint8)
     padded[: input_size[0], : input_size[1]] = np.asarray(resized)
     return padded, input_size
+
+
+def resize_in_bands(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "{size[0]} {size[1]} 3"]:
+    """Resizes an image that may not fit into memory, for example in a mapped file.
+
+    It is read in bands of rows. Squares of pixels, at most half a pixel of the result wide, are
+    averaged, and the averages are resized with Pillow's antialiased bilinear filter.
+
+    Args:
+      image: RGB pixels.
+      size: (height, width) of the result.
+    """
+    height, width = image.shape[0], image.shape[1]
+    factor = max(1, int(min(height / size[0], width / size[1]) / 2))
+    rows = factor * max(1, BAND_PIXELS // width // factor)
+    bands = [
+        np.asarray(Image.fromarray(image[start : start + rows]).reduce(factor))
+        for start in range(0, height, rows)
+    ]
+    reduced = Image.fromarray(np.concatenate(bands))
+    box = (0, 0, width / factor, height / factor)  # the last squares may be cut off
+    return np.asarray(reduced.resize(size[::-1], Image.Resampling.BILINEAR, box=box))
 
 
 def apply_coords(

@@ -1,4 +1,4 @@
-"""Encodes images of any size in batches of a fixed size."""
+"""Validates images of any size and encodes them in batches of a fixed size."""
 
 import functools
 from collections.abc import Sequence
@@ -10,6 +10,26 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from sam_jax.images.resize import resize_and_pad
 from sam_jax.model.sam import Sam, normalize
+
+
+def check_image(image: object, image_format: str = "RGB") -> UInt8[np.ndarray, "h w 3"]:
+    """Validates an image and returns it with its channels in the order RGB.
+
+    Args:
+      image: The image to check.
+      image_format: The order of its channels, "RGB" or "BGR".
+
+    Raises:
+      ValueError: If the image is no 'h w 3' uint8 array, or the order is unknown.
+    """
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f'image_format must be "RGB" or "BGR"; got {image_format!r}')
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        got = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"image must be a numpy array of uint8, values 0 to 255; got {got}")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"image must have shape (height, width, 3); got {image.shape}")
+    return image if image_format == "RGB" else image[..., ::-1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))

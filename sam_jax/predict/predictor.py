@@ -3,22 +3,26 @@
 Source: segment-anything `predictor.py`, whose signatures, shapes and numerics are kept.
 
 Differences: `predict_many` and `predict_batch`; prompts are padded to a few fixed sizes, so that
-neither their number nor the image's size compiles a new program.
+neither their number nor the image's size compiles a new program. Images may be seen in tiles.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float32
 from numpy.typing import ArrayLike
 
-from sam_jax.images.resize import postprocess_masks
+from sam_jax.images.resize import fit_size, postprocess_masks
+from sam_jax.model.mask_decoder import NUM_MASK_TOKENS
 from sam_jax.model.sam import Sam
 from sam_jax.predict.decode import decode_objects
-from sam_jax.predict.encode import resize_and_encode
+from sam_jax.predict.encode import check_image, resize_and_encode
 from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
+from sam_jax.predict.tile_masks import paste
+from sam_jax.predict.tiled_image import TiledImage
+from sam_jax.predict.tiles import Tile, check_tiles
 
 # Masks (logits if asked for), scores and low-resolution logits, of one object and of several.
 ObjectPrediction = tuple[
@@ -33,6 +37,22 @@ Prediction = tuple[
 ]
 
 MASK_THRESHOLD = 0.0  # a pixel is in a mask if its logit is above
+
+
+class TilePrediction(NamedTuple):
+    """The prediction for one object, in pixels of its tile.
+
+    Attributes:
+      tile: The part of the image in which the object was seen.
+      masks: Masks, or logits, of the tile.
+      scores: The predicted IoU of each mask.
+      low_res_logits: The masks' low-resolution logits.
+    """
+
+    tile: Tile
+    masks: Bool[np.ndarray, "m th tw"] | Float32[np.ndarray, "m th tw"]
+    scores: Float32[np.ndarray, " m"]
+    low_res_logits: Float32[np.ndarray, "m lh lw"]
 
 
 class SamPredictor:
@@ -51,6 +71,7 @@ class SamPredictor:
       variables: Its variables.
       original_size: (height, width) of the image, or None if no image is set.
       input_size: (height, width) of the resized image in the padded input of the model, or None.
+      tiles_used: The tile in which each object of the latest prediction on the image was seen.
     """
 
     def __init__(self, model: Sam, variables: dict[str, Any]) -> None:
@@ -64,24 +85,39 @@ class SamPredictor:
         self.variables = variables
         self.original_size: tuple[int, int] | None = None
         self.input_size: tuple[int, int] | None = None
-        self._embedding: Float[Array, "1 gh gw c"] | None = None
+        self.tiles_used: list[Tile] = []
+        self._image: TiledImage | None = None
 
-    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
-        """Encodes an image for the predictions that follow.
+    def set_image(
+        self, image: np.ndarray, image_format: str = "RGB", tiles: int | str | None = None
+    ) -> None:
+        """Encodes an image for the predictions that follow, or plans its tiles.
+
+        With tiles, an object is seen in a part of the image, which the model sees enlarged. A box
+        is seen in the tile of which it takes about half. Points are seen in tiles of all sizes, and
+        the best prediction counts: that of the highest predicted IoU times stability score, where
+        masks that their tile cuts off count half. With `mask_input`, which must be of an earlier
+        prediction on this image, an object stays in its tile, unless a point is outside of it: then
+        the smallest larger tile with all of the object is taken. Tiles are read and encoded when a
+        prompt needs them, so that the image may be a `np.memmap`; it must not change meanwhile.
 
         Args:
           image: 'h w 3' uint8, values 0 to 255.
           image_format: The order of its channels, "RGB" or "BGR".
+          tiles: None to see the entire image only; "auto" for tiles of many sizes, the smallest of
+            which the model sees at twice their size; or the longer side of all tiles in pixels. The
+            entire image is always one of the tiles, and an image that fits into a tile is the only
+            one.
 
         Raises:
-          ValueError: If the image has another shape or type. The image that was set before stays.
+          ValueError: If an argument is invalid. The image that was set before stays.
         """
         image = check_image(image, image_format)
+        check_tiles(tiles)
         self.reset_image()
-        self._embedding, (self.input_size,) = resize_and_encode(
-            self.model, self.variables, [image], batch_size=1
-        )
+        self._image = TiledImage(self.model, self.variables, image, tiles)
         self.original_size = image.shape[:2]
+        self.input_size = fit_size(image.shape[:2], self.model.image_size)
 
     def predict(
         self,
@@ -136,17 +172,52 @@ class SamPredictor:
 
         Returns:
           Masks, scores and low-resolution logits as of `predict`, with an axis of objects in front.
+          Outside of an object's tile masks are False, and logits OUTSIDE_LOGIT. Masks take a byte
+          per pixel of the image; `predict_tiles` returns those of the tiles alone.
 
         Raises:
           RuntimeError: If no image is set.
           ValueError: If a prompt is invalid. The message names the argument.
         """
-        embedding, size = self._require_image()
-        objects = [self._prepare(prompts, size)]
-        ((low_res, scores),) = decode_objects(
-            self.model, self.variables, embedding, objects, multimask_output
-        )
-        return self._resize_masks(low_res, size, return_logits), scores, low_res
+        image = self._require_image()
+        answers = image.answer(prompts, multimask_output)
+        self.tiles_used = [answer.tile for answer in answers]
+        outputs = len(answers), NUM_MASK_TOKENS - 1 if multimask_output else 1
+        dtype = np.float32 if return_logits else bool
+        masks = np.empty((*outputs, *image.pyramid.image_size), dtype)
+        scores = np.empty(outputs, np.float32)
+        low_res = np.empty((*outputs, *self.model.low_res), np.float32)
+        for i, (tile, logits, iou) in enumerate(answers):
+            paste(masks[i], self._resize(logits, tile.size, return_logits), tile)
+            scores[i], low_res[i] = iou, logits
+        return masks, scores, low_res
+
+    def predict_tiles(
+        self,
+        prompts: Sequence[Prompt],
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> list[TilePrediction]:
+        """Predicts masks of n objects, each in pixels of the tile in which it was seen.
+
+        For many objects in a large image this takes less memory than `predict_many`. The image is
+        its only tile if it was set without tiles.
+
+        Args:
+          prompts: As for `predict_many`, in pixels of the image.
+          multimask_output: Return three masks of each object instead of one.
+          return_logits: Return logits instead of masks.
+
+        Raises:
+          RuntimeError: If no image is set.
+          ValueError: If a prompt is invalid. The message names the argument.
+        """
+        answers = self._require_image().answer(prompts, multimask_output)
+        self.tiles_used = [answer.tile for answer in answers]
+        return [
+            TilePrediction(tile, self._resize(logits, tile.size, return_logits), iou, logits)
+            for tile, logits, iou in answers
+        ]
 
     def predict_batch(
         self,
@@ -197,33 +268,36 @@ class SamPredictor:
                 self.model, self.variables, embedding, objects[batch], multimask_output
             )
             for image, (low_res, scores) in zip(images[batch], decoded, strict=True):
-                masks = self._resize_masks(low_res, image.shape[:2], return_logits)
+                shape = (*low_res.shape[:2], *image.shape[:2])
+                masks = np.empty(shape, np.float32 if return_logits else bool)
+                for i, logits in enumerate(low_res):
+                    masks[i] = self._resize(logits, image.shape[:2], return_logits)
                 predictions.append((masks, scores, low_res))
         return predictions
 
     @property
     def is_image_set(self) -> bool:
         """True if there is an image to predict on."""
-        return self._embedding is not None
+        return self._image is not None
 
     def get_image_embedding(self) -> Float32[np.ndarray, "1 c gh gw"]:
-        """Returns the image's embedding with its axes in the reference's order.
+        """Returns the entire image's embedding with its axes in the reference's order.
 
         Raises:
           RuntimeError: If no image is set.
         """
-        embedding, _ = self._require_image()
+        embedding = self._require_image().embed_whole()
         return rearrange(np.asarray(embedding, np.float32), "b gh gw c -> b c gh gw")
 
     def reset_image(self) -> None:
         """Forgets the image."""
-        self.original_size = self.input_size = self._embedding = None
+        self.original_size = self.input_size = self._image = None
+        self.tiles_used = []
 
-    def _require_image(self) -> tuple[Float[Array, "1 gh gw c"], tuple[int, int]]:
-        """Returns the image's embedding and original size."""
-        if self._embedding is None or self.original_size is None:
+    def _require_image(self) -> TiledImage:
+        if self._image is None:
             raise RuntimeError("no image is set: call set_image(image) first")
-        return self._embedding, self.original_size
+        return self._image
 
     def _prepare(
         self, prompts: Sequence[Prompt], original_size: tuple[int, int]
@@ -232,36 +306,14 @@ class SamPredictor:
         canvas, low_res = self.model.image_size, self.model.low_res
         return [prepare_prompt(prompt, original_size, canvas, low_res) for prompt in prompts]
 
-    def _resize_masks(
-        self,
-        low_res: Float32[np.ndarray, "n m lh lw"],
-        original_size: tuple[int, int],
-        return_logits: bool,
-    ) -> Bool[np.ndarray, "n m h w"] | Float32[np.ndarray, "n m h w"]:
-        """Resizes masks to the size of their image, one object at a time to save memory."""
-        shape = (*low_res.shape[:2], *original_size)
-        masks = np.empty(shape, np.float32 if return_logits else bool)
-        for i, object_logits in enumerate(low_res):
-            logits = postprocess_masks(object_logits, original_size, self.model.image_size)
-            masks[i] = logits if return_logits else logits > MASK_THRESHOLD
+    def _resize(
+        self, low_res: Float32[np.ndarray, "m lh lw"], size: tuple[int, int], return_logits: bool
+    ) -> Bool[np.ndarray, "m h w"] | Float32[np.ndarray, "m h w"]:
+        """Resizes the masks of an object to the size of their image or tile."""
+        canvas = self.model.image_size
+        if return_logits:
+            return postprocess_masks(low_res, size, canvas)
+        masks = np.empty((len(low_res), *size), bool)
+        for i, logits in enumerate(low_res):  # one at a time: their logits take four times as much
+            masks[i] = postprocess_masks(logits, size, canvas) > MASK_THRESHOLD
         return masks
-
-
-def check_image(image: object, image_format: str = "RGB") -> UInt8[np.ndarray, "h w 3"]:
-    """Validates an image and returns it with its channels in the order RGB.
-
-    Args:
-      image: The image to check.
-      image_format: The order of its channels, "RGB" or "BGR".
-
-    Raises:
-      ValueError: If the image is no 'h w 3' uint8 array, or the order is unknown.
-    """
-    if image_format not in ("RGB", "BGR"):
-        raise ValueError(f'image_format must be "RGB" or "BGR"; got {image_format!r}')
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        got = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"image must be a numpy array of uint8, values 0 to 255; got {got}")
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image must have shape (height, width, 3); got {image.shape}")
-    return image if image_format == "RGB" else image[..., ::-1]

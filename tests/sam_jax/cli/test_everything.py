@@ -79,6 +79,12 @@ def test_a_model_segments_a_file(tmp_path, monkeypatch, capsys):
     assert (settings["points_per_side"], settings["crop_n_layers"]) == (3, 0)
 
 
+def test_tiles_are_an_option_of_the_generator(fake_generator, photos, tmp_path):
+    assert run(photos, tmp_path / "out", "--tiles", "auto") == 0
+    settings = json.loads((tmp_path / "out" / "everything.json").read_text())
+    assert settings["tiles"] == "auto"
+
+
 def test_bad_images_are_named_and_skipped(fake_generator, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out) == 0

@@ -97,6 +97,26 @@ def test_predict_writes_overlay_masks_and_json(weights, photo, tmp_path, capsys)
     assert np.asarray(Image.open(out / "overlay.png")).shape == (60, 90, 3)
 
 
+def test_predict_in_tiles_names_the_tile(weights, tmp_path):
+    image = tmp_path / "large.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(image)
+    command = ["predict", str(image), "--weights", weights, "--box", "101,60,150,80", "--tiles"]
+    assert main([*command, "auto", "--out", str(tmp_path / "auto")]) == 0
+    result = json.loads((tmp_path / "auto" / "masks.json").read_text())
+    tile = result["tile"]
+    assert 50 < tile["height"] == tile["width"] < 200
+    rows = slice(tile["top"], tile["top"] + tile["height"])
+    columns = slice(tile["left"], tile["left"] + tile["width"])
+    for record in result["masks"]:
+        mask = rle.decode(record["segmentation"])
+        assert mask.shape == (200, 300)
+        assert mask[rows, columns].sum() == mask.sum()
+    assert main([*command, "500", "--out", str(tmp_path / "one")]) == 0
+    result = json.loads((tmp_path / "one" / "masks.json").read_text())
+    assert result["tile"] == {"top": 0, "left": 0, "height": 200, "width": 300}
+
+
 @pytest.mark.parametrize(
     ("options", "count"),
     [
@@ -119,6 +139,7 @@ def test_three_masks_for_one_prompt_and_one_for_several(weights, photo, tmp_path
         (["--point", "1;2"], "'1;2' is not a list of numbers separated by commas"),
         (["--box", "1,2,3"], "'1,2,3' is not X0,Y0,X1,Y1"),
         (["--masks", "2"], "invalid choice"),
+        (["--tiles", "x"], "'x' is not auto or a number of pixels of at least 16"),
     ],
 )
 def test_wrong_usage_has_exit_code_2(weights, photo, tmp_path, options, message, capsys):

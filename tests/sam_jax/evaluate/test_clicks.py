@@ -166,6 +166,55 @@ def test_the_packaged_model_segments_held_out_scenes():
     assert evaluation["box"]["chosen"] > 0.6, evaluation
 
 
+class KnownInTiles(Known):
+    """Answers with a mask when the image is in tiles, and with nothing otherwise."""
+
+    def set_image(self, image, tiles=None):
+        self.tiles = tiles
+
+
+def test_figures_with_tiles_are_beside_those_of_the_entire_image():
+    def answer(prompt, multimask):
+        mask = LARGE if predictor.tiles else np.zeros(SIZE, bool)
+        return np.array([mask] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
+
+    predictor = KnownInTiles(answer)
+    images = ToySource([example(LARGE), example(LARGE, LARGE)])
+    without = evaluate_clicks(predictor, images, [0, 1])
+    scores = evaluate_clicks(predictor, images, [0, 1], tiles=64)
+    assert list(without) == ["objects", "clicks", "box", "ceiling", "bad_samples"]
+    assert {key: scores[key] for key in without} == without
+    assert scores["tiles"]["size"] == 64
+    assert scores["tiles"]["box"] == {"chosen": 1, "oracle": 1}
+    assert set(scores["tiles"]["clicks"]) == set(without["clicks"])
+    table = format_table(scores).splitlines()
+    assert table[1].split() == ["entire", "image", "tiles:", "64"]
+    assert table[3].split() == ["1", "click", "0.000", "0.000", "1.000", "1.000"]
+    assert table[8].split() == ["box", "0.000", "0.000", "1.000", "1.000"]
+    assert len(format_table(without).splitlines()) == len(table) - 1
+
+
+def test_images_of_one_tile_have_the_same_figures(square):
+    scenes = select(open_source("scenes:48x64"), ":2")
+    scores = evaluate_clicks(SamPredictor(*square), scenes, range(2), tiles=64)
+    assert scores["tiles"] == {"size": 64, "clicks": scores["clicks"], "box": scores["box"]}
+
+
+def test_small_objects_of_large_images_need_tiles():
+    scenes = select(open_source("scenes:64x64"), "::1000")
+    large = np.zeros((400, 400, 3), np.uint8)
+    masks = []
+    for i, (top, left) in enumerate([(0, 0), (0, 200), (200, 0), (300, 300)]):
+        large[top : top + 64, left : left + 64] = scenes[i].image
+        for mask in scenes[i].masks:
+            masks.append(np.zeros((400, 400), bool))
+            masks[-1][top : top + 64, left : left + 64] = rle.decode(mask)
+    images = ToySource([Example(image=large, masks=[rle.encode(mask) for mask in masks])])
+    scores = evaluate_clicks(SamPredictor(*load("sam_tiny")), images, [0], tiles="auto")
+    assert scores["tiles"]["box"]["chosen"] > scores["box"]["chosen"] + 0.15, scores
+    assert scores["tiles"]["clicks"]["9"]["chosen"] > scores["clicks"]["9"]["chosen"] + 0.15
+
+
 def test_the_command_writes_the_printed_scores(square, tmp_path, capsys, monkeypatch):
     from sam_jax.weights.formats import save
 
@@ -185,6 +234,9 @@ def test_the_command_writes_the_printed_scores(square, tmp_path, capsys, monkeyp
 def test_the_command_names_wrong_arguments(tmp_path, capsys):
     assert main(["evaluate", "clicks", "--weights", "w", "--source", "photos:x"]) == 1
     assert "photos" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", "clicks", "--weights", "w", "--source", "scenes", "--tiles", "7"])
+    assert "'7' is not auto or a number of pixels of at least 16" in capsys.readouterr().err
     arguments = ["--weights", "w", "--source", "scenes", "--index", "a"]
     assert main(["evaluate", "clicks", *arguments]) == 1
     assert "0::5" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.everything.crops import build_point_grid, plan_crops
+from sam_jax.everything.crops import build_point_grid, plan_crops, plan_tile_crops
 
 
 def test_points_are_centers_of_cells():
@@ -37,3 +37,30 @@ def test_crops_cover_the_image(size):
 def test_an_image_too_small_for_crops_is_an_error():
     with pytest.raises(ValueError, match="large enough for 2 layers of crops; got \\(1, 2\\)"):
         plan_crops((1, 2), 2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas", "tiles"),
+    [((640, 1000), (64, 64), 100), ((100, 101), (64, 64), "auto"), ((90, 500), (64, 32), 128)],
+)
+def test_tiles_of_one_size_cover_the_image(size, canvas, tiles):
+    covered = np.zeros(size, bool)
+    crops = plan_tile_crops(size, canvas, tiles, 0.3)
+    assert len({crop.size for crop in crops}) == 1
+    assert len({crop.box for crop in crops}) == len(crops)
+    for crop in crops:
+        assert crop.layer == 0
+        crop.extract(covered)[:] = True
+    assert covered.all()
+
+
+def test_tiles_overlap_by_a_part_of_their_side_or_more():
+    crops = plan_tile_crops((100, 1000), (64, 64), 100, 0.3)
+    assert [crop.corner for crop in crops[:2]] == [(0, 0), (70, 0)]
+    assert crops[-1].box == (900, 0, 1000, 100)
+    assert len(plan_tile_crops((100, 1000), (64, 64), 100, 1.0)) == 37  # by 3/4 at most
+
+
+@pytest.mark.parametrize("tiles", [None, "auto", 64, 1000])
+def test_an_image_that_fits_into_a_tile_has_no_tiles(tiles):
+    assert plan_tile_crops((40, 64), (64, 64), tiles, 0.3) == []

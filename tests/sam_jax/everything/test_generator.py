@@ -148,6 +148,31 @@ def test_masks_cut_by_a_crop_are_dropped(make_generator):
             assert abs(side - crop_side) > 20 or abs(side - image_side) <= 20
 
 
+def test_tiles_are_further_crops(make_generator):
+    masks = make_generator(tiles=100).generate(IMAGE)
+    crops = {tuple(mask["crop_box"]) for mask in masks}
+    assert [0, 0, 200, 150] in map(list, crops)
+    assert len(crops) > 2
+    for x, y, width, height in crops - {(0, 0, 200, 150)}:
+        assert (width, height) == (100, 100)
+        assert x + 100 <= 200
+        assert y + 100 <= 150
+    for mask in masks:
+        assert mask["segmentation"].shape == (150, 200)
+        assert mask["area"] == mask["segmentation"].sum()
+    sides = [mask["crop_box"][2] for mask in masks]
+    assert sides == sorted(sides)  # zoomed-in tiles first
+
+
+def test_one_tile_equals_no_tiles(make_generator, masks):
+    for tiles in (200, 1000):
+        found = make_generator(tiles=tiles).generate(IMAGE)
+        for mask, other in zip(found, masks, strict=True):
+            assert np.array_equal(mask["segmentation"], other["segmentation"])
+            assert mask["predicted_iou"] == other["predicted_iou"]
+            assert mask["stability_score"] == other["stability_score"]
+
+
 def test_masks_of_a_large_share_of_the_image_are_dropped(make_generator):
     areas = [mask["area"] for mask in make_generator(box_nms_thresh=1.0).generate(IMAGE)]
     limit = sorted(areas)[len(areas) // 2]

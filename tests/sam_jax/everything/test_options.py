@@ -52,6 +52,7 @@ def test_sa1b_has_grids_for_two_layers_of_crops():
             dict(points_per_side=None, point_grids=[np.full((1, 2), 3)]),
             r"must be in \[0, 1\]; got 3.0",
         ),
+        (dict(tiles=7), "tiles must be None, .auto., or the side of a tile in pixels"),
         (
             dict(points_per_side=None, point_grids=[np.ones((1, 2))], crop_n_layers=1),
             "a grid for the image and each of 1 layers of crops; got 1",

@@ -1,0 +1,166 @@
+"""Answers the prompts of one image, each in the tile that shows its object best."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from sam_jax.images.read import MAX_IMAGE_PIXELS
+from sam_jax.model.sam import Sam
+from sam_jax.predict.decode import decode_objects
+from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
+from sam_jax.predict.tile_embedder import TileEmbedder
+from sam_jax.predict.tile_masks import MaskTiles, mask_corners, move_logits, score_masks
+from sam_jax.predict.tiles import (
+    Tile,
+    coarser_tile,
+    plan_pyramid,
+    tile_for_box,
+    tiles_for_points,
+)
+
+
+class Answer(NamedTuple):
+    """The masks of one object in its tile.
+
+    Attributes:
+      tile: The tile.
+      logits: The low-resolution logits of each mask.
+      iou: The predicted IoU of each mask.
+    """
+
+    tile: Tile
+    logits: Float32[np.ndarray, "m lh lw"]
+    iou: Float32[np.ndarray, " m"]
+
+
+class TiledImage:
+    """An image and its tiles, or one that is its only tile.
+
+    Attributes:
+      pyramid: The tiles.
+    """
+
+    def __init__(
+        self,
+        model: Sam,
+        variables: dict[str, Any],
+        image: UInt8[np.ndarray, "h w 3"],
+        tiles: int | str | None,
+    ) -> None:
+        """Plans the tiles. If the image is its only tile, it is encoded and not kept.
+
+        Args:
+          model: The model.
+          variables: Its variables.
+          image: RGB pixels.
+          tiles: See `plan_pyramid`.
+
+        Raises:
+          ValueError: If `tiles` is wrong.
+        """
+        self.pyramid = plan_pyramid(image.shape[:2], model.image_size, tiles)
+        self._model = model
+        self._variables = variables
+        self._mask_tiles = MaskTiles()
+        max_tile_pixels = sys.maxsize if tiles is None else MAX_IMAGE_PIXELS
+        self._embedder = TileEmbedder(model, variables, image, max_tile_pixels=max_tile_pixels)
+        if self._is_only_tile:
+            self.embed_whole()
+            self._embedder.release_image()
+
+    def embed_whole(self) -> Float[Array, "1 gh gw c"]:
+        """Returns the embedding of the entire image."""
+        (embedding,) = self._embedder.embed([self.pyramid.whole])
+        return embedding
+
+    def answer(self, prompts: Sequence[Prompt], multimask_output: bool) -> list[Answer]:
+        """Decodes each object in the tile that shows it best.
+
+        Args:
+          prompts: See `SamPredictor.predict_many`.
+          multimask_output: Return three masks of each object instead of one.
+
+        Raises:
+          ValueError: If a prompt is invalid. Nothing is computed then.
+        """
+        by_tile: dict[Tile, list[tuple[int, ObjectPrompt]]] = {}
+        for i, prompt in enumerate(prompts):
+            for tile, tile_prompt in self._candidates(prompt):
+                by_tile.setdefault(tile, []).append((i, tile_prompt))
+        best: dict[int, tuple[float, int, Answer]] = {}
+        for tile, embedding in zip(by_tile, self._embedder.embed(list(by_tile)), strict=True):
+            indices, objects = zip(*by_tile[tile], strict=True)
+            ((logits, iou),) = decode_objects(
+                self._model, self._variables, embedding, [objects], multimask_output
+            )
+            for i, answer in zip(indices, map(Answer, [tile] * len(iou), logits, iou), strict=True):
+                # Of equal scores, that of the finer tile is kept.
+                rank = self._score(answer), -tile.height * tile.width
+                if i not in best or rank > best[i][:2]:
+                    best[i] = (*rank, answer)
+        answers = [best[i][-1] for i in range(len(prompts))]
+        if not self._is_only_tile:
+            for answer in answers:
+                self._mask_tiles.add(answer.logits, answer.tile)
+        return answers
+
+    def _candidates(self, prompt: Prompt) -> list[tuple[Tile, ObjectPrompt]]:
+        """Returns the tiles in which a prompt may be answered, and the prompt in each of them."""
+        prepared = self._prepare(prompt, self.pyramid.whole)
+        if self._is_only_tile:
+            return [(self.pyramid.whole, prepared)]
+        points, corners = (
+            np.asarray([] if prompt.get(key) is None else prompt[key], np.float64).reshape(-1, 2)
+            for key in ("point_coords", "box")
+        )
+        mask = prepared.mask
+        if mask is None:
+            tiles = self._tiles_without_mask(points, corners)
+        else:
+            source = self._mask_tiles.find(mask)
+            seen = mask_corners(mask, source, self.pyramid.canvas)
+            contents = np.concatenate([points, corners, seen])
+            tile = coarser_tile(self.pyramid, source, contents) if len(contents) else source
+            if tile != source:
+                mask = move_logits(mask, source, tile, self.pyramid.canvas)
+            tiles = [tile]
+        return [
+            (tile, self._prepare(_shift(prompt, points, corners, mask, tile), tile))
+            for tile in tiles
+        ]
+
+    def _tiles_without_mask(
+        self, points: Float[np.ndarray, "k 2"], corners: Float[np.ndarray, "corners 2"]
+    ) -> list[Tile]:
+        if len(corners):
+            return [tile_for_box(self.pyramid, corners.ravel(), points)]
+        return tiles_for_points(self.pyramid, points) if len(points) else [self.pyramid.whole]
+
+    def _prepare(self, prompt: Prompt, tile: Tile) -> ObjectPrompt:
+        return prepare_prompt(prompt, tile.size, self._model.image_size, self._model.low_res)
+
+    def _score(self, answer: Answer) -> float:
+        return score_masks(answer.logits, answer.iou, answer.tile, self.pyramid)
+
+    @property
+    def _is_only_tile(self) -> bool:
+        return len(self.pyramid.scales) == 1
+
+
+def _shift(
+    prompt: Prompt,
+    points: Float[np.ndarray, "k 2"],
+    corners: Float[np.ndarray, "corners 2"],
+    mask: Float32[np.ndarray, "lh lw"] | None,
+    tile: Tile,
+) -> Prompt:
+    """Returns a prompt in pixels of a tile, with logits of that tile."""
+    shifted: Prompt = {"point_labels": prompt.get("point_labels"), "mask_input": mask}
+    if prompt.get("point_coords") is not None:
+        shifted["point_coords"] = points - tile.corner
+    if len(corners):
+        shifted["box"] = (corners - tile.corner).ravel()
+    return shifted

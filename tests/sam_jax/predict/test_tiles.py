@@ -1,0 +1,151 @@
+"""Tiles lie in the image, contain the prompts, and are chosen by the prompt alone."""
+
+import argparse
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sam_jax.predict.tiles import (
+    Tile,
+    coarser_tile,
+    parse_tiles,
+    plan_pyramid,
+    tile_for_box,
+    tile_starts,
+    tiles_for_points,
+)
+
+NO_POINTS = np.zeros((0, 2))
+SIDES = st.integers(1, 30_000)
+FRACTIONS = st.floats(0, 1)
+
+
+@st.composite
+def pyramids(draw):
+    size = draw(SIDES), draw(SIDES)
+    canvas = draw(st.sampled_from([(64, 64), (48, 72), (1024, 1024), (1024, 512)]))
+    tiles = draw(st.sampled_from(["auto", 16, 100, 2000]))
+    return plan_pyramid(size, canvas, tiles)
+
+
+def points_in(pyramid, *fractions):
+    height, width = pyramid.image_size
+    return np.array(fractions).reshape(-1, 2) * (width, height)
+
+
+def assert_inside(pyramid, tile, points):
+    height, width = pyramid.image_size
+    assert tile.top >= 0
+    assert tile.left >= 0
+    assert tile.top + tile.height <= height
+    assert tile.left + tile.width <= width
+    relative = np.array(points) - tile.corner
+    assert (relative >= 0).all()
+    assert (relative <= (tile.width, tile.height)).all()
+
+
+@given(pyramids(), *[FRACTIONS] * 6)
+def test_tiles_contain_the_box_and_its_points(pyramid, a, b, c, d, e, f):
+    corners = points_in(pyramid, (min(a, b), min(c, d)), (max(a, b), max(c, d)))
+    point = points_in(pyramid, (e, f))
+    alone = tile_for_box(pyramid, corners.ravel(), NO_POINTS)
+    assert_inside(pyramid, alone, corners)
+    assert_inside(pyramid, tile_for_box(pyramid, corners.ravel(), point), [*corners, *point])
+
+
+@given(st.sampled_from([(1024, 1024), (1024, 512)]), SIDES, SIDES, *[FRACTIONS] * 4)
+def test_a_box_takes_about_half_of_its_tile(canvas, height, width, left, top, length, aspect):
+    """Unless it is smaller than half of the smallest tile or larger than half of the image."""
+    pyramid = plan_pyramid((height, width), canvas, "auto")
+    box = np.array([left * width, top * height, 0, 0])
+    longer = min(height, width) ** length
+    box[2:] = box[:2] + np.array([longer, longer * aspect])
+    box[2:] = np.minimum(box[2:], (width, height))
+    tile = tile_for_box(pyramid, box, NO_POINTS)
+    if tile == pyramid.whole:
+        return
+    sides = (box[2:] - box[:2]) / (tile.width, tile.height)
+    full_sides = [tile.width < width, tile.height < height]
+    assert (sides[full_sides] <= 0.66).all()
+    if tile.height > 0.6 * canvas[0]:  # not one of the finest level
+        scale = max(tile.height / canvas[0], tile.width / canvas[1])
+        assert max((box[3] - box[1]) / canvas[0], (box[2] - box[0]) / canvas[1]) >= 0.41 * scale
+
+
+def test_levels_grow_up_to_the_image():
+    pyramid = plan_pyramid((3000, 5000), (1024, 1024), "auto")
+    assert pyramid.scales[0] == 0.5
+    np.testing.assert_allclose(np.diff(np.log2(pyramid.scales[:-1])), 0.5)
+    assert pyramid.scales[-1] == 5000 / 1024
+    assert plan_pyramid((3000, 5000), (1024, 1024), 2048).scales == (2, 5000 / 1024)
+
+
+@pytest.mark.parametrize("tiles", ["auto", 512, None])
+def test_an_image_that_fits_into_a_tile_is_the_only_one(tiles):
+    assert len(plan_pyramid((512, 400), (1024, 1024), tiles).scales) == 1
+
+
+@given(pyramids(), FRACTIONS, FRACTIONS)
+def test_points_have_a_tile_of_every_octave(pyramid, x, y):
+    points = points_in(pyramid, (x, y))
+    tiles = tiles_for_points(pyramid, points)
+    assert len(tiles) == len(pyramid.scales[:-1:2]) + 1
+    assert tiles[-1] == pyramid.whole
+    for tile in tiles:
+        assert_inside(pyramid, tile, points)
+
+
+def test_points_far_apart_have_coarse_tiles_only():
+    pyramid = plan_pyramid((4096, 4096), (1024, 1024), "auto")
+    tiles = tiles_for_points(pyramid, np.array([[1000.0, 1000], [1900, 1400]]))
+    assert min(tile.width for tile in tiles) == 2048
+    for tile in tiles[:-1]:
+        assert tile.left <= 1000 - tile.width / 8
+        assert tile.left + tile.width >= 1900 + tile.width / 8
+
+
+def test_prompts_outside_of_the_image_have_tiles_at_its_border():
+    pyramid = plan_pyramid((4096, 4096), (1024, 1024), "auto")
+    tile = tile_for_box(pyramid, np.array([-50.0, 4000, 250, 4300]), NO_POINTS)
+    assert (tile.left, tile.top + tile.height) == (0, 4096)
+    assert tile.width < 1024
+    assert tiles_for_points(pyramid, np.array([[9e3, -9e3]]))[0] == Tile(0, 4096 - 512, 512, 512)
+
+
+@given(pyramids(), *[FRACTIONS] * 4)
+def test_a_point_outside_of_a_tile_leads_to_a_larger_one(pyramid, a, b, c, d):
+    tile = tiles_for_points(pyramid, points_in(pyramid, (a, b)))[0]
+    both = points_in(pyramid, (a, b), (c, d))
+    larger = coarser_tile(pyramid, tile, both)
+    assert_inside(pyramid, larger, both)
+    relative = both - tile.corner
+    was_inside = (relative >= 0).all() and (relative <= (tile.width, tile.height)).all()
+    assert (larger == tile) == bool(was_inside) or tile == pyramid.whole
+    if larger != tile:
+        assert larger.height * larger.width > tile.height * tile.width
+
+
+@given(st.integers(1, 5000), FRACTIONS, st.integers(1, 500))
+def test_tiles_cover_a_side(side, fraction, stride):
+    tile_side = max(1, round(side * fraction))
+    starts = tile_starts(side, tile_side, min(stride, tile_side))
+    assert starts[0] == 0
+    assert starts[-1] + tile_side == side
+    assert (np.diff(starts) > 0).all()
+    assert (np.diff(starts) <= tile_side).all()
+
+
+@pytest.mark.parametrize("tiles", ["x", "64", 0, -5, 15, 64.0, True, (64,)])
+def test_other_tiles_are_errors(tiles, without_type_checks):
+    with pytest.raises(ValueError, match='tiles must be None, "auto", or the side'):
+        plan_pyramid((100, 100), (64, 64), tiles)
+
+
+def test_the_option_is_parsed():
+    assert parse_tiles("auto") == "auto"
+    assert parse_tiles("512") == 512
+    for text in ("x", "0", "15", "-64", "64.5", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not auto or a number of pixels"):
+            parse_tiles(text)
