@@ -93,7 +93,7 @@ class ImageEncoder(nn.Module):
         Returns:
           Embeddings of `out_dim` channels; from the trunk, tokens of `embed_dim` channels.
         """
-        x = image if part == "neck" else self._trunk(image, train)
+        x = jnp.asarray(image) if part == "neck" else self._trunk(image, train)
         return x if part == "trunk" else Neck(self.out_dim, self.dtype, name="neck")(x)
 
     def _trunk(

@@ -1,6 +1,7 @@
-"""The initial variables of a run: given weights, mimetic attention, an autoencoder's encoder."""
+"""The initial variables of a run: given weights, mimetic attention, pretrained encoders."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from configs.mae_tiny import config as pretraining
 from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
 from sam_jax.model.sam import sam_tiny
+from sam_jax.weights import safetensors_file
 from train.config import ConfigError, Data, TrainConfig
 from train.initialization import sam_variables
 from train.tasks.base import make_task
@@ -138,3 +140,51 @@ def test_an_autoencoder_begins_with_another_of_the_same_sizes(autoencoder, tmp_p
     sam_jax.save(tmp_path / "mae.pth", MAE, autoencoder)
     with pytest.raises(ConfigError, match="must be the weights directory of a masked autoencoder"):
         begin(dataclasses.replace(config, init_from=str(tmp_path / "mae.pth")))
+
+
+# From other plain vision transformers.
+
+
+@pytest.fixture
+def dinov2(tmp_path):
+    """Returns a Hugging Face folder of a DINOv2 encoder of 64 channels, and its tensors."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "embeddings.cls_token": (1, 1, 64),
+        "embeddings.mask_token": (1, 64),
+        "embeddings.patch_embeddings.projection.weight": (64, 3, 14, 14),
+        "embeddings.patch_embeddings.projection.bias": (64,),
+        "embeddings.position_embeddings": (1, 26, 64),
+        "layernorm.weight": (64,),
+        "layernorm.bias": (64,),
+    }
+    layers = {f"attention.attention.{part}": (64, 64) for part in ("query", "key", "value")}
+    layers |= {"attention.output.dense": (64, 64), "mlp.fc1": (256, 64), "mlp.fc2": (64, 256)}
+    layers |= {"norm1": (64,), "norm2": (64,)}
+    for i in range(2):
+        for layer, shape in layers.items():
+            shapes[f"encoder.layer.{i}.{layer}.weight"] = shape
+            shapes[f"encoder.layer.{i}.{layer}.bias"] = shape[:1]
+        shapes |= {f"encoder.layer.{i}.layer_scale{j}.lambda1": (64,) for j in (1, 2)}
+    state = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    safetensors_file.write(tmp_path / "model.safetensors", state)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    return tmp_path, state
+
+
+def test_a_dinov2_encoder_is_taken_and_the_rest_is_drawn(drawn, dinov2, caplog):
+    folder, state = dinov2
+    config = dataclasses.replace(CONFIG, init_from=str(folder))
+    begun = sam_variables(config, lambda: drawn)
+    before, after = (flatten_dict(v["params"], sep="/") for v in (drawn, begun))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    kept = ("image_encoder/neck/", "prompt_encoder/", "mask_decoder/")
+    assert changed == {k for k in before if not k.startswith(kept) and "rel_pos" not in k}
+    query = np.asarray(after["image_encoder/block_01/attention/qkv/kernel"])[:, :64]
+    np.testing.assert_array_equal(
+        query, state["encoder.layer.1.attention.attention.query.weight"].T
+    )
+    assert "patches were resized from 14 to 8 pixels" in caplog.text
+    with pytest.raises(ConfigError, match=r"of 2 heads; model.image_encoder.num_heads is 4"):
+        begin(dataclasses.replace(config, model=sam_tiny(num_heads=4)))
