@@ -10,7 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of the verb."""
     parser.description = "Converts weights between formats."
     parser.epilog = "example: sam-jax convert sam_vit_b_01ec64.pth sam_b/"
-    parser.add_argument("source", metavar="SRC", help=WEIGHTS_HELP)
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help=f"{WEIGHTS_HELP}; or an encoder alone (MAE, DINOv2, timm), for an untrained model",
+    )
     parser.add_argument(
         "target",
         metavar="DST",

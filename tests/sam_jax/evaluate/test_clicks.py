@@ -166,7 +166,7 @@ def test_the_packaged_model_segments_held_out_scenes():
     assert evaluation["box"]["chosen"] > 0.6, evaluation
 
 
-class KnownInTiles(Known):
+class KnownInTiles(KnownPredictor):
     """Answers with a mask when the image is in tiles, and with nothing otherwise."""
 
     def set_image(self, image, tiles=None):

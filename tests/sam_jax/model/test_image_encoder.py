@@ -102,6 +102,30 @@ def test_loops_need_equal_super_blocks(ends, images):
         jax.eval_shape(lambda v: model.apply(v, images, method="encode"), shapes)
 
 
+# Trunk and neck.
+
+
+def test_trunk_and_neck_make_the_embedding(tiny, jit, images, embedding):
+    model, variables = tiny
+    tokens = jit(lambda v, x: model.apply(v, x, method="encode_trunk"))(variables, images)
+    assert tokens.shape == (*embedding.shape[:3], model.image_encoder.embed_dim)
+    again = jit(lambda v, x: model.apply(v, x, method="apply_neck"))(variables, tokens)
+    assert_close(again, embedding)
+    without_neck = {k: v for k, v in variables["params"]["image_encoder"].items() if k != "neck"}
+    params = {"image_encoder": without_neck}
+    assert_close(model.apply({"params": params}, images, method="encode_trunk"), tokens)
+
+
+def test_tokens_of_another_shape_are_rejected(tiny):
+    model, variables = tiny
+    for shape in ((2, 24), (1, 2, 2, 25)):
+        message = rf"tokens must have shape \(b, gh, gw, 24\); got {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=message):
+            model.apply(variables, np.ones(shape, np.float32), method="apply_neck")
+    with pytest.raises(ValueError, match=r"image must have shape .*; got \(1, 9, 8, 3\)"):
+        model.apply(variables, np.ones((1, 9, 8, 3), np.float32), method="encode_trunk")
+
+
 # Drop path and dropout.
 
 
