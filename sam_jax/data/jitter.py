@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from sam_jax.images.resize import MAX_ZOOM
+
 Unit = Literal["canvas", "pixel", "object"]
-MAX_ZOOM = 4.0  # pixels of the canvas per pixel of the image, for windows around objects
 
 
 class Window(NamedTuple):

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64
 
-MAX_ZOOM = 2.0  # canvas pixels per image pixel; enlarging further shows the model nothing new
+from sam_jax.images.resize import MAX_ZOOM
+
 LEVEL_RATIO = math.sqrt(2)  # of the sides of two levels' tiles
 OCTAVE = 2  # levels in which the side doubles
 STRIDE = 1 / 4  # of the tiles of a level, as a fraction of their side

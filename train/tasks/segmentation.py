@@ -108,10 +108,14 @@ class SegmentationTask:
         )
 
     def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
-        """Measures the mean IoU after clicks and a box; see `evaluate_clicks`."""
+        """Measures the mean IoU after clicks and a box; see `evaluate_clicks`.
+
+        A model that is trained on windows of images is also evaluated on tiles.
+        """
         predictor = SamPredictor(self.model, variables)
         indices = tqdm(range(len(eval_split)), "evaluation", unit="image", leave=False)
-        return evaluate_clicks(predictor, eval_split, indices)
+        tiles = "auto" if cast(Data, self.config.data).jitter else None
+        return evaluate_clicks(predictor, eval_split, indices, tiles)
 
     def report(
         self,

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sam_jax.data.example import BadSample, Example
-from sam_jax.data.jitter import MAX_ZOOM, Window, cut_image, sample_window
+from sam_jax.data.jitter import Window, cut_image, sample_window
 from sam_jax.data.segmentation_batch import SegmentationTransform
+from sam_jax.images.resize import MAX_ZOOM
 from sam_jax.masks import rle
 
 CANVAS = (64, 64)
