@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, Num, UInt8
 from PIL import Image
 
-# Canvas pixels per image pixel, at most, where parts of an image are enlarged to show small objects.
+# The largest number of canvas pixels per image pixel, where parts of an image are enlarged.
 MAX_ZOOM = 4.0
 
 BAND_PIXELS = 1 << 24  # of a large image that are read at once
