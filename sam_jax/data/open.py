@@ -6,6 +6,7 @@ open_source("coco:/data/coco")
 open_source("labels:/data/dsb2018")
 open_source("images:/data/photos")
 open_source("scenes:96x128")
+open_source("mix:coco:/data/coco*2+labels:/data/dsb2018")
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from jaxtyping import Int, UInt8
 
 from sam_jax.data.example import Example, Source, SourceError, check_index
 from sam_jax.data.sources.base import FileSource
+from sam_jax.data.sources.mixed import Mixture
 from sam_jax.io import storage
 
 
@@ -73,6 +75,11 @@ SOURCES = {
         usage="scenes[:HEIGHTxWIDTH]",
         help="generated images",
         opener="sam_jax.data.sources.synthetic:open_scenes",
+    ),
+    "mix": SourceKind(
+        usage="mix:SOURCE[*REPEATS]+SOURCE...",
+        help="several sources",
+        opener="sam_jax.data.sources.mixed:open_mixture",
     ),
 }
 
@@ -148,13 +155,15 @@ def with_full_size(source: Source) -> Source:
     always decode in full are returned unchanged.
 
     Args:
-      source: A source, an `ImagesOnly` or a `Subset` of one.
+      source: A source, an `ImagesOnly` or a `Subset` of one, or a `Mixture`.
 
     Returns:
       A source of the same examples, of the same type.
     """
     if isinstance(source, ImagesOnly | Subset):
         return dataclasses.replace(source, source=with_full_size(source.source))
+    if isinstance(source, Mixture):
+        return Mixture(tuple(map(with_full_size, source.sources)))
     if isinstance(source, FileSource):
         return dataclasses.replace(source, decode_size=None)
     return source
