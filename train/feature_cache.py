@@ -6,6 +6,8 @@ Runs share a cache if the frozen weights, the images, and what is done to the im
 import dataclasses
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from sam_jax.data.segmentation_batch import Batch
 from sam_jax.model.fields import module_to_dict
 from sam_jax.model.sam import Sam
 from sam_jax.predict.encode import encode_images
+from train.config import ConfigError
 
 Part = Literal["embedding", "trunk"]
 METHODS: dict[Part, Literal["encode", "encode_trunk"]] = {
@@ -61,6 +64,9 @@ class FeatureCache:
           count: The number of images of the source.
           views: The number of views per image; 0 is the same as 1.
           name: A name for the files of this host.
+
+        Raises:
+          ConfigError: If the disk has too little space.
         """
         # A copy, because the step is given the variables and donates them.
         encoder = variables["params"]["image_encoder"]
@@ -73,8 +79,13 @@ class FeatureCache:
         self.path.mkdir(parents=True, exist_ok=True)
         rows = count * self.views
         shape = feature_shape(model, part, rows)
-        self.features = open_rows(self.path / f"{part}_{name}.npy", shape, DTYPES[part])
-        self.is_known = open_rows(self.path / f"known_{name}.npy", (rows,), bool)
+        features, known = self.path / f"{part}_{name}.bin", self.path / f"known_{name}.bin"
+        num_bytes = math.prod(shape) * np.dtype(DTYPES[part]).itemsize
+        check_space(self.path, num_bytes)
+        # Both files or none: a row that is known must have its features.
+        is_new = (file_size(features), file_size(known)) != (num_bytes, rows)
+        self.features = open_rows(features, shape, DTYPES[part], is_new=is_new)
+        self.is_known = open_rows(known, (rows,), bool, is_new=is_new)
 
     def __call__(self, batch: Batch) -> Batch:
         """Returns the batch with features instead of images."""
@@ -89,6 +100,21 @@ class FeatureCache:
             self.is_known[row] = True
         features = np.asarray(self.features[row], np.float32)
         return dataclasses.replace(batch, image=None, view=None, **{self.part: features})
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raises ConfigError if a disk has too little space for new files of `num_bytes`."""
+    known = sum(path.stat().st_blocks * 512 for path in folder.glob("*.bin"))
+    if (free := shutil.disk_usage(folder).free) < num_bytes - known:
+        raise ConfigError(
+            f"feature_cache={str(folder)!r} needs {num_bytes / 2**20:.0f} MiB of disk space; "
+            f"{free / 2**20:.0f} MiB are free. Choose a folder on another disk, or fewer data.views"
+        )
+
+
+def file_size(path: Path) -> int:
+    """Returns the size of a file in bytes; 0 if there is none."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def feature_shape(model: Sam, part: Part, rows: int) -> tuple[int, ...]:
@@ -106,12 +132,13 @@ def digest(settings: Mapping[str, Any], params: Any) -> str:
     return total.hexdigest()[:24]
 
 
-def open_rows(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
-    """Opens a file of rows. A new file, or one that replaces a damaged file, holds zeros."""
-    try:
-        rows = np.lib.format.open_memmap(path, "r+")
-    except (FileNotFoundError, ValueError):
-        return np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if rows.shape != shape or rows.dtype != dtype:
-        return np.lib.format.open_memmap(path, "w+", dtype, shape)
-    return rows
+def open_rows(path: Path, shape: tuple[int, ...], dtype: type, *, is_new: bool) -> np.memmap:
+    """Opens a file of rows for reading and writing.
+
+    Args:
+      path: The file, which holds nothing but the rows.
+      shape: The shape of the rows.
+      dtype: Their dtype.
+      is_new: Whether to replace the file by zeros, which take no space before they are written to.
+    """
+    return np.memmap(path, dtype, "w+" if is_new else "r+", shape=shape)

@@ -16,7 +16,7 @@ from train.config import (
 )
 from train.overrides import override
 from train.tasks.base import TASKS, Task, make_task
-from train.tasks.segmentation import trains_encoder
+from train.tasks.segmentation import frozen_part
 
 MODEL = sam_tiny(image_size=(128, 128), patch_size=8, depth=4)
 CONFIG = TrainConfig(model=MODEL, data=Data(source="scenes"))
@@ -101,22 +101,26 @@ def test_limits_of_the_rules_are_allowed(setting):
 def test_random_transforms_need_an_encoder_that_is_trained(field):
     settings = [f"data.{field}=True", "trainable=mask_decoder,prompt_encoder"]
     message = error_message(make_task, override(CONFIG, settings))
-    assert message.startswith("data.flips and data.rot90 must be False if the image encoder")
-    assert message.endswith("; got trainable=('mask_decoder', 'prompt_encoder')")
-    make_task(override(CONFIG, [settings[0], "trainable=mask_decoder,image_encoder/neck"]))
+    assert message.startswith("data.views must be at least 1 if the image encoder is not trained")
+    assert message.endswith("got 0 and trainable=('mask_decoder', 'prompt_encoder')")
+    make_task(override(CONFIG, [*settings, "data.views=3"]))
+    make_task(override(CONFIG, [settings[0], "trainable=mask_decoder,image_encoder/block_03"]))
 
 
 @pytest.mark.parametrize(
     ("trainable", "expected"),
     [
-        ((), True),
-        (("image_encoder",), True),
-        (("mask_decoder", "image_encoder/block_03/lin1"), True),
-        (("mask_decoder", "prompt_encoder/top_left"), False),
+        ((), None),
+        (("image_encoder",), None),
+        (("mask_decoder", "image_encoder/block_03/lin1"), None),
+        (("image_encoder/neck", "image_encoder/block_03"), None),
+        (("mask_decoder", "prompt_encoder/top_left"), "embedding"),
+        (("mask_decoder", "image_encoder/neck"), "trunk"),
+        (("image_encoder/neck/conv1",), "trunk"),
     ],
 )
-def test_the_encoder_is_trained_if_any_part_of_it_is_trained(trainable, expected):
-    assert trains_encoder(dataclasses.replace(CONFIG, trainable=trainable)) == expected
+def test_features_are_kept_of_what_is_not_trained(trainable, expected):
+    assert frozen_part(dataclasses.replace(CONFIG, trainable=trainable)) == expected
 
 
 def test_rules_apply_to_configs_constructed_in_python():

@@ -11,7 +11,8 @@ VALUES = {"loss": 1.0, "miou": 0.5}
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_time_spent_waiting_for_data_is_logged(tmp_path):
-    metrics = Metrics(tmp_path, start=0, stop=4, batch_size=3, peak_step_seconds=0.01)
+    metrics = Metrics(tmp_path, start=0, stop=4)
+    metrics.begin_stage(batch_size=3, peak_step_seconds=0.01)
 
     def slow_loader():
         for i in range(4):
@@ -35,7 +36,7 @@ def test_time_spent_waiting_for_data_is_logged(tmp_path):
 
 
 def test_mfu_is_not_logged_without_a_known_peak(tmp_path):
-    metrics = Metrics(tmp_path, start=0, stop=1, batch_size=1)
+    metrics = Metrics(tmp_path, start=0, stop=1)
     metrics.log(1, VALUES)
     metrics.close()
     assert "mfu" not in read_rows(tmp_path / "metrics.jsonl")[0]

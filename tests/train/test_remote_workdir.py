@@ -35,10 +35,9 @@ def bucket(monkeypatch):
 
 def test_files_are_uploaded_once_and_again_when_they_change(remote):
     remote.pull()
-    file, cache = remote.folder / "report" / "index.html", remote.folder / "embeddings_1.npy"
+    file = remote.folder / "report" / "index.html"
     file.parent.mkdir()
     file.write_text("one")
-    cache.write_text("stays")
     (remote.folder / ".half").write_text("stays")
     remote.push()
     copy = epath.Path(RUN) / "report" / "index.html"

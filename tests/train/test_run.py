@@ -97,6 +97,7 @@ def test_frozen_parts_keep_their_parameters(start, uninterrupted, tmp_path):
         f"init_from={uninterrupted / 'weights'}",
         "trainable=mask_decoder",
         "data.flips=False",
+        f"feature_cache={tmp_path / 'features'}",
     )
     finish(start(workdir, *settings, "num_steps=3"))
     before, after = (sam_jax.load(w / "weights")[1]["params"] for w in (uninterrupted, workdir))
@@ -193,7 +194,7 @@ def test_a_workdir_of_another_config_is_rejected(monkeypatch, capsys, config, un
 
 def test_a_folder_with_other_files_is_rejected(monkeypatch, capsys, config, tmp_path):
     (tmp_path / "thesis.tex").touch()
-    assert "neither empty nor a run's" in error_of(monkeypatch, capsys, config, tmp_path)
+    assert "is not empty and holds no run" in error_of(monkeypatch, capsys, config, tmp_path)
 
 
 def test_a_full_disk_is_rejected(monkeypatch, capsys, config, tmp_path):

@@ -1,0 +1,116 @@
+"""Features of frozen encoders on disk."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sam_jax.data.loader import Loader
+from sam_jax.data.open import open_source
+from sam_jax.data.segmentation_batch import SegmentationTransform
+from sam_jax.model.init import init_variables
+from sam_jax.model.sam import sam_tiny
+from sam_jax.predict import encode
+from train import feature_cache
+from train.config import ConfigError
+from train.feature_cache import FeatureCache
+
+MODEL = sam_tiny(image_size=(32, 32), embed_dim=32, depth=1, global_blocks=(0,))
+COUNT, VIEWS = 40, 2
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return init_variables(MODEL, 0)
+
+
+@pytest.fixture
+def loader():
+    transform = SegmentationTransform((32, 32), 1, jitter=(0.3, 0.6), jitter_unit="object")
+    source = open_source("scenes:48x48")
+    return Loader(source, np.arange(COUNT), transform, 4, seed=0, views=VIEWS)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Counts the batches that are encoded."""
+    calls = []
+
+    def encode_images(*args):
+        calls.append(args)
+        return encode.encode_images(*args)
+
+    monkeypatch.setattr(feature_cache, "encode_images", encode_images)
+    return calls
+
+
+def open_cache(folder, variables, part="trunk", **key):
+    return FeatureCache(MODEL, variables, part, folder, key, COUNT, VIEWS, "host")
+
+
+@pytest.mark.parametrize(("part", "atol"), [("trunk", 4e-3), ("embedding", 1e-6)])
+def test_features_are_those_of_the_images(tmp_path, variables, loader, part, atol):
+    cache = open_cache(tmp_path, variables, part)
+    method = {"trunk": "encode_trunk", "embedding": "encode"}[part]
+    for step in range(2):
+        batch, _ = loader.batch(step)
+        expected = encode.encode_images(MODEL, variables, batch.image, batch.size, method)
+        for _ in range(2):  # computed, and then read
+            found = cache(batch)
+            assert found.image is None
+            np.testing.assert_allclose(getattr(found, part), expected, atol=atol, rtol=2e-3)
+
+
+def test_a_second_run_reads_what_the_first_one_computed(tmp_path, variables, loader, encoded):
+    batch, _ = loader.batch(0)
+    first = open_cache(tmp_path, variables)(batch)
+    second = open_cache(tmp_path, variables)(batch)
+    assert len(encoded) == 1
+    np.testing.assert_array_equal(first.trunk, second.trunk)
+
+
+def test_other_weights_views_or_settings_have_other_features(tmp_path, variables, loader, encoded):
+    batch, _ = loader.batch(0)
+    open_cache(tmp_path, variables)(batch)
+    open_cache(tmp_path, init_variables(MODEL, 1))(batch)
+    open_cache(tmp_path, variables, flips=True)(batch)
+    assert len(encoded) == 3
+    open_cache(tmp_path, variables)(dataclasses.replace(batch, view=1 - batch.view))
+    assert len(encoded) == 4
+
+
+def test_the_neck_does_not_change_features_of_the_trunk(tmp_path, variables, loader, encoded):
+    batch, _ = loader.batch(0)
+    open_cache(tmp_path, variables)(batch)
+    encoder = variables["params"]["image_encoder"]
+    neck = jax.tree.map(lambda x: x + 1, encoder["neck"])
+    changed = {"params": {"image_encoder": encoder | {"neck": neck}}}
+    open_cache(tmp_path, changed)(batch)
+    assert len(encoded) == 1
+
+
+def test_a_row_that_was_being_written_is_computed_again(tmp_path, variables, loader, encoded):
+    batch, _ = loader.batch(0)
+    cache = open_cache(tmp_path, variables)
+    expected = cache(batch).trunk
+    cache.is_known[:] = False  # as after a kill between the two writes
+    cache.features[:] = 7
+    np.testing.assert_array_equal(open_cache(tmp_path, variables)(batch).trunk, expected)
+
+
+@pytest.mark.parametrize("name", ["trunk_host.bin", "known_host.bin"])
+def test_files_of_which_one_is_truncated_are_replaced(tmp_path, variables, loader, name):
+    batch, _ = loader.batch(0)
+    cache = open_cache(tmp_path, variables)
+    expected = cache(batch).trunk
+    with open(cache.path / name, "r+b") as file:
+        file.truncate(40)
+    np.testing.assert_array_equal(open_cache(tmp_path, variables)(batch).trunk, expected)
+
+
+def test_a_full_disk_is_an_error(tmp_path, variables, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(ConfigError, match="feature_cache=.*needs 0 MiB.*fewer data.views"):
+        open_cache(tmp_path, variables)
