@@ -10,6 +10,7 @@ from typing import Any
 from sam_jax.data.loader import SkippedSample
 from sam_jax.io.atomic import write_json
 from sam_jax.io.settings_guard import differences
+from sam_jax.model.fields import FLAX_FIELDS
 from train.config import ConfigError, TrainConfig
 from train.former_names import rename_saved
 from train.overrides import to_dict
@@ -23,6 +24,7 @@ MAY_CHANGE = (
     "evaluate_every",
     "profile",
     "data.workers",
+    "feature_cache",
 )
 
 
@@ -49,6 +51,7 @@ def check_or_create(
     path = workdir / "config.json"
     if path.exists():
         before = rename_saved(json.loads(path.read_text(encoding="utf-8")))
+        before = _add_missing(before, _default_values(config))
         if changed := differences(before, to_dict(config), ignore=MAY_CHANGE):
             raise ConfigError(
                 f"{name} holds a run with another config: {'; '.join(changed)}. Choose another "
@@ -65,6 +68,27 @@ def check_or_create(
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))
+
+
+def _default_values(value: Any) -> dict[str, Any]:
+    """Returns the default values of the fields of a config, as nested dicts."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        if dataclasses.is_dataclass(part := getattr(value, field.name)):
+            values[field.name] = _default_values(part)
+        elif field.default is not dataclasses.MISSING and field.name not in FLAX_FIELDS:
+            values[field.name] = to_dict(field.default)
+    return values
+
+
+def _add_missing(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Adds fields that did not exist when a config was saved. Their defaults change nothing."""
+    added = {
+        name: _add_missing(saved.get(name, {}), value) if isinstance(value, dict) else value
+        for name, value in defaults.items()
+        if isinstance(value, dict) or name not in saved
+    }
+    return saved | added
 
 
 def write_evaluation(workdir: Path, evaluation: dict[str, Any]) -> None:

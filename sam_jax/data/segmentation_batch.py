@@ -92,8 +92,8 @@ class SegmentationTransform:
         if not self.jitter:
             moved = _flip_and_rotate(example.image, flip, quarter_turns)
             image, size = resize_and_pad(moved, self.canvas)
-            whole = size[::-1] if quarter_turns % 2 else size
-            masks, mask_id = self._decode(example, Window(whole, 0, 0, *whole), None, rng)
+            resized = size[::-1] if quarter_turns % 2 else size
+            masks, mask_id = self._decode(example, Window(resized, 0, 0, *resized), None, rng)
         else:
             window, masks, mask_id = self._sample_window(example, quarter_turns, rng, view_rng)
             part = _flip_and_rotate(cut_image(example.image, window), flip, quarter_turns)

@@ -1,8 +1,24 @@
 """The files in the workdir of a run."""
 
+import dataclasses
 import json
 
-from train.workdir import write_evaluation
+import pytest
+
+from configs.sam_tiny import config as tiny
+from train.config import ConfigError
+from train.overrides import to_dict
+from train.workdir import check_or_create, write_evaluation
+
+
+def test_a_config_saved_before_a_field_existed_has_its_default(tmp_path):
+    saved = to_dict(tiny)
+    del saved["stages"], saved["data"]["jitter"], saved["optimizer"]["cosine_start"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    check_or_create(tmp_path, tiny, 0, is_writer=False)
+    data = dataclasses.replace(tiny.data, jitter=(0.1, 2.0))
+    with pytest.raises(ConfigError, match=r"data.jitter was \[\], is \[0.1, 2.0\]"):
+        check_or_create(tmp_path, dataclasses.replace(tiny, data=data), 0, is_writer=False)
 
 
 def test_values_that_are_not_finite_are_written_as_null(tmp_path):
