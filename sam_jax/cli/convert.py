@@ -4,6 +4,7 @@ import argparse
 
 from sam_jax.cli.help_texts import WEIGHTS_HELP
 from sam_jax.weights import formats
+from sam_jax.weights.compact import STORAGES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=formats.FORMATS,
         help="the format of DST; default: chosen by its name",
     )
+    parser.add_argument(
+        "--storage",
+        choices=STORAGES,
+        default="float32",
+        help="the dtype of large arrays in a weights directory; int8 has one scale per channel",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    for note in formats.convert_file(args.source, args.target, args.format):
+    for note in formats.convert_file(args.source, args.target, args.format, args.storage):
         print(f"note: {note}")
     print(f"{args.source} -> {args.target}")

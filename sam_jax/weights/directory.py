@@ -17,20 +17,24 @@ from sam_jax.model.fields import module_to_dict
 from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.sam import Sam
 from sam_jax.weights import mae, safetensors_file
+from sam_jax.weights.compact import Storage, pack, unpack
 from sam_jax.weights.model_json import mae_from_json, read_json, sam_from_json, sam_to_json
-from sam_jax.weights.tensors import WeightsError, check_variables, format_list
+from sam_jax.weights.tensors import WeightsError, check_variables
 
 SAM_JSON, SAM_WEIGHTS = "model.json", "weights.safetensors"
 MAE_JSON, MAE_WEIGHTS = "mae.json", "mae.safetensors"
 
 
-def write_sam(path: Path, model: Sam, variables: dict[str, Any]) -> None:
+def write_sam(
+    path: Path, model: Sam, variables: dict[str, Any], storage: Storage = "float32"
+) -> None:
     """Writes a model and its variables, and replaces an older weights directory.
 
     Args:
       path: The directory.
       model: The model.
-      variables: Its {"params", "constants"}. They are stored as float32.
+      variables: Its {"params", "constants"}.
+      storage: The dtype of large arrays in the file, see `compact`.
 
     Raises:
       WeightsError: If the variables are not those of the model.
@@ -40,7 +44,7 @@ def write_sam(path: Path, model: Sam, variables: dict[str, Any]) -> None:
     flat = {name: np.asarray(value, np.float32) for name, value in flat.items()}
     check_variables("variables", model, flat)
     with atomic.atomic_directory(path, marker=SAM_JSON) as folder:
-        safetensors_file.write(folder / SAM_WEIGHTS, flat)
+        safetensors_file.write(folder / SAM_WEIGHTS, pack(flat, storage))
         atomic.write_json(folder / SAM_JSON, sam_to_json(model))
 
 
@@ -99,7 +103,4 @@ def read_mae(path: Path) -> tuple[MaskedAutoencoder, dict[str, np.ndarray]]:
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise WeightsError(f"{path} is missing")
-    arrays = safetensors_file.read(path)
-    if others := sorted(name for name, x in arrays.items() if x.dtype != np.float32):
-        raise WeightsError(f"{path} must hold only float32 arrays; others: {format_list(others)}")
-    return arrays
+    return unpack(safetensors_file.read(path), str(path))

@@ -22,6 +22,7 @@ from sam_jax.weights import (
     torch_file,
     vit,
 )
+from sam_jax.weights.compact import Storage
 from sam_jax.weights.model_json import read_json
 from sam_jax.weights.state_dict import take_tensors
 from sam_jax.weights.tensors import WeightsError
@@ -219,6 +220,7 @@ def save(
     model: Sam | MaskedAutoencoder,
     variables: dict[str, Any],
     format: str | None = None,
+    storage: Storage = "float32",
 ) -> None:
     """Saves a model and its variables atomically; `load` and `load_autoencoder` read them.
 
@@ -232,16 +234,25 @@ def save(
         the path ends in .safetensors and a PyTorch file otherwise) or "huggingface" (a folder for
         transformers). By default "official" if the path ends in .pth, .pt or .safetensors, and
         "sam_jax" otherwise.
+      storage: "float32"; or "float16" or "int8", for the weights directory of a SAM that takes a
+        half or a quarter of the space. `load` returns float32 arrays in any case.
 
     Raises:
-      ValueError: If the format is unknown or the variables are not those of the model.
+      ValueError: If the format or the storage is unknown, if they do not go together, or if the
+        variables are not those of the model.
       FileExistsError: If something else than an older directory of the same format is at `path`.
     """
     path = Path(path)
     kind = next(kind for kind in KINDS.values() if isinstance(model, kind.model_class))
     if format is None:
         format = "official" if path.suffix in OFFICIAL_SUFFIXES else "sam_jax"
-    if format == "sam_jax":
+    if format == "sam_jax" and isinstance(model, Sam):
+        directory.write_sam(path, model, variables, storage)
+    elif storage != "float32":
+        raise ValueError(
+            f"storage must be float32 unless a SAM is saved as a weights directory; got {storage!r}"
+        )
+    elif format == "sam_jax":
         kind.write_directory(path, model, variables)
     elif format == "huggingface":
         if kind.write_huggingface is None:
@@ -258,7 +269,10 @@ def save(
 
 
 def convert_file(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], format: str | None = None
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    format: str | None = None,
+    storage: Storage = "float32",
 ) -> list[str]:
     """Converts weights to another format.
 
@@ -267,6 +281,7 @@ def convert_file(
         an untrained `Sam`.
       target: The path to write, as for `save`.
       format: The format to write, as for `save`.
+      storage: The dtype of large arrays, as for `save`.
 
     Returns:
       Notes on the source that a user should read.
@@ -275,7 +290,7 @@ def convert_file(
     model, variables = checkpoint.model, checkpoint.variables
     if model is None:
         model, variables = _to_sam(checkpoint)
-    save(target, model, variables, format)
+    save(target, model, variables, format, storage)
     return checkpoint.notes
 
 
