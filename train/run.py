@@ -30,8 +30,8 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     """Trains, or resumes the run in the workdir; then evaluates and reports.
 
     Afterwards the workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/, weights/
-    (for `sam_jax.load`), evaluation.json and report/; also bad_samples.jsonl and profile/ if there
-    were any. It may be in an object store (gs://...), see `remote_workdir.py`.
+    (for `sam_jax.load`), evaluation.json, objects.jsonl and report/; also bad_samples.jsonl and
+    profile/ if there were any. It may be in an object store (gs://...), see `remote_workdir.py`.
 
     On several hosts, each host reads its share of every batch and saves its shards of the
     checkpoints. The variables are gathered on all hosts for evaluations. The lead host evaluates
@@ -178,7 +178,7 @@ def train_stage(
     def evaluate(done: int, state: TrainState) -> None:
         variables = gather_variables(mesh, state)
         if metrics:
-            metrics.log_evaluation(done, task.evaluate(variables, eval_split))
+            metrics.log_evaluation(done, task.evaluate(variables, eval_split)[0])
 
     for done, (batch, skipped) in enumerate(batches, start=start + 1):
         bad_samples.add(skipped)
@@ -220,8 +220,9 @@ def finalize(
     """Saves the weights, evaluates them, and writes the report."""
     sam_jax.save(workdir / "weights", config.model, variables)
     where = {"source": config.data.source, "index": config.data.held_out or ":"}
-    evaluation = where | task.evaluate(variables, eval_split)
-    write_evaluation(workdir, evaluation)
+    scores, objects = task.evaluate(variables, eval_split)
+    evaluation = where | scores
+    write_evaluation(workdir, evaluation, objects)
     task.report(workdir, variables, eval_split, evaluation)
 
 

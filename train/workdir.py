@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
-from sam_jax.io.atomic import write_json
+from sam_jax.io.atomic import write_json, write_json_lines
 from sam_jax.io.settings_guard import differences
 from train.config import ConfigError, TrainConfig
 from train.former_names import rename_saved
@@ -67,8 +67,10 @@ def check_or_create(
         write_json(path, to_dict(config))
 
 
-def write_evaluation(workdir: Path, evaluation: dict[str, Any]) -> None:
-    """Writes evaluation.json.
+def write_evaluation(
+    workdir: Path, evaluation: dict[str, Any], objects: list[dict[str, Any]]
+) -> None:
+    """Writes evaluation.json, and objects.jsonl if there are objects.
 
     NaN and infinity become null, because JSON cannot express them. A run that diverged still gets
     its evaluation and its report.
@@ -76,8 +78,11 @@ def write_evaluation(workdir: Path, evaluation: dict[str, Any]) -> None:
     Args:
       workdir: The folder of the run.
       evaluation: Values by name, which may be nested.
+      objects: The rows of objects.jsonl, without NaN and infinity.
     """
     write_json(workdir / "evaluation.json", _replace_nonfinite(evaluation))
+    if objects:
+        write_json_lines(workdir / "objects.jsonl", objects)
 
 
 def _replace_nonfinite(value: Any) -> Any:

@@ -53,7 +53,10 @@ def test_a_finished_workdir_has_weights_an_evaluation_and_a_report(uninterrupted
     assert scores["source"] == "scenes:48x64"
     assert set(scores["clicks"]) == {"1", "2", "3", "5", "9"}
     assert set(scores["box"]) == {"chosen", "oracle"}
-    assert scores["objects"] > 0
+    objects = read_rows(uninterrupted / "objects.jsonl")
+    assert len(objects) == scores["objects"] > 0
+    box = np.mean([row["box"]["chosen"] for row in objects])
+    np.testing.assert_allclose(box, scores["box"]["chosen"], atol=1e-4)
     assert {"curves.png", "clicks.png", "examples.png"} <= {
         path.name for path in (uninterrupted / "report").iterdir()
     }
