@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from tqdm import tqdm
 
 from sam_jax.data.example import BadSample, Example, Source
@@ -102,7 +102,8 @@ def format_table(scores: dict[str, Any]) -> str:
     if "large" in scores:
         large = scores["large"]
         row = _format_row("large, box", [x["large"]["box"] for x in columns], large["fill"])
-        lines.append(f"{row}; {large['objects']} objects of at least {LARGE_AREA:.0%} of the image")
+        area = f"at least {100 * LARGE_AREA:g} % of the image"
+        lines.append(f"{row}   ({large['objects']} objects, each {area})")
     lines.append(
         f"upper bound for one click, not knowing which object is meant: {scores['ceiling']:.3f}"
     )
@@ -273,10 +274,16 @@ def predict_boxes(
     predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"]
 ) -> tuple[Bool[np.ndarray, "n m h w"], Float[np.ndarray, "n m"]]:
     """Predicts three masks of each object, and their IoUs, from its bounding box."""
-    boxes = box_of_mask(masks)
-    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)  # a line of pixels has no area
-    predicted, scores, _ = predictor.predict_many([{"box": box} for box in boxes])
+    predicted, scores, _ = predictor.predict_many([{"box": box} for box in box_prompts(masks)])
     return predicted, scores
+
+
+def box_prompts(masks: Bool[np.ndarray, "*n h w"]) -> Int64[np.ndarray, "*n 4"]:
+    """Returns the bounding boxes of masks, which never are empty, as prompts."""
+    boxes = box_of_mask(masks)
+    # A line of pixels has no area.
+    boxes[..., 2:] = np.maximum(boxes[..., 2:], boxes[..., :2] + 1)
+    return boxes
 
 
 def score_outputs(
