@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 import sam_jax
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import Subset, exclude, open_source, select, with_full_size
+from sam_jax.model.sam import Sam
 from train.checkpoints import MAX_TO_KEEP, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops
+from train.mask_summary import print_mask_summary
 from train.metrics import Metrics, summarize
 from train.optimizer import carry_over, check_trainable, make_optimizer
 from train.remote_workdir import RemoteWorkdir
@@ -59,6 +61,8 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
         num_bytes = bytes_on_disk(variables, remote.is_remote)
         check_or_create(remote.folder, config, num_bytes, is_lead_host(), remote.address)
         remote.push()
+        if is_lead_host() and isinstance(config.model, Sam):
+            print_mask_summary(config.model, make_loader(config, task, train_split))
         state = train_loop(config, task, remote, mesh, variables, train_split, eval_split)
         variables = gather_variables(mesh, state)
         if is_lead_host():

@@ -12,7 +12,7 @@ perfect prediction. Unlike in training, masks of all sizes count.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from tqdm import tqdm
 
-from sam_jax.data.example import BadSample, Example, Source
+from sam_jax.data.example import RLE, BadSample, Source
 from sam_jax.data.open import open_source, select
 from sam_jax.evaluate.object_scores import (
     LARGE_AREA,
@@ -175,7 +175,7 @@ def measure_objects(
     for index in indices:
         try:
             example = source[index]
-            masks = decode_masks(example)
+            masks = decode_masks(example.masks)
         except BadSample:
             num_bad += 1
             continue
@@ -200,14 +200,14 @@ def measure_objects(
     return jax.tree.map(lambda *parts: np.concatenate(parts), *images), num_bad
 
 
-def decode_masks(example: Example) -> Bool[np.ndarray, "n h w"]:
-    """Decodes the run lengths of an example.
+def decode_masks(encoded: Sequence[RLE]) -> Bool[np.ndarray, "n h w"]:
+    """Decodes the run lengths of masks of an image, at least one.
 
     Raises:
       BadSample: If a mask is broken or empty.
     """
     try:
-        masks = np.stack([rle.decode(mask) for mask in example.masks])
+        masks = np.stack([rle.decode(mask) for mask in encoded])
     except (rle.RLEError, ValueError) as error:
         raise BadSample("broken mask", str(error)) from error
     if not masks.any(axis=(1, 2)).all():

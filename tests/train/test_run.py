@@ -101,7 +101,9 @@ def test_frozen_parts_keep_their_parameters(start, uninterrupted, tmp_path):
         "trainable=mask_decoder",
         "data.flips=False",
     )
-    finish(start(workdir, *settings, "num_steps=3"))
+    output = finish(start(workdir, *settings, "num_steps=3"))
+    assert "resolution: objects are" in output
+    assert "hold masks" in output
     before, after = (sam_jax.load(w / "weights")[1]["params"] for w in (uninterrupted, workdir))
     for part, tree in after.items():
         pairs = zip(*map(jax.tree.leaves, (tree, before[part])), strict=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from sam_jax.data.example import Example, Source
+from sam_jax.data.example import Source
 from sam_jax.evaluate.clicks import box_prompts, decode_masks, predict_boxes
 from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
@@ -84,7 +84,7 @@ def predict_rows(
     index_of = {source.name(index): index for index in range(len(source))}
     for row in rows:
         example = source[index_of[row["image"]]]
-        masks = decode_masks(Example(example.image, [example.masks[row["mask"]]]))
+        masks = decode_masks([example.masks[row["mask"]]])
         predictor.set_image(example.image, tiles=tiles)
         (outputs,), (scores,) = predict_boxes(predictor, masks)
         best = int(scores.argmax())

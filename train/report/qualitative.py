@@ -98,7 +98,7 @@ def choose_objects(
             try:
                 example = source[index]
                 mask_index = choose_mask(example, rank)
-                (mask,) = decode_masks(Example(example.image, [example.masks[mask_index]]))
+                (mask,) = decode_masks([example.masks[mask_index]])
             except (BadSample, rle.RLEError):
                 continue  # with the next image of the range
             yield f"{source.name(index)}, mask {mask_index}", example.image, mask
