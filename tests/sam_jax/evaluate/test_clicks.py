@@ -176,7 +176,7 @@ def test_figures_with_tiles_are_beside_those_of_the_entire_image():
     assert table[3].split() == ["1", "click", "0.000", "0.000", "1.000", "1.000"]
     box = ["box", "0.000", "0.000", "1.000", "1.000"]
     assert table[8].split() == [*box, "filled", "box:", "1.000"]
-    assert table[9].split()[:10] == ["large,", *box, "filled", "box:", "1.000;", "3"]
+    assert table[9].split()[:10] == ["large,", *box, "filled", "box:", "1.000", "(3"]
     assert len(format_table(without).splitlines()) == len(table) - 1
 
 
