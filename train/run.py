@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 import sam_jax
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import Subset, exclude, open_source, select, with_full_size
+from sam_jax.model.sam import Sam
 from train.checkpoints import MAX_TO_KEEP, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops
+from train.mask_summary import print_mask_summary
 from train.metrics import Metrics, summarize
 from train.optimizer import carry_over, check_trainable, make_optimizer
 from train.remote_workdir import RemoteWorkdir
@@ -30,8 +32,8 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     """Trains, or resumes the run in the workdir; then evaluates and reports.
 
     Afterwards the workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/, weights/
-    (for `sam_jax.load`), evaluation.json and report/; also bad_samples.jsonl and profile/ if there
-    were any. It may be in an object store (gs://...), see `remote_workdir.py`.
+    (for `sam_jax.load`), evaluation.json, objects.jsonl and report/; also bad_samples.jsonl and
+    profile/ if there were any. It may be in an object store (gs://...), see `remote_workdir.py`.
 
     On several hosts, each host reads its share of every batch and saves its shards of the
     checkpoints. The variables are gathered on all hosts for evaluations. The lead host evaluates
@@ -59,6 +61,8 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
         num_bytes = bytes_on_disk(variables, remote.is_remote)
         check_or_create(remote.folder, config, num_bytes, is_lead_host(), remote.address)
         remote.push()
+        if is_lead_host() and isinstance(config.model, Sam):
+            print_mask_summary(config.model, make_loader(config, task, train_split))
         state = train_loop(config, task, remote, mesh, variables, train_split, eval_split)
         variables = gather_variables(mesh, state)
         if is_lead_host():
@@ -178,7 +182,7 @@ def train_stage(
     def evaluate(done: int, state: TrainState) -> None:
         variables = gather_variables(mesh, state)
         if metrics:
-            metrics.log_evaluation(done, task.evaluate(variables, eval_split))
+            metrics.log_evaluation(done, task.evaluate(variables, eval_split)[0])
 
     for done, (batch, skipped) in enumerate(batches, start=start + 1):
         bad_samples.add(skipped)
@@ -220,8 +224,9 @@ def finalize(
     """Saves the weights, evaluates them, and writes the report."""
     sam_jax.save(workdir / "weights", config.model, variables)
     where = {"source": config.data.source, "index": config.data.held_out or ":"}
-    evaluation = where | task.evaluate(variables, eval_split)
-    write_evaluation(workdir, evaluation)
+    scores, objects = task.evaluate(variables, eval_split)
+    evaluation = where | scores
+    write_evaluation(workdir, evaluation, objects)
     task.report(workdir, variables, eval_split, evaluation)
 
 

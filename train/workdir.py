@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
-from sam_jax.io.atomic import write_json
+from sam_jax.io.atomic import write_json, write_json_lines
 from sam_jax.io.settings_guard import differences
 from sam_jax.model.fields import FLAX_FIELDS
 from train.config import ConfigError, TrainConfig
@@ -91,8 +91,10 @@ def _add_missing(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     return saved | added
 
 
-def write_evaluation(workdir: Path, evaluation: dict[str, Any]) -> None:
-    """Writes evaluation.json.
+def write_evaluation(
+    workdir: Path, evaluation: dict[str, Any], objects: list[dict[str, Any]]
+) -> None:
+    """Writes evaluation.json, and objects.jsonl if there are objects.
 
     NaN and infinity become null, because JSON cannot express them. A run that diverged still gets
     its evaluation and its report.
@@ -100,8 +102,11 @@ def write_evaluation(workdir: Path, evaluation: dict[str, Any]) -> None:
     Args:
       workdir: The folder of the run.
       evaluation: Values by name, which may be nested.
+      objects: The rows of objects.jsonl, without NaN and infinity.
     """
     write_json(workdir / "evaluation.json", _replace_nonfinite(evaluation))
+    if objects:
+        write_json_lines(workdir / "objects.jsonl", objects)
 
 
 def _replace_nonfinite(value: Any) -> Any:

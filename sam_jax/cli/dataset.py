@@ -5,16 +5,24 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from jaxtyping import Bool
 from tqdm import tqdm
 
-from sam_jax.cli.help_texts import SLICE_HELP
+from sam_jax.cli.help_texts import SLICE_HELP, WEIGHTS_HELP
 from sam_jax.cli.lazy_parser import LazyParser
 from sam_jax.data import validate
+from sam_jax.data.example import BadSample
 from sam_jax.data.open import Subset, open_source, select, source_usage
 from sam_jax.data.validate import Finding
 from sam_jax.evaluate import quality, statistics
-from sam_jax.evaluate.pairs import MASKS_ONLY
+from sam_jax.evaluate.clicks import decode_masks
+from sam_jax.evaluate.pairs import MASKS_ONLY, read_masks
+from sam_jax.evaluate.resolution import cut_to_tile, format_resolution, summarize_resolution
 from sam_jax.io.atomic import write_json
+from sam_jax.model.sam import Sam
+from sam_jax.predict.tiles import parse_tiles
+from sam_jax.weights.formats import load
 
 AnyFinding = TypeVar("AnyFinding", bound=Finding)
 SavePlots = Callable[[str, dict[str, Any]], list[str]]
@@ -71,6 +79,19 @@ def _declare_stats(parser: argparse.ArgumentParser) -> None:
         help="another annotation of the same images in the same order; its masks are matched with "
         "those of the first, and the IoU of the pairs is reported",
     )
+    parser.add_argument(
+        "--model",
+        metavar="WEIGHTS",
+        help="also measure how large objects are for this model, and which IoU its masks can reach "
+        f"at their resolution: {WEIGHTS_HELP}",
+    )
+    parser.add_argument(
+        "--tiles",
+        type=parse_tiles,
+        metavar="SIZE|auto",
+        help="with --model: also measure objects in the tiles in which it sees them, see "
+        "`sam-jax evaluate clicks`",
+    )
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -88,12 +109,22 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_stats(args: argparse.Namespace) -> int:
-    """Runs `dataset stats` and returns the exit code."""
+    """Runs `dataset stats` and returns the exit code.
+
+    Raises:
+      ValueError: If there are tiles and no model, or plots are wanted and cannot be drawn.
+    """
+    if args.tiles is not None and not args.model:
+        raise ValueError(f"--tiles {args.tiles} needs --model, the model that sees the tiles")
+    model = load(args.model)[0] if args.model else None
     save_plots = import_plots() if args.out else None
     images = select(open_source(args.source, decode_size=MASKS_ONLY), args.index)
     comparisons = start_comparison(images, args.compare_to) if args.compare_to else None
 
     result = {"source": args.source, "index": args.index, **measure_masks(images)}
+    if model is not None:
+        resolution = measure_resolution(images, model, args.tiles)
+        result["resolution"] = {"model": args.model, **resolution}
     if comparisons is not None:
         known = [bad["name"] for bad in result["bad"]]
         agreement = quality.summarize(show_findings(comparisons, len(images), known))
@@ -112,6 +143,39 @@ def measure_masks(images: Subset) -> dict[str, Any]:
     result = statistics.summarize(show_findings(measurements, len(images)))
     print(statistics.format_table(result))
     return result
+
+
+def measure_resolution(images: Subset, model: Sam, tiles: int | str | None) -> dict[str, Any]:
+    """Measures and prints how well a model's resolution can show the masks of images.
+
+    Args:
+      images: The images. Those that cannot be read are left out.
+      model: The model.
+      tiles: See `cut_to_tile`.
+
+    Returns:
+      The result of `summarize_resolution` for entire images; with tiles also "tiles": {"size":
+      `tiles`, and their result}.
+    """
+    canvas, low_res = model.image_size, model.low_res
+    result = summarize_resolution(decode_readable(images), canvas, low_res)
+    print(f"resolution, entire image: {format_resolution(result)}")
+    if tiles is not None:
+        parts = (cut_to_tile(mask, canvas, tiles) for mask in decode_readable(images))
+        tiled = summarize_resolution(parts, canvas, low_res)
+        print(f"resolution, tiles {tiles}: {format_resolution(tiled)}")
+        result["tiles"] = {"size": tiles, **tiled}
+    return result
+
+
+def decode_readable(images: Subset) -> Iterator[Bool[np.ndarray, "h w"]]:
+    """Yields the masks of images, without those of images that cannot be used."""
+    for index in tqdm(images.indices.tolist(), unit=" samples", disable=None):
+        try:
+            masks = read_masks(images.source, index)
+            yield from decode_masks(masks) if masks else ()
+        except BadSample:
+            continue
 
 
 def start_comparison(images: Subset, other: str) -> Iterator[quality.Comparison]:

@@ -12,15 +12,28 @@ perfect prediction. Unlike in training, masks of all sizes count.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from tqdm import tqdm
 
-from sam_jax.data.example import BadSample, Example, Source
+from sam_jax.data.example import RLE, BadSample, Source
 from sam_jax.data.open import open_source, select
+from sam_jax.evaluate.object_scores import (
+    LARGE_AREA,
+    NUM_CLICKS,
+    ObjectScores,
+    PromptScores,
+    fill_of_masks,
+    object_rows,
+    one_click_upper_bound,
+    summarize,
+)
+from sam_jax.evaluate.resolution import cut_to_tile, resolution_bound
+from sam_jax.io.atomic import write_json_lines
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask
 from sam_jax.masks.clicks import center_click, center_click_on_error
@@ -29,7 +42,6 @@ from sam_jax.predict.predictor import SamPredictor
 from sam_jax.predict.tiles import parse_tiles
 from sam_jax.weights.formats import load
 
-NUM_CLICKS = (1, 2, 3, 5, 9)  # after which the IoU is measured
 OBJECTS_PER_CALL = 32  # their masks in full size take memory
 
 
@@ -56,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also evaluate with each object seen in a tile of its image: tiles of SIZE pixels per "
         "side, or auto for many sizes",
     )
+    parser.add_argument(
+        "--objects",
+        metavar="FILE",
+        help="also write the scores of each object to a file, one JSON object per line",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +80,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images = select(open_source(args.source), args.index)
     predictor = SamPredictor(*load(args.weights))
     progress = tqdm(range(len(images)), unit=" images", disable=None)
-    return evaluate_clicks(predictor, images, progress, args.tiles)
+    scores, num_bad = measure_objects(predictor, images, progress, args.tiles)
+    if args.objects:
+        write_json_lines(args.objects, object_rows(scores))
+    return summarize(scores, args.tiles, num_bad)
 
 
 def format_table(scores: dict[str, Any]) -> str:
@@ -75,17 +95,29 @@ def format_table(scores: dict[str, Any]) -> str:
         lines.insert(
             1, f"{'':10}{'entire image':>24}{'tiles: ' + str(scores['tiles']['size']):>24}"
         )
-    for count in (*scores["clicks"], "box"):
-        name = count if count == "box" else f"{count} click{'' if count == '1' else 's'}"
-        ious = [x["box"] if count == "box" else x["clicks"][count] for x in columns]
-        figures = "".join(f"{iou['chosen']:16.3f}{iou['oracle']:8.3f}" for iou in ious)
-        lines.append(f"{name:10}{figures}")
+    for count in scores["clicks"]:
+        name = f"{count} click{'' if count == '1' else 's'}"
+        lines.append(_format_row(name, [x["clicks"][count] for x in columns]))
+    lines.append(_format_row("box", [x["box"] for x in columns], scores["fill"]))
+    if "large" in scores:
+        large = scores["large"]
+        row = _format_row("large, box", [x["large"]["box"] for x in columns], large["fill"])
+        area = f"at least {100 * LARGE_AREA:g} % of the image"
+        lines.append(f"{row}   ({large['objects']} objects, each {area})")
     lines.append(
         f"upper bound for one click, not knowing which object is meant: {scores['ceiling']:.3f}"
     )
+    bounds = " and in tiles ".join(f"{x['bound']:.3f}" for x in columns)
+    lines.append(f"upper bound at the resolution of the model's masks: {bounds}")
     if scores["bad_samples"]:
         lines.append(f"{scores['bad_samples']} images could not be read and were left out")
     return "\n".join(lines)
+
+
+def _format_row(name: str, ious: list[dict[str, float]], fill: float | None = None) -> str:
+    figures = "".join(f"{iou['chosen']:16.3f}{iou['oracle']:8.3f}" for iou in ious)
+    note = "" if fill is None else f"   filled box: {fill:.3f}"
+    return f"{name:10}{figures}{note}"
 
 
 def evaluate_clicks(
@@ -104,67 +136,78 @@ def evaluate_clicks(
 
     Returns:
       {"objects": number of masks, "clicks": {"1": {"chosen": IoU, "oracle": IoU}, ...}, "box":
-      {"chosen": IoU, "oracle": IoU}, "ceiling": mean of `one_click_upper_bound`, "bad_samples":
+      {"chosen": IoU, "oracle": IoU}, "fill": mean IoU of masks with their own filled boxes,
+      "bound": mean of `resolution_bound`, "large": {"objects", "clicks", "box", "fill", "bound"}
+      of the objects that cover at least LARGE_AREA, if there are any, "calibration": {"1": ...,
+      "box": ...}, see `calibrate`, "ceiling": mean of `one_click_upper_bound`, "bad_samples":
       number of images that could not be read}. "chosen" is the output with the highest predicted
-      IoU. With tiles there is also "tiles": {"size": `tiles`, "clicks": ..., "box": ...}.
+      IoU. With tiles there is also "tiles": {"size": `tiles`, and "clicks" to "calibration"}.
 
     Raises:
       ValueError: If there is no mask at all.
     """
-    ious: list[np.ndarray] = []
-    tiled_ious: list[np.ndarray] = []
-    upper_bounds: list[float] = []
+    scores, num_bad = measure_objects(predictor, source, indices, tiles)
+    return summarize(scores, tiles, num_bad)
+
+
+def measure_objects(
+    predictor: SamPredictor,
+    source: Source,
+    indices: Iterable[int],
+    tiles: int | str | None = None,
+) -> tuple[ObjectScores, int]:
+    """Measures each mask of images of a source.
+
+    Args:
+      predictor: As for `evaluate_clicks`.
+      source: As for `evaluate_clicks`.
+      indices: As for `evaluate_clicks`.
+      tiles: As for `evaluate_clicks`.
+
+    Returns:
+      The scores of the objects, and the number of images that could not be read.
+
+    Raises:
+      ValueError: If there is no mask at all.
+    """
+    images: list[ObjectScores] = []
     num_bad = 0
     for index in indices:
         try:
             example = source[index]
-            masks = decode_masks(example)
+            masks = decode_masks(example.masks)
         except BadSample:
             num_bad += 1
             continue
-        upper_bounds += one_click_upper_bound(masks)
         predictor.set_image(example.image)
-        ious.append(measure_prompts(predictor, masks))
+        entire, tiled = measure_prompts(predictor, masks), None
         if tiles is not None:
             predictor.set_image(example.image, tiles=tiles)
-            tiled_ious.append(measure_prompts(predictor, masks))
-    if not ious:
+            tiled = measure_prompts(predictor, masks, tiles)
+        images.append(
+            ObjectScores(
+                image=np.repeat(source.name(index), len(masks)),
+                mask=np.arange(len(masks)),
+                area=masks.mean(axis=(1, 2)),
+                fill=fill_of_masks(masks),
+                ceiling=np.array(one_click_upper_bound(masks)),
+                entire=entire,
+                tiled=tiled,
+            )
+        )
+    if not images:
         raise ValueError(f"there is no mask to evaluate on; {num_bad} images could not be read")
-    scores = {
-        "objects": len(upper_bounds),
-        **average(np.concatenate(ious)),
-        "ceiling": round(float(np.mean(upper_bounds)), 4),
-        "bad_samples": num_bad,
-    }
-    if tiles is not None:
-        scores["tiles"] = {"size": tiles, **average(np.concatenate(tiled_ious))}
-    return scores
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *images), num_bad
 
 
-def average(ious: Float[np.ndarray, "n columns 2"]) -> dict[str, Any]:
-    """Averages over objects.
-
-    Args:
-      ious: See `measure_prompts`.
-
-    Returns:
-      "clicks" and "box" of `evaluate_clicks`.
-    """
-    *clicks, box = [
-        {"chosen": round(float(predicted_best), 4), "oracle": round(float(oracle), 4)}
-        for predicted_best, oracle in ious.mean(axis=0)
-    ]
-    return {"clicks": dict(zip(map(str, NUM_CLICKS), clicks, strict=True)), "box": box}
-
-
-def decode_masks(example: Example) -> Bool[np.ndarray, "n h w"]:
-    """Decodes the run lengths of an example.
+def decode_masks(encoded: Sequence[RLE]) -> Bool[np.ndarray, "n h w"]:
+    """Decodes the run lengths of masks of an image, at least one.
 
     Raises:
       BadSample: If a mask is broken or empty.
     """
     try:
-        masks = np.stack([rle.decode(mask) for mask in example.masks])
+        masks = np.stack([rle.decode(mask) for mask in encoded])
     except (rle.RLEError, ValueError) as error:
         raise BadSample("broken mask", str(error)) from error
     if not masks.any(axis=(1, 2)).all():
@@ -173,29 +216,29 @@ def decode_masks(example: Example) -> Bool[np.ndarray, "n h w"]:
 
 
 def measure_prompts(
-    predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"]
-) -> Float[np.ndarray, "n columns 2"]:
+    predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"], tiles: int | str | None = None
+) -> PromptScores:
     """Prompts the model with clicks on objects, and then with their boxes.
 
     Args:
       predictor: The model, with the image set.
       masks: The objects, of which OBJECTS_PER_CALL are predicted at a time.
-
-    Returns:
-      The IoU for each of `NUM_CLICKS` and then for the box: that of the output with the highest
-      predicted IoU, and that of the best output.
+      tiles: The tiles that the image is set with.
     """
-    ious = []
+    groups = []
     for start in range(0, len(masks), OBJECTS_PER_CALL):
         group = masks[start : start + OBJECTS_PER_CALL]
         columns = [
-            best_ious(predicted, scores, group)
+            score_outputs(predicted, scores, group)
             for count, (predicted, scores) in enumerate(predict_clicks(predictor, group), start=1)
             if count in NUM_CLICKS
         ]
-        columns.append(best_ious(*predict_boxes(predictor, group), group))
-        ious.append(np.stack(columns, axis=1))
-    return np.concatenate(ious)
+        columns.append(score_outputs(*predict_boxes(predictor, group), group))
+        groups.append(np.stack(columns, axis=1))
+    canvas, low_res = predictor.model.image_size, predictor.model.low_res
+    bounds = [resolution_bound(cut_to_tile(m, canvas, tiles), canvas, low_res) for m in masks]
+    chosen, oracle, predicted = np.moveaxis(np.concatenate(groups), -1, 0)
+    return PromptScores(chosen, oracle, predicted, np.array(bounds))
 
 
 def predict_clicks(
@@ -231,41 +274,31 @@ def predict_boxes(
     predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"]
 ) -> tuple[Bool[np.ndarray, "n m h w"], Float[np.ndarray, "n m"]]:
     """Predicts three masks of each object, and their IoUs, from its bounding box."""
-    boxes = box_of_mask(masks)
-    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)  # a line of pixels has no area
-    predicted, scores, _ = predictor.predict_many([{"box": box} for box in boxes])
+    predicted, scores, _ = predictor.predict_many([{"box": box} for box in box_prompts(masks)])
     return predicted, scores
 
 
-def best_ious(
+def box_prompts(masks: Bool[np.ndarray, "*n h w"]) -> Int64[np.ndarray, "*n 4"]:
+    """Returns the bounding boxes of masks, which never are empty, as prompts."""
+    boxes = box_of_mask(masks)
+    # A line of pixels has no area.
+    boxes[..., 2:] = np.maximum(boxes[..., 2:], boxes[..., :2] + 1)
+    return boxes
+
+
+def score_outputs(
     predicted: Bool[np.ndarray, "n m h w"],
     scores: Float[np.ndarray, "n m"],
     masks: Bool[np.ndarray, "n h w"],
-) -> Float[np.ndarray, "n 2"]:
-    """Returns the IoU of the output with the highest score, and that of the best output."""
-    iou = mask_iou(predicted, masks[:, None])
-    predicted_best = np.take_along_axis(iou, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
-    return np.stack([predicted_best, iou.max(axis=1)], axis=1)
-
-
-def one_click_upper_bound(masks: Bool[np.ndarray, "n h w"]) -> list[float]:
-    """Returns the IoUs that are possible after one click on each mask of an image.
-
-    A predictor that knows all masks does not know which of those under the click is meant. Its
-    best answer is the one with the highest mean IoU over them. On average no predictor can do
-    better, if each of them is equally likely.
+) -> Float[np.ndarray, "n 3"]:
+    """Returns the IoU of the output with the highest score, that of the best output, and the score.
 
     Args:
-      masks: All masks of the image, none of them empty.
+      predicted: The outputs for each object.
+      scores: Their predicted IoUs.
+      masks: The true masks.
     """
-    area = masks.sum(axis=(1, 2))
-    flat = masks.reshape(len(masks), -1).astype(np.float32)
-    intersection = flat @ flat.T
-    iou = intersection / (area[:, None] + area - intersection)
-    result = []
-    for i, mask in enumerate(masks):
-        x, y, _ = center_click(mask)
-        under_click = np.flatnonzero(masks[:, y, x])
-        answer = under_click[np.argmax(iou[np.ix_(under_click, under_click)].mean(axis=1))]
-        result.append(float(iou[answer, i]))
-    return result
+    iou = mask_iou(predicted, masks[:, None])
+    best = scores.argmax(axis=1)[:, None]
+    chosen, score = (np.take_along_axis(values, best, axis=1)[:, 0] for values in (iou, scores))
+    return np.stack([chosen, iou.max(axis=1), score], axis=1)

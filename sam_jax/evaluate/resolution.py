@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float64
 from sam_jax.images.resize import fit_size, postprocess_masks
 from sam_jax.masks.boxes import box_of_mask
 from sam_jax.masks.overlap import mask_iou
+from sam_jax.predict.tiles import plan_pyramid, tile_for_box
 
 PERCENTILES = (10, 50, 90)
 
@@ -39,6 +40,24 @@ def resolution_bound(
     coverage = rows @ mask @ columns.T
     logits = (coverage - 0.5).astype(np.float32)
     return float(mask_iou(postprocess_masks(logits, size, canvas) > 0, mask))
+
+
+def cut_to_tile(
+    mask: Bool[np.ndarray, "h w"], canvas: tuple[int, int], tiles: int | str | None
+) -> Bool[np.ndarray, "tile_h tile_w"]:
+    """Cuts a mask to the tile in which the model sees its object if it is prompted with the box.
+
+    Args:
+      mask: The mask, in pixels of the image.
+      canvas: (height, width) of the model's input.
+      tiles: See `plan_pyramid`. With None the mask is not cut.
+
+    Raises:
+      ValueError: If `tiles` is invalid.
+    """
+    pyramid = plan_pyramid((mask.shape[0], mask.shape[1]), canvas, tiles)
+    box = box_of_mask(mask).astype(np.float64)
+    return mask[tile_for_box(pyramid, box, np.zeros((0, 2))).region]
 
 
 def summarize_resolution(

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +104,17 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2)
     """
     text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
+
+
+def write_json_lines(path: str | os.PathLike[str], values: Iterable[Any]) -> None:
+    """Writes each value as JSON on a line of its own, atomically.
+
+    Args:
+      path: The file to write.
+      values: Values that `json.dumps` accepts.
+
+    Raises:
+      ValueError: If a value holds NaN or infinity, which JSON cannot express.
+    """
+    lines = [json.dumps(value, allow_nan=False) + "\n" for value in values]
+    write_bytes(path, "".join(lines).encode())

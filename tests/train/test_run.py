@@ -53,7 +53,10 @@ def test_a_finished_workdir_has_weights_an_evaluation_and_a_report(uninterrupted
     assert scores["source"] == "scenes:48x64"
     assert set(scores["clicks"]) == {"1", "2", "3", "5", "9"}
     assert set(scores["box"]) == {"chosen", "oracle"}
-    assert scores["objects"] > 0
+    objects = read_rows(uninterrupted / "objects.jsonl")
+    assert len(objects) == scores["objects"] > 0
+    box = np.mean([row["box"]["chosen"] for row in objects])
+    np.testing.assert_allclose(box, scores["box"]["chosen"], atol=1e-4)
     assert {"curves.png", "clicks.png", "examples.png"} <= {
         path.name for path in (uninterrupted / "report").iterdir()
     }
@@ -99,7 +102,9 @@ def test_frozen_parts_keep_their_parameters(start, uninterrupted, tmp_path):
         "data.flips=False",
         f"feature_cache={tmp_path / 'features'}",
     )
-    finish(start(workdir, *settings, "num_steps=3"))
+    output = finish(start(workdir, *settings, "num_steps=3"))
+    assert "resolution: objects are" in output
+    assert "hold masks" in output
     before, after = (sam_jax.load(w / "weights")[1]["params"] for w in (uninterrupted, workdir))
     for part, tree in after.items():
         pairs = zip(*map(jax.tree.leaves, (tree, before[part])), strict=True)

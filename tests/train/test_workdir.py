@@ -28,7 +28,8 @@ def test_values_that_are_not_finite_are_written_as_null(tmp_path):
         "images": 3,
         "index": ":",
     }
-    write_evaluation(tmp_path, evaluation)
+    write_evaluation(tmp_path, evaluation, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {
         "loss": None,
         "clicks": {"1": {"chosen": 0.5, "oracle": None}},

@@ -101,6 +101,7 @@ body {{ max-width: 76rem; margin: 2rem auto; padding: 0 1rem; background: #fff; 
 h1, h2 {{ line-height: 1.2; overflow-wrap: anywhere; }}
 h2 {{ margin-top: 2.5rem; }}
 img {{ max-width: 100%; height: auto; }}
+caption {{ text-align: left; font-weight: bold; }}
 table {{ border-collapse: collapse; }}
 th, td {{ padding: 0.2rem 1.5rem 0.2rem 0; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }}

@@ -1,7 +1,8 @@
 """Draws held-out objects with the model's masks after one click and after more clicks."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -9,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.evaluate.clicks import decode_masks, predict_clicks
@@ -17,19 +17,25 @@ from sam_jax.masks import rle
 from sam_jax.masks.clicks import center_click, center_click_on_error
 from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.visualize.style import BLUE, GREEN, ORANGE, RED, PanelGrid
+from sam_jax.visualize.style import BLUE, GREEN, RED, PanelGrid
 from train.report.curves import count_clicks
+from train.report.panels import (
+    MASK_KEY,
+    OUTLINE_KEY,
+    Click,
+    Crop,
+    area_title,
+    crop_if_small,
+    draw_panel,
+)
 
 NUM_OBJECTS = 8
 CLICK_COUNTS = (1, 3, 9)  # numbers of clicks after which the masks are shown
 MIN_AREA_FRACTION = 0.01  # of the image; smaller objects are shown only if there are no others
-MAX_IMAGE_SIDE = 600  # pixels; larger images are drawn at a lower resolution
 
 # Lengths on the page, in inches.
 PANEL, GAP, MARGIN, TITLE, HEADER = 2.3, 0.12, 0.15, 0.34, 0.8
 MIN_ASPECT, MAX_ASPECT = 0.2, 1.6  # height of a row of panels divided by the panels' width
-
-Click = tuple[int, int, int]  # x, y and the label: 1 on the object, 0 off it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +68,14 @@ class ShownObject:
       name: The name of the image and the index of the mask.
       image: The image.
       mask: The true mask.
+      crop: The part of the image to draw.
       predictions: The predictions.
     """
 
     name: str
     image: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"]
+    crop: Crop
     predictions: list[Prediction]
 
 
@@ -90,7 +98,7 @@ def choose_objects(
             try:
                 example = source[index]
                 mask_index = choose_mask(example, rank)
-                (mask,) = decode_masks(Example(example.image, [example.masks[mask_index]]))
+                (mask,) = decode_masks([example.masks[mask_index]])
             except (BadSample, rle.RLEError):
                 continue  # with the next image of the range
             yield f"{source.name(index)}, mask {mask_index}", example.image, mask
@@ -121,6 +129,7 @@ def click_on_object(
     name: str,
     image: UInt8[np.ndarray, "h w 3"],
     mask: Bool[np.ndarray, "h w"],
+    tiles: int | str | None = None,
 ) -> ShownObject:
     """Clicks on an object as `evaluate_clicks` does.
 
@@ -129,11 +138,12 @@ def click_on_object(
       name: The name to show.
       image: The image.
       mask: The true mask.
+      tiles: See `SamPredictor.set_image`.
 
     Returns:
       The object with the predictions.
     """
-    predictor.set_image(image)
+    predictor.set_image(image, tiles=tiles)
     x, y, _ = center_click(mask)
     clicks: list[Click] = [(x, y, 1)]
     predictions = []
@@ -144,13 +154,14 @@ def click_on_object(
             predictions.append(prediction)
         if click := center_click_on_error(masks[prediction.best], mask):
             clicks.append(click)
-    return ShownObject(name, image, mask, predictions)
+    return ShownObject(name, image, mask, crop_if_small(mask), predictions)
 
 
 def draw_objects(objects: list[ShownObject]) -> Figure:
     """Draws a row per object: the first click, the three masks after it, and later masks."""
     columns = 1 + 3 + len(CLICK_COUNTS) - 1
-    aspects = [shown.image.shape[0] / shown.image.shape[1] for shown in objects]
+    shapes = [shown.mask[shown.crop].shape for shown in objects]
+    aspects = [height / width for height, width in shapes]
     heights = [PANEL * min(max(aspect, MIN_ASPECT), MAX_ASPECT) for aspect in aspects]
     grid = PanelGrid(
         columns=columns,
@@ -194,8 +205,8 @@ def draw_legend(figure: Figure) -> None:
 
     figure.legend(
         handles=[
-            Line2D([], [], color=ORANGE, linewidth=2.5, label="outline of the true mask"),
-            Patch(facecolor=BLUE, alpha=0.6, label="predicted mask"),
+            OUTLINE_KEY,
+            MASK_KEY,
             Patch(facecolor="none", edgecolor=BLUE, linewidth=3, label="chosen by predicted IoU"),
             marker("o", GREEN, "click on the object"),
             marker("X", RED, "click off the object"),
@@ -210,61 +221,19 @@ def draw_legend(figure: Figure) -> None:
 def draw_row(row: list[Axes], number: int, shown: ShownObject) -> None:
     """Draws the panels of an object; `number` is its number in the list on the page."""
     first, *later = shown.predictions
-    draw_panel(row[0], shown, None, first.clicks)
-    row[0].set_title(f"{number}: {shown.mask.mean():.1%} of the image", fontsize=11)
+    draw = functools.partial(draw_panel, image=shown.image, true_mask=shown.mask, crop=shown.crop)
+    draw(row[0], clicks=first.clicks)
+    row[0].set_title(area_title(number, shown.mask), fontsize=11)
     for i, axes in enumerate(row[1:4]):
-        draw_panel(axes, shown, first.masks[i])
+        draw(axes, mask=first.masks[i])
         text = f"predicted {first.predicted[i]:.2f}, true {first.iou[i]:.2f}"
         is_best = i == first.best
         axes.set_title(text, fontsize=11, weight="bold" if is_best else "normal")
         if is_best:
             axes.spines[:].set(visible=True, color=BLUE, linewidth=4)
     for axes, count, prediction in zip(row[4:], CLICK_COUNTS[1:], later, strict=True):
-        draw_panel(axes, shown, prediction.masks[prediction.best], prediction.clicks)
+        draw(axes, mask=prediction.masks[prediction.best], clicks=prediction.clicks)
         title = f"IoU {prediction.iou[prediction.best]:.2f}"
         if len(prediction.clicks) < count:  # the mask was perfect after fewer clicks
             title += f", {count_clicks(str(len(prediction.clicks)))} sufficed"
         axes.set_title(title, fontsize=11)
-
-
-def draw_panel(
-    axes: Axes,
-    shown: ShownObject,
-    mask: Bool[np.ndarray, "h w"] | None,
-    clicks: Sequence[Click] = (),
-) -> None:
-    """Draws the image and the outline of the true mask; a predicted mask is blue on grey."""
-    height, width = shown.mask.shape
-    step = -(-max(height, width) // MAX_IMAGE_SIDE)
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    image = shown.image[::step, ::step]
-    if mask is not None:
-        image = 0.5 * image.mean(axis=-1, keepdims=True).repeat(3, axis=-1) + 127
-        tint = [int(BLUE[i : i + 2], 16) for i in (1, 3, 5)]
-        image = np.where(mask[::step, ::step, None], 0.4 * image + 0.6 * np.array(tint), image)
-    axes.imshow(image.astype(np.uint8), extent=extent)
-    draw_outline(axes, shown.mask[::step, ::step], extent)
-    for click_label, color, marker in ((1, GREEN, "o"), (0, RED, "X")):
-        points = [(x, y) for x, y, label in clicks if label == click_label]
-        if points:
-            xs, ys = np.transpose(points)
-            axes.scatter(xs, ys, s=50, c=color, marker=marker, edgecolors="white", zorder=3)
-    axes.set_xlim(extent[:2])
-    axes.set_ylim(extent[2:])
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-
-
-def draw_outline(
-    axes: Axes, mask: Bool[np.ndarray, "h w"], extent: tuple[float, float, float, float]
-) -> None:
-    """Draws the outline of a mask whose array covers the extent (left, right, bottom, top)."""
-    if not mask.any():
-        return  # too small for the resolution of the picture
-    left, right, bottom, top = extent
-    height, width = mask.shape
-    x = left + (np.arange(-1, width + 1) + 0.5) * (right - left) / width
-    y = top + (np.arange(-1, height + 1) + 0.5) * (bottom - top) / height
-    border = axes.contour(x, y, np.pad(mask, 1).astype(float), [0.5], colors=ORANGE, linewidths=1.5)
-    border.set_path_effects([withStroke(linewidth=2.7, foreground="black")])

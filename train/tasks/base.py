@@ -68,8 +68,15 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
-        """Evaluates the model and returns the content of evaluation.json."""
+    def evaluate(
+        self, variables: dict[str, Any], eval_split: Subset
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Evaluates the model.
+
+        Returns:
+          The content of evaluation.json, and that of objects.jsonl, which has a row per object; no
+          rows if the task has no objects.
+        """
         ...
 
     def report(

@@ -74,13 +74,16 @@ class ReconstructionTask:
         del get_variables, train_split, name
         return lambda batch: batch
 
-    def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
+    def evaluate(
+        self, variables: dict[str, Any], eval_split: Subset
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Computes the mean loss; see `evaluate_reconstruction`."""
         indices = tqdm(eval_split.indices.tolist(), "evaluation", unit="image", leave=False)
         normalized = self.objective_config.normalized
-        return evaluate_reconstruction(
+        evaluation = evaluate_reconstruction(
             self.model, variables["params"], normalized, eval_split.source, indices
         )
+        return evaluation, []
 
     def report(
         self,

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from sam_jax.data.loader import Loader, Transform
 from sam_jax.data.open import Subset
 from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
-from sam_jax.evaluate.clicks import evaluate_clicks, format_table
+from sam_jax.evaluate.clicks import format_table, measure_objects
+from sam_jax.evaluate.object_scores import object_rows, summarize
 from sam_jax.model.init import init_variables
 from sam_jax.model.sam import UPSCALING, Sam
 from sam_jax.predict.predictor import SamPredictor
@@ -107,15 +108,18 @@ class SegmentationTask:
             name,
         )
 
-    def evaluate(self, variables: dict[str, Any], eval_split: Subset) -> dict[str, Any]:
-        """Measures the mean IoU after clicks and a box; see `evaluate_clicks`.
+    def evaluate(
+        self, variables: dict[str, Any], eval_split: Subset
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Measures the IoU after clicks and a box; see `evaluate_clicks` and `object_rows`.
 
         A model that is trained on windows of images is also evaluated on tiles.
         """
         predictor = SamPredictor(self.model, variables)
         indices = tqdm(range(len(eval_split)), "evaluation", unit="image", leave=False)
         tiles = "auto" if cast(Data, self.config.data).jitter else None
-        return evaluate_clicks(predictor, eval_split, indices, tiles)
+        objects, num_bad = measure_objects(predictor, eval_split, indices, tiles)
+        return summarize(objects, tiles, num_bad), object_rows(objects)
 
     def report(
         self,

@@ -1,6 +1,7 @@
 """Tests the evaluation with clicks and boxes, with a predictor whose answers are known."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,12 +9,7 @@ import pytest
 from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.open import open_source, select
-from sam_jax.evaluate.clicks import (
-    evaluate_clicks,
-    format_table,
-    one_click_upper_bound,
-    predict_clicks,
-)
+from sam_jax.evaluate.clicks import evaluate_clicks, format_table, predict_clicks
 from sam_jax.masks import rle
 from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
@@ -25,6 +21,8 @@ SIZE = (40, 50)
 
 class KnownPredictor(SamPredictor):
     """A predictor that returns known masks for every prompt, and records the prompts."""
+
+    model = types.SimpleNamespace(image_size=(64, 64), low_res=(32, 32))
 
     def __init__(self, answer):
         self.answer, self.calls = answer, []
@@ -141,23 +139,6 @@ def test_iou_of_masks():
     assert mask_iou(empty, empty) == 1
 
 
-def test_the_upper_bound_of_disjoint_objects_is_one():
-    disjoint = np.stack([rectangle(0, 0, 10, 10), rectangle(20, 20, 30, 30)])
-    assert one_click_upper_bound(disjoint) == [1, 1]
-
-
-def test_the_upper_bound_of_nested_objects():
-    # The center of either mask is in both masks. Either answer has the mean IoU (1 + iou) / 2.
-    part, full = rectangle(14, 14, 24, 34), rectangle(4, 4, 34, 44)
-    iou = 200 / 1200
-    assert sorted(one_click_upper_bound(np.stack([part, full]))) == pytest.approx([iou, 1])
-    # Of three nested masks, the middle one is the best answer to every click.
-    inner, middle, outer = rectangle(16, 16, 22, 32), part, full
-    assert one_click_upper_bound(np.stack([inner, middle, outer])) == pytest.approx(
-        [96 / 200, 1, iou]
-    )
-
-
 def test_the_packaged_model_segments_held_out_scenes():
     held_out = select(open_source("scenes"), "::1000")
     evaluation = evaluate_clicks(SamPredictor(*load("sam_tiny")), held_out, range(6))
@@ -182,7 +163,10 @@ def test_figures_with_tiles_are_beside_those_of_the_entire_image():
     images = ToySource([example(LARGE), example(LARGE, LARGE)])
     without = evaluate_clicks(predictor, images, [0, 1])
     scores = evaluate_clicks(predictor, images, [0, 1], tiles=64)
-    assert list(without) == ["objects", "clicks", "box", "ceiling", "bad_samples"]
+    assert list(without) == [
+        *("objects", "clicks", "box", "fill", "bound", "large", "calibration"),
+        *("ceiling", "bad_samples"),
+    ]
     assert {key: scores[key] for key in without} == without
     assert scores["tiles"]["size"] == 64
     assert scores["tiles"]["box"] == {"chosen": 1, "oracle": 1}
@@ -190,14 +174,18 @@ def test_figures_with_tiles_are_beside_those_of_the_entire_image():
     table = format_table(scores).splitlines()
     assert table[1].split() == ["entire", "image", "tiles:", "64"]
     assert table[3].split() == ["1", "click", "0.000", "0.000", "1.000", "1.000"]
-    assert table[8].split() == ["box", "0.000", "0.000", "1.000", "1.000"]
+    box = ["box", "0.000", "0.000", "1.000", "1.000"]
+    assert table[8].split() == [*box, "filled", "box:", "1.000"]
+    assert table[9].split()[:10] == ["large,", *box, "filled", "box:", "1.000", "(3"]
     assert len(format_table(without).splitlines()) == len(table) - 1
 
 
 def test_images_of_one_tile_have_the_same_figures(square):
     scenes = select(open_source("scenes:48x64"), ":2")
     scores = evaluate_clicks(SamPredictor(*square), scenes, range(2), tiles=64)
-    assert scores["tiles"] == {"size": 64, "clicks": scores["clicks"], "box": scores["box"]}
+    entire = {key: scores[key] for key in scores["tiles"] if key != "size"}
+    assert scores["tiles"] == {"size": 64} | entire
+    assert set(scores) - set(entire) == {"objects", "ceiling", "bad_samples", "tiles"}
 
 
 def test_small_objects_of_large_images_need_tiles():
@@ -221,11 +209,18 @@ def test_the_command_writes_the_printed_scores(square, tmp_path, capsys, monkeyp
     save(tmp_path / "weights", *square)
     monkeypatch.chdir(tmp_path)
     arguments = ["--weights", "weights", "--source", "scenes:48x64", "--index", "3:4"]
-    assert main(["evaluate", "clicks", *arguments, "--json", "scores.json"]) == 0
+    files = ["--json", "scores.json", "--objects", "objects.jsonl"]
+    assert main(["evaluate", "clicks", *arguments, *files]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["source"] == "scenes:48x64"
     assert scores["index"] == "3:4"
     assert set(scores["clicks"]) == {"1", "2", "3", "5", "9"}
+    rows = list(map(json.loads, (tmp_path / "objects.jsonl").read_text().splitlines()))
+    assert [row["mask"] for row in rows] == list(range(scores["objects"]))
+    assert {row["image"] for row in rows} == {open_source("scenes:48x64").name(3)}
+    for kind in ("chosen", "oracle"):
+        mean = np.mean([row["clicks"]["9"][kind] for row in rows])
+        assert mean == pytest.approx(scores["clicks"]["9"][kind], abs=2e-4)
     out = capsys.readouterr().out
     assert f"{scores['box']['oracle']:.3f}" in out
     assert f"over {scores['objects']} objects" in out

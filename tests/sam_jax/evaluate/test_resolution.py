@@ -6,6 +6,7 @@ from einops import reduce
 
 from sam_jax.evaluate.resolution import (
     _average,
+    cut_to_tile,
     format_resolution,
     resolution_bound,
     summarize_resolution,
@@ -77,3 +78,16 @@ def test_sides_are_in_pixels_of_the_decoder():
     assert "4.0 decoder pixels" in format_resolution(summary)
     with pytest.raises(ValueError, match="at least one mask"):
         summarize_resolution([], CANVAS, LOW_RES)
+
+
+def test_a_small_object_is_cut_to_its_tile():
+    mask = np.zeros((400, 300), bool)
+    mask[300:310, 200:216] = disk(16, 7.5)[3:13]
+    np.testing.assert_array_equal(cut_to_tile(mask, CANVAS, None), mask)
+    cut = cut_to_tile(mask, CANVAS, "auto")
+    assert cut.sum() == mask.sum()
+    assert max(cut.shape) <= 64
+    entire, tiled = (resolution_bound(m, CANVAS, LOW_RES) for m in (mask, cut))
+    assert tiled > entire + 0.2
+    with pytest.raises(ValueError, match="tiles must be"):
+        cut_to_tile(mask, CANVAS, "all")

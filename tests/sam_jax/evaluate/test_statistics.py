@@ -12,6 +12,7 @@ from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
 from sam_jax.evaluate.statistics import Measurement, format_table, measure, summarize
 from sam_jax.masks import rle
+from sam_jax.weights.formats import save
 from tests.sam_jax.evaluate.toy_sources import ToySource
 
 
@@ -179,3 +180,22 @@ def test_without_matplotlib_the_extra_is_named(labels, tmp_path, capsys, monkeyp
     assert main(["dataset", "stats", labels("first", (0, 0, 9, 9)), "--out", str(out)]) == 1
     assert 'pip install "sam_jax[viz]"' in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_command_measures_the_resolution_of_a_model(labels, square, tmp_path, capsys):
+    save(tmp_path / "weights", *square)
+    source = labels("first", (30, 40, 45, 48), (200, 90, 231, 110), size=(256, 192))
+    weights, out = str(tmp_path / "weights"), tmp_path / "out"
+    arguments = ["dataset", "stats", source, "--model", weights, "--tiles", "auto"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "resolution, entire image: objects are 2.9 decoder pixels long" in printed
+    assert "resolution, tiles auto: objects are" in printed
+    written = json.loads((out / "statistics.json").read_text())["resolution"]
+    assert (written["model"], written["objects"]) == (weights, 2)
+    tiled = written["tiles"]
+    assert (tiled["size"], tiled["objects"]) == ("auto", 2)
+    assert tiled["side"]["50"] > 4 * written["side"]["50"]
+    assert tiled["bound"] > written["bound"] + 0.05
+    assert main(["dataset", "stats", source, "--tiles", "32"]) == 1
+    assert "--tiles 32 needs --model" in capsys.readouterr().err

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from sam_jax.io.atomic import atomic_directory, atomic_path, write_bytes, write_json
+from sam_jax.io.atomic import (
+    atomic_directory,
+    atomic_path,
+    write_bytes,
+    write_json,
+    write_json_lines,
+)
 
 
 def test_a_file_is_written_and_replaced(tmp_path):
@@ -123,3 +129,14 @@ def test_a_failed_rename_keeps_the_former_directory(tmp_path, monkeypatch, faili
             write_directory(tmp_path / "a", "new", "new")
     assert sorted(os.listdir(tmp_path / "a")) == ["marker", "old"]
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_json_lines_are_complete_or_absent(tmp_path):
+    rows = [{"image": "a\nb", "iou": 0.5}, {"image": "é", "iou": None}]
+    write_json_lines(tmp_path / "rows", rows)
+    lines = (tmp_path / "rows").read_text().splitlines()
+    assert list(map(json.loads, lines)) == rows
+    with pytest.raises(ValueError, match="JSON"):
+        write_json_lines(tmp_path / "rows", [{"iou": 1.0}, {"iou": math.nan}])
+    assert (tmp_path / "rows").read_text().splitlines() == lines
+    assert os.listdir(tmp_path) == ["rows"]

@@ -4,6 +4,8 @@ import copy
 import html.parser
 import itertools
 import json
+import re
+import types
 
 import matplotlib.image
 import numpy as np
@@ -14,11 +16,13 @@ from configs.sam_tiny import config
 from sam_jax.data.example import BadSample, Example, Source
 from sam_jax.data.open import select
 from sam_jax.data.sources.synthetic import SyntheticScenes
+from sam_jax.evaluate.clicks import measure_objects
+from sam_jax.evaluate.object_scores import object_rows
 from sam_jax.masks import rle
 from sam_jax.predict.predictor import SamPredictor
 from tests.sam_jax.evaluate.toy_sources import ToySource
 from train.overrides import to_dict
-from train.report import curves, page, qualitative, segmentation
+from train.report import calibration, curves, gallery, page, panels, qualitative, segmentation
 
 EVALUATION = {
     "source": "scenes",
@@ -32,30 +36,56 @@ EVALUATION = {
         "9": {"chosen": 0.9154, "oracle": 0.9154},
     },
     "box": {"chosen": 0.8612, "oracle": 0.8897},
+    "fill": 0.7246,
+    "bound": 0.9789,
+    "calibration": {
+        "1": [
+            {"predicted": -0.0213, "true": 0.0, "objects": 1},
+            {"predicted": 0.7123, "true": 0.7345, "objects": 270},
+            {"predicted": 1.0241, "true": 0.9321, "objects": 300},
+        ],
+        "box": [{"predicted": 0.8841, "true": 0.8612, "objects": 571}],
+    },
     "ceiling": 0.7752,
     "bad_samples": 0,
+}
+
+
+MEANS = {key: EVALUATION[key] for key in ("clicks", "box", "fill", "bound")}
+TILED = EVALUATION | {
+    "large": {"objects": 123, **MEANS, "fill": 0.6938},
+    "tiles": {
+        "size": "auto",
+        **MEANS,
+        "box": {"chosen": 0.9132, "oracle": 0.9246},
+        "large": {"objects": 123, **MEANS, "bound": 0.9912},
+        "calibration": EVALUATION["calibration"],
+    },
 }
 
 
 class Stub(SamPredictor):
     """A predictor whose masks cover the image except one eighth of its rows.
 
-    The number of clicks determines which eighth is missing.
+    The number of clicks determines which eighth is missing; with a box, it is the first one.
     """
 
+    model = types.SimpleNamespace(image_size=(64, 64), low_res=(32, 32))
+
     def __init__(self):
-        pass
+        self.tiles = []
 
-    def set_image(self, image):
+    def set_image(self, image, tiles=None):
         self.size = image.shape[:2]
+        self.tiles.append(tiles)
 
-    def predict_many(self, prompts, multimask_output):
+    def predict_many(self, prompts, multimask_output=True):
         m = 3 if multimask_output else 1
         row = np.arange(self.size[0])[:, None] * 8 // self.size[0]
         masks = np.ones((len(prompts), m, *self.size), bool)
         for prompt, outputs in zip(prompts, masks, strict=True):
             for i, mask in enumerate(outputs):
-                mask &= row != (len(prompt["point_coords"]) + i) % 8
+                mask &= row != (len(prompt.get("point_coords", ())) + i) % 8
         scores = np.tile(np.array([0.3, 0.9, 0.5][:m], np.float32), (len(prompts), 1))
         return masks, scores, np.zeros((len(prompts), m, 4, 4), np.float32)
 
@@ -88,17 +118,23 @@ def make_rows(count, every=10):
     ]
 
 
-def write_report(workdir, source, rows, evaluations=(), name="scenes"):
+def write_report(
+    workdir, source, rows, evaluations=(), name="scenes", evaluation=EVALUATION, predictor=None
+):
     """Writes a report and returns its folder."""
+    indices = range(min(len(source), 5))
+    objects = object_rows(measure_objects(Stub(), source, indices)[0])
     run = to_dict(config)
     run["data"]["source"] = name
     run["num_steps"] = rows[-1]["step"]
     (workdir / "config.json").write_text(json.dumps(run))
-    for file, lines in (("metrics", rows), ("evaluations", evaluations)):
+    for file, lines in (*(("metrics", rows), ("evaluations", evaluations), ("objects", objects)),):
         if lines:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (workdir / f"{file}.jsonl").write_text(text)
-    written = segmentation.write_report(workdir, Stub(), source, EVALUATION | {"source": name})
+    written = segmentation.write_report(
+        workdir, predictor or Stub(), source, evaluation | {"source": name}
+    )
     assert written == workdir / "report" / "index.html"
     return written.parent
 
@@ -133,9 +169,10 @@ def test_report_contains_figures_and_escapes_names(tmp_path, source, steps, eval
     folder = write_report(
         tmp_path, source, make_rows(steps), [{"step": s} | EVALUATION for s in evaluated], hostile
     )
-    files = {"curves.png", "clicks.png", "examples.png", "index.html"}
-    assert {path.name for path in folder.iterdir()} == files, "there must be no temporary files"
-    for name in ("curves.png", "clicks.png", "examples.png"):
+    pictures = ("curves.png", "clicks.png", "calibration.png", "gallery.png", "examples.png")
+    files = {path.name for path in folder.iterdir()}
+    assert files == {*pictures, "index.html"}, "there must be no temporary files"
+    for name in pictures:
         picture = matplotlib.image.imread(folder / name)
         assert 600 < picture.shape[1] < 2000
         assert 200 < picture.shape[0] < 5000
@@ -143,14 +180,65 @@ def test_report_contains_figures_and_escapes_names(tmp_path, source, steps, eval
 
     parsed = Page((folder / "index.html").read_text(encoding="utf-8"))
     assert not parsed.tags & {"script", "b", "iframe", "link"}
-    assert sorted(parsed.links) == [
-        "../config.json", "clicks.png", "curves.png", "examples.png", "examples.png"
-    ]  # fmt: skip
+    large = ["examples.png", "gallery.png"]  # the pictures are links to themselves
+    assert sorted(parsed.links) == sorted(["../config.json", "../objects.jsonl", *pictures, *large])
     assert parsed.text.count(hostile) >= 3  # title, heading, configuration
-    for number in ("0.712", "0.803", "0.915", "0.861", "0.890", "571", "0.7752"):
+    for number in ("0.712", "0.803", "0.915", "0.861", "0.890", "571", "0.7752", "0.725", "0.979"):
         assert number in parsed.text
-    assert parsed.text.count(", mask ") == objects
-    assert parsed.text.count(source.name(0)) == 1
+    assert parsed.text.count(", mask ") == objects + 9
+    examples = parsed.text.partition("Held-out examples")[2]
+    assert examples.count(source.name(0)) == 1
+
+
+def test_pictures_use_the_tiles_of_the_evaluation(tmp_path):
+    predictor = Stub()
+    source = select(SyntheticScenes((48, 48)), "7")
+    write_report(tmp_path, source, make_rows(2), evaluation=TILED, predictor=predictor)
+    assert predictor.tiles == ["auto"] * (1 + 9), "an example and the gallery"
+
+
+def test_tables_have_the_entire_image_beside_tiles():
+    text = " ".join(re.sub("<[^>]*>", " ", segmentation.make_tables(TILED)).split())
+    assert "571 objects entire image tiles: auto prompt chosen oracle chosen oracle" in text
+    assert "box 0.861 0.890 0.913 0.925 filled box 0.725 0.725" in text
+    assert "123 objects, each at least 1% of the image" in text
+    assert "filled box 0.694 0.725 resolution bound 0.979 0.991" in text
+    summary = segmentation.summarize(TILED)
+    assert "; in tiles 0.712 after 1 click, 0.915 after 9 clicks, 0.913 from a box" in summary
+
+
+def test_gallery_rows_are_at_percentiles_of_the_iou_of_boxes():
+    rows = [{"image": str(i), "box": {"chosen": (7 * i % 101) / 101}} for i in range(101)]
+    chosen = [round(101 * row["box"]["chosen"]) for row in gallery.choose_rows(rows)]
+    assert chosen == [9, 10, 11, 49, 50, 51, 89, 90, 91]
+    # With tiles, it is their IoU that counts.
+    tiled = [row | {"tiles": {"box": {"chosen": -row["box"]["chosen"]}}} for row in rows]
+    chosen = [round(101 * row["box"]["chosen"]) for row in gallery.choose_rows(tiled)]
+    assert chosen == [91, 90, 89, 51, 50, 49, 11, 10, 9]
+    for count in (1, 2, 4):
+        few = [row["image"] for row in gallery.choose_rows(rows[:count])]
+        assert len(few) == 3 * min(count, 3)
+        assert set(few) == {str(i) for i in range(count)}
+
+
+def test_small_objects_are_cropped():
+    mask = np.zeros((200, 300), bool)
+    mask[90:100, 0:20] = True
+    rows, columns = panels.crop_if_small(mask)
+    assert (columns.start, columns.stop) == (0, 60), "three boxes, moved into the image"
+    assert rows.stop - rows.start == 60
+    assert abs(rows.start + rows.stop - 189) <= 1
+    mask[50:150] = True
+    assert mask[panels.crop_if_small(mask)].shape == (200, 300)
+    assert mask[panels.crop_around(mask)].shape == (200, 300)
+
+
+def test_only_dark_images_are_brightened():
+    image = np.random.default_rng(0).integers(0, 40, (20, 20, 3)).astype(np.uint8)
+    assert panels.brighten(image).max() > 250
+    image[:5] = 200
+    np.testing.assert_array_equal(panels.brighten(image), image)
+    assert not panels.brighten(np.zeros((4, 4, 3), np.uint8)).any()
 
 
 def test_report_contains_the_fields_of_the_config(tmp_path):
@@ -218,12 +306,23 @@ def scaled(factor, oracle=0.0):
     return result
 
 
+def boxed_objects():
+    """Returns the objects of a gallery of images of unusual sizes."""
+    source = UnusualImages()
+    rows = object_rows(measure_objects(Stub(), source, range(len(source)))[0])
+    return list(gallery.predict_rows(Stub(), source, gallery.choose_rows(rows), None))
+
+
 @pytest.mark.parametrize(
     "draw",
     [
         lambda: curves.draw_curves(make_rows(1), [{"step": 10} | EVALUATION]),
         lambda: curves.draw_curves(make_rows(2000, 50), [{"step": 100_000} | EVALUATION]),
         lambda: curves.draw_clicks(EVALUATION),
+        lambda: calibration.draw_calibration(EVALUATION),
+        lambda: calibration.draw_calibration(TILED),
+        lambda: calibration.draw_calibration(EVALUATION | {"calibration": {"1": [], "box": []}}),
+        lambda: gallery.draw_gallery(boxed_objects()),
         lambda: curves.draw_clicks(scaled(0.0)),
         lambda: curves.draw_clicks(scaled(1.09)),
         lambda: curves.draw_clicks(scaled(0.02, 0.01)),
