@@ -286,7 +286,7 @@ class SamPredictor:
         Raises:
           RuntimeError: If no image is set.
         """
-        embedding = self._require_image().embed_whole()
+        embedding = self._require_image().embed_image()
         return rearrange(np.asarray(embedding, np.float32), "b gh gw c -> b c gh gw")
 
     def reset_image(self) -> None:

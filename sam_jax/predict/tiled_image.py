@@ -68,12 +68,12 @@ class TiledImage:
         max_tile_pixels = sys.maxsize if tiles is None else MAX_IMAGE_PIXELS
         self._embedder = TileEmbedder(model, variables, image, max_tile_pixels=max_tile_pixels)
         if self._is_only_tile:
-            self.embed_whole()
+            self.embed_image()
             self._embedder.release_image()
 
-    def embed_whole(self) -> Float[Array, "1 gh gw c"]:
+    def embed_image(self) -> Float[Array, "1 gh gw c"]:
         """Returns the embedding of the entire image."""
-        (embedding,) = self._embedder.embed([self.pyramid.whole])
+        (embedding,) = self._embedder.embed([self.pyramid.image_tile])
         return embedding
 
     def answer(self, prompts: Sequence[Prompt], multimask_output: bool) -> list[Answer]:
@@ -109,9 +109,9 @@ class TiledImage:
 
     def _candidates(self, prompt: Prompt) -> list[tuple[Tile, ObjectPrompt]]:
         """Returns the tiles in which a prompt may be answered, and the prompt in each of them."""
-        prepared = self._prepare(prompt, self.pyramid.whole)
+        prepared = self._prepare(prompt, self.pyramid.image_tile)
         if self._is_only_tile:
-            return [(self.pyramid.whole, prepared)]
+            return [(self.pyramid.image_tile, prepared)]
         points, corners = (
             np.asarray([] if prompt.get(key) is None else prompt[key], np.float64).reshape(-1, 2)
             for key in ("point_coords", "box")
@@ -137,7 +137,7 @@ class TiledImage:
     ) -> list[Tile]:
         if len(corners):
             return [tile_for_box(self.pyramid, corners.ravel(), points)]
-        return tiles_for_points(self.pyramid, points) if len(points) else [self.pyramid.whole]
+        return tiles_for_points(self.pyramid, points) if len(points) else [self.pyramid.image_tile]
 
     def _prepare(self, prompt: Prompt, tile: Tile) -> ObjectPrompt:
         return prepare_prompt(prompt, tile.size, self._model.image_size, self._model.low_res)

@@ -61,7 +61,7 @@ class Pyramid(NamedTuple):
     scales: tuple[float, ...]
 
     @property
-    def whole(self) -> Tile:
+    def image_tile(self) -> Tile:
         """The entire image as a tile."""
         return Tile(0, 0, *self.image_size)
 
@@ -87,16 +87,16 @@ def plan_pyramid(
       ValueError: If `tiles` is something else.
     """
     check_tiles(tiles)
-    whole = max(image_size[0] / canvas[0], image_size[1] / canvas[1])
+    image_scale = max(image_size[0] / canvas[0], image_size[1] / canvas[1])
     finer: list[float] = []
     if tiles == "auto":
         scale = 1 / max_zoom
-        while scale * LEVEL_RATIO**0.5 < whole:  # a nearer level would show what `whole` shows
+        while scale * LEVEL_RATIO**0.5 < image_scale:  # a nearer level adds nothing
             finer.append(scale)
             scale *= LEVEL_RATIO
-    elif isinstance(tiles, int) and tiles / max(canvas) < whole:
+    elif isinstance(tiles, int) and tiles / max(canvas) < image_scale:
         finer.append(tiles / max(canvas))
-    return Pyramid(image_size, canvas, (*finer, whole))
+    return Pyramid(image_size, canvas, (*finer, image_scale))
 
 
 def check_tiles(tiles: object) -> None:
@@ -150,7 +150,7 @@ def tile_for_box(
         tile = nearest_tile(pyramid, scale, box)
         if _contains(pyramid, tile, contents, margin=0):
             return tile
-    return pyramid.whole
+    return pyramid.image_tile
 
 
 def tiles_for_points(pyramid: Pyramid, points: Float[np.ndarray, "k 2"]) -> list[Tile]:
@@ -165,7 +165,9 @@ def tiles_for_points(pyramid: Pyramid, points: Float[np.ndarray, "k 2"]) -> list
     """
     contents = _bounds(_clip(pyramid, points))
     tiles = [nearest_tile(pyramid, scale, contents) for scale in pyramid.scales[:-1:OCTAVE]]
-    return [tile for tile in tiles if _contains(pyramid, tile, contents, MARGIN)] + [pyramid.whole]
+    return [tile for tile in tiles if _contains(pyramid, tile, contents, MARGIN)] + [
+        pyramid.image_tile
+    ]
 
 
 def coarser_tile(pyramid: Pyramid, tile: Tile, points: Float[np.ndarray, "k 2"]) -> Tile:
@@ -189,7 +191,7 @@ def coarser_tile(pyramid: Pyramid, tile: Tile, points: Float[np.ndarray, "k 2"])
         is_coarser = candidate.height * candidate.width > tile.height * tile.width
         if is_coarser and _contains(pyramid, candidate, contents, MARGIN):
             return candidate
-    return pyramid.whole
+    return pyramid.image_tile
 
 
 def nearest_tile(pyramid: Pyramid, scale: float, box: Float[np.ndarray, " 4"]) -> Tile:
@@ -203,7 +205,7 @@ def nearest_tile(pyramid: Pyramid, scale: float, box: Float[np.ndarray, " 4"]) -
       box: (x0, y0, x1, y1) in pixels of the image.
     """
     if scale == pyramid.scales[-1]:
-        return pyramid.whole
+        return pyramid.image_tile
     height, width = tile_size(pyramid, scale)
     top = _nearest_start(pyramid.image_size[0], height, (box[1] + box[3]) / 2)
     left = _nearest_start(pyramid.image_size[1], width, (box[0] + box[2]) / 2)

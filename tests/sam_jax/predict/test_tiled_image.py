@@ -266,5 +266,5 @@ def test_large_tiles_are_never_in_memory_at_once(huge, monkeypatch):
 
 def test_the_whole_of_a_pyramid_is_its_last_level():
     pyramid = plan_pyramid((20_000, 15_000), CANVAS, "auto")
-    assert pyramid.whole == Tile(0, 0, 20_000, 15_000)
+    assert pyramid.image_tile == Tile(0, 0, 20_000, 15_000)
     assert pyramid.scales[-1] == 20_000 / 64

@@ -64,7 +64,7 @@ def test_a_box_takes_about_half_of_its_tile(canvas, height, width, left, top, le
     box[2:] = box[:2] + np.array([longer, longer * aspect])
     box[2:] = np.minimum(box[2:], (width, height))
     tile = tile_for_box(pyramid, box, NO_POINTS)
-    if tile == pyramid.whole:
+    if tile == pyramid.image_tile:
         return
     sides = (box[2:] - box[:2]) / (tile.width, tile.height)
     full_sides = [tile.width < width, tile.height < height]
@@ -92,7 +92,7 @@ def test_points_have_a_tile_of_every_octave(pyramid, x, y):
     points = points_in(pyramid, (x, y))
     tiles = tiles_for_points(pyramid, points)
     assert len(tiles) == len(pyramid.scales[:-1:2]) + 1
-    assert tiles[-1] == pyramid.whole
+    assert tiles[-1] == pyramid.image_tile
     for tile in tiles:
         assert_inside(pyramid, tile, points)
 
@@ -122,7 +122,7 @@ def test_a_point_outside_of_a_tile_leads_to_a_larger_one(pyramid, a, b, c, d):
     assert_inside(pyramid, larger, both)
     relative = both - tile.corner
     was_inside = (relative >= 0).all() and (relative <= (tile.width, tile.height)).all()
-    assert (larger == tile) == bool(was_inside) or tile == pyramid.whole
+    assert (larger == tile) == bool(was_inside) or tile == pyramid.image_tile
     if larger != tile:
         assert larger.height * larger.width > tile.height * tile.width
 
