@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         required=True,
-        help="a weights directory, a checkpoint file, or sam_vit_b, sam_vit_l, sam_vit_h or "
-        "sam_tiny",
+        help="a weights directory, a checkpoint file, or one of sam_vit_b, sam_vit_l, sam_vit_h, "
+        "sam_tiny and sam_nuclei",
     )
     parser.add_argument(
         "--tiles",

@@ -5,12 +5,15 @@ import math
 from collections import OrderedDict
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 
 from sam_jax.images.resize import fit_size
+from sam_jax.masks.boxes import box_of_mask
 from sam_jax.predict.tiles import Pyramid, Tile
 
 STABILITY_OFFSET = 1.0  # distance from 0 of the levels that the stability score compares
+SMALL_SHARE = 0.4  # of a tile's side; shorter masks are better seen in a finer tile
+MIN_SHARE_FACTOR = 0.2  # on the score of the smallest masks
 CUT_MASK_FACTOR = 0.5  # on the score of a mask that a side of its tile cuts off
 REMEMBERED_MASKS = 1 << 16  # about 10 MB
 OUTSIDE_LOGIT = -100.0  # of pixels outside of an object's tile, where no mask is predicted
@@ -60,7 +63,8 @@ def score_masks(
 
     A mask's score is its predicted IoU times its stability score, the IoU of the masks at
     STABILITY_OFFSET above and below 0, measured on the logits without padding. Masks that touch a
-    side of the tile inside the image are cut off and count CUT_MASK_FACTOR as much.
+    side of the tile inside the image are cut off and count CUT_MASK_FACTOR as much. Masks that are
+    shorter than SMALL_SHARE of the tile count in proportion to their length.
 
     Args:
       logits: The object's masks.
@@ -73,7 +77,9 @@ def score_masks(
     below = (logits > -STABILITY_OFFSET).sum(axis=(1, 2))
     stability = (logits > STABILITY_OFFSET).sum(axis=(1, 2)) / np.maximum(below, 1)
     is_cut = _touches_inner_side(logits > 0, tile, pyramid.image_size)
-    return float(np.max(iou * stability * np.where(is_cut, CUT_MASK_FACTOR, 1)))
+    length = _longer_sides(logits > 0) / max(height, width)
+    factor = np.clip(length / SMALL_SHARE, MIN_SHARE_FACTOR, 1)
+    return float(np.max(iou * stability * factor * np.where(is_cut, CUT_MASK_FACTOR, 1)))
 
 
 def mask_corners(
@@ -160,6 +166,13 @@ def _bilinear_weights(
 ) -> Float[np.ndarray, "new {size}"]:
     """Returns the matrix that interpolates `size` values at positions from 0 to `size` - 1."""
     return np.maximum(1 - np.abs(position[:, None] - np.arange(size)), 0)
+
+
+def _longer_sides(masks: Bool[np.ndarray, "m lh lw"]) -> Int64[np.ndarray, " m"]:
+    """Returns the longer side of each mask's bounding box; 0 for an empty mask."""
+    left, top, right, bottom = box_of_mask(masks).T
+    longer = np.maximum(right - left, bottom - top) + 1
+    return np.where(masks.any(axis=(1, 2)), longer, 0)
 
 
 def _touches_inner_side(

@@ -15,9 +15,9 @@ from sam_jax.predict.tile_embedder import TileEmbedder
 from sam_jax.predict.tile_masks import MaskTiles, mask_corners, move_logits, score_masks
 from sam_jax.predict.tiles import (
     Tile,
-    coarser_tile,
     plan_pyramid,
     tile_for_box,
+    tile_for_object,
     tiles_for_points,
 )
 
@@ -121,9 +121,14 @@ class TiledImage:
             tiles = self._tiles_without_mask(points, corners)
         else:
             source = self._mask_tiles.find(mask)
+            given = prompt.get("point_labels")
+            labels = np.asarray([] if given is None else given).reshape(-1)
             seen = mask_corners(mask, source, self.pyramid.canvas)
-            contents = np.concatenate([points, corners, seen])
-            tile = coarser_tile(self.pyramid, source, contents) if len(contents) else source
+            object_points = np.concatenate([seen, corners, points[labels == 1]])
+            tile = source
+            if len(object_points):
+                box = np.concatenate([object_points.min(axis=0), object_points.max(axis=0)])
+                tile = tile_for_object(self.pyramid, source, box, points)
             if tile != source:
                 mask = move_logits(mask, source, tile, self.pyramid.canvas)
             tiles = [tile]

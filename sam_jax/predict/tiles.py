@@ -18,6 +18,7 @@ LEVEL_RATIO = math.sqrt(2)  # of the sides of two levels' tiles
 OCTAVE = 2  # levels in which the side doubles
 STRIDE = 1 / 4  # of the tiles of a level, as a fraction of their side
 BOX_SHARE = 1 / 2  # of a tile's side, which the longer side of a box should take
+KEPT_SHARES = (1 / 4, 4 / 5)  # of a tile's side, for an object that further prompts correct
 MARGIN = 1 / 8  # of a tile's side, which should be left around clicks
 MIN_TILE_SIDE = 16  # pixels of the image
 
@@ -170,28 +171,30 @@ def tiles_for_points(pyramid: Pyramid, points: Float[np.ndarray, "k 2"]) -> list
     ]
 
 
-def coarser_tile(pyramid: Pyramid, tile: Tile, points: Float[np.ndarray, "k 2"]) -> Tile:
-    """Returns a tile for points of which some lie outside of the object's tile.
+def tile_for_object(
+    pyramid: Pyramid,
+    tile: Tile,
+    box: Float[np.ndarray, " 4"],
+    points: Float[np.ndarray, "k 2"],
+) -> Tile:
+    """Returns the tile for further prompts of an object that was predicted before.
 
     Args:
       pyramid: The tiles of the image.
-      tile: The tile in which the object was seen before.
-      points: (x, y) in pixels of the image of all points and box corners, and of the corners of
-        what was predicted before; at least one.
+      tile: The tile in which the object was predicted.
+      box: (x0, y0, x1, y1) in pixels of the image, around the prediction and what the prompts add.
+      points: (x, y) in pixels of the image of all points.
 
     Returns:
-      `tile` if it contains the points, else that of the finest of the coarser levels that contains
-      them with MARGIN.
+      `tile` if it contains the box and the points, and the longer side of the box takes a share of
+      it in KEPT_SHARES; otherwise `tile_for_box`.
     """
-    contents = _bounds(_clip(pyramid, points))
-    if _contains(pyramid, tile, contents, margin=0):
+    contents = _bounds(np.concatenate([box.reshape(2, 2), points]))
+    share = max((box[2] - box[0]) / tile.width, (box[3] - box[1]) / tile.height)
+    is_kept = KEPT_SHARES[0] <= share <= KEPT_SHARES[1]
+    if is_kept and _contains(pyramid, tile, _clip(pyramid, contents), margin=0):
         return tile
-    for scale in pyramid.scales[:-1]:
-        candidate = nearest_tile(pyramid, scale, contents)
-        is_coarser = candidate.height * candidate.width > tile.height * tile.width
-        if is_coarser and _contains(pyramid, candidate, contents, MARGIN):
-            return candidate
-    return pyramid.image_tile
+    return tile_for_box(pyramid, box, points)
 
 
 def nearest_tile(pyramid: Pyramid, scale: float, box: Float[np.ndarray, " 4"]) -> Tile:

@@ -27,7 +27,8 @@ from sam_jax.weights.model_json import read_json
 from sam_jax.weights.state_dict import take_tensors
 from sam_jax.weights.tensors import WeightsError
 
-TINY = Path(__file__).with_name("sam_tiny")  # a weights directory that the package contains
+# Weights directories that the package contains.
+PACKAGED = {name: Path(__file__).with_name(name) for name in ("sam_tiny", "sam_nuclei")}
 FORMATS = ("sam_jax", "official", "huggingface")
 OFFICIAL_SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -115,9 +116,10 @@ def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
     Args:
       path: A weights directory, a Hugging Face folder, or a `.pth` or safetensors file with
         official or Hugging Face names; "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official
-        file, which is downloaded once; or "sam_tiny", which the package contains and which was
-        trained on generated scenes. A plain vision transformer (MAE, DINOv2, timm, transformers'
-        ViT), in a file or a Hugging Face folder, becomes the encoder of an untrained model.
+        file, which is downloaded once; or a model that the package contains: "sam_tiny", which was
+        trained on generated scenes, or "sam_nuclei", on microscopy images. A plain vision
+        transformer (MAE, DINOv2, timm, transformers' ViT), in a file or a Hugging Face folder,
+        becomes the encoder of an untrained model.
 
     Returns:
       The model and its {"params", "constants"}, float32 arrays on the default device.
@@ -302,8 +304,8 @@ def _find(path: str | os.PathLike[str]) -> Path:
     """Returns the path of weights that may be given by a name."""
     if str(path) in download.OFFICIAL and not Path(path).exists():
         return Path(download.fetch(str(path)))
-    if str(path) == "sam_tiny" and not Path(path).exists():
-        return TINY
+    if str(path) in PACKAGED and not Path(path).exists():
+        return PACKAGED[str(path)]
     return Path(path)
 
 
@@ -315,7 +317,7 @@ def _read_state(path: Path) -> dict[Any, Any]:
         return safetensors_file.read(path) if _is_safetensors(path) else torch_file.read(path)
     raise FileNotFoundError(
         f"no weights at {path}: pass a weights directory, a .pth or safetensors file, a "
-        f"Hugging Face folder, or one of {', '.join(download.OFFICIAL)}, sam_tiny"
+        f"Hugging Face folder, or one of {', '.join([*download.OFFICIAL, *PACKAGED])}"
     )
 
 

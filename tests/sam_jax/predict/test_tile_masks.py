@@ -86,6 +86,17 @@ def test_the_score_is_the_best_iou_times_stability():
     assert score_masks(empty, iou[:1], Tile(70, 70, 60, 60), PYRAMID) == 0
 
 
+def test_masks_that_are_small_in_their_tile_count_less():
+    iou = np.array([0.8], np.float32)
+    tile = Tile(70, 70, 60, 60)
+    scores = [
+        score_masks(logits_of(np.s_[4 : 4 + side, 4:6])[None], iou, tile, PYRAMID)
+        for side in (1, 4, 7, 9)
+    ]
+    assert scores[1] == pytest.approx(0.8 * (4 / 16) / 0.4)
+    assert scores[0] < scores[1] < scores[2] == scores[3] == pytest.approx(0.8)
+
+
 def test_pixels_outside_of_the_tile_are_not_in_the_mask():
     tile = Tile(2, 3, 4, 5)
     masks = np.empty((1, 9, 10), bool)

@@ -59,13 +59,13 @@ def assert_equal(prediction, expected):
 
 
 @pytest.mark.parametrize(
-    ("image", "tiles"), [(SCENE[:32, :30], "auto"), (SCENE, 200), (SCENE, 1000), (SCENE, None)]
+    ("image", "tiles"), [(SCENE[:16, :15], "auto"), (SCENE, 200), (SCENE, 1000), (SCENE, None)]
 )
 def test_one_tile_equals_no_tiles(predictor, image, tiles):
     inside = {"point_coords": [[11.0, 12]], "point_labels": [1]}
     predictor.set_image(image)
     _, _, logits = predictor.predict(**inside)
-    prompts = [inside, {"box": [3, 4, 20, 22]}, inside | {"mask_input": logits[:1]}, {}]
+    prompts = [inside, {"box": [3, 4, 12, 14]}, inside | {"mask_input": logits[:1]}, {}]
     expected = predictor.predict_many(prompts, return_logits=True)
     embedding, size = predictor.get_image_embedding(), predictor.input_size
     predictor.set_image(image, tiles=tiles)

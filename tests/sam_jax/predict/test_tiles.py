@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from sam_jax.predict.tiles import (
     Tile,
-    coarser_tile,
     parse_tiles,
     plan_pyramid,
     tile_for_box,
+    tile_for_object,
     tile_starts,
     tiles_for_points,
 )
@@ -76,7 +76,7 @@ def test_a_box_takes_about_half_of_its_tile(canvas, height, width, left, top, le
 
 def test_levels_grow_up_to_the_image():
     pyramid = plan_pyramid((3000, 5000), (1024, 1024), "auto")
-    assert pyramid.scales[0] == 0.5
+    assert pyramid.scales[0] == 0.25
     np.testing.assert_allclose(np.diff(np.log2(pyramid.scales[:-1])), 0.5)
     assert pyramid.scales[-1] == 5000 / 1024
     assert plan_pyramid((3000, 5000), (1024, 1024), 2048).scales == (2, 5000 / 1024)
@@ -84,7 +84,7 @@ def test_levels_grow_up_to_the_image():
 
 @pytest.mark.parametrize("tiles", ["auto", 512, None])
 def test_an_image_that_fits_into_a_tile_is_the_only_one(tiles):
-    assert len(plan_pyramid((512, 400), (1024, 1024), tiles).scales) == 1
+    assert len(plan_pyramid((256, 200), (1024, 1024), tiles).scales) == 1
 
 
 @given(pyramids(), FRACTIONS, FRACTIONS)
@@ -111,20 +111,32 @@ def test_prompts_outside_of_the_image_have_tiles_at_its_border():
     tile = tile_for_box(pyramid, np.array([-50.0, 4000, 250, 4300]), NO_POINTS)
     assert (tile.left, tile.top + tile.height) == (0, 4096)
     assert tile.width < 1024
-    assert tiles_for_points(pyramid, np.array([[9e3, -9e3]]))[0] == Tile(0, 4096 - 512, 512, 512)
+    assert tiles_for_points(pyramid, np.array([[9e3, -9e3]]))[0] == Tile(0, 4096 - 256, 256, 256)
 
 
-@given(pyramids(), *[FRACTIONS] * 4)
-def test_a_point_outside_of_a_tile_leads_to_a_larger_one(pyramid, a, b, c, d):
-    tile = tiles_for_points(pyramid, points_in(pyramid, (a, b)))[0]
-    both = points_in(pyramid, (a, b), (c, d))
-    larger = coarser_tile(pyramid, tile, both)
-    assert_inside(pyramid, larger, both)
-    relative = both - tile.corner
-    was_inside = (relative >= 0).all() and (relative <= (tile.width, tile.height)).all()
-    assert (larger == tile) == bool(was_inside) or tile == pyramid.image_tile
-    if larger != tile:
-        assert larger.height * larger.width > tile.height * tile.width
+@given(pyramids(), *[FRACTIONS] * 6)
+def test_the_tile_of_an_object_contains_it_and_all_points(pyramid, a, b, c, d, e, f):
+    corners = np.sort(points_in(pyramid, (a, b), (c, d)), axis=0)
+    points = points_in(pyramid, (e, f))
+    tile = tiles_for_points(pyramid, points)[0]
+    found = tile_for_object(pyramid, tile, corners.ravel(), points)
+    assert_inside(pyramid, found, np.concatenate([corners, points]))
+    # What is predicted in the new tile stays there.
+    box = tile_for_box(pyramid, corners.ravel(), points)
+    assert found in (tile, box)
+
+
+def test_an_object_keeps_its_tile_while_it_fills_a_good_share_of_it():
+    pyramid = plan_pyramid((4096, 4096), (1024, 1024), "auto")
+    tile = tile_for_box(pyramid, np.array([1000.0, 1000, 1400, 1400]), NO_POINTS)
+
+    def find(side):
+        box = np.array([1200 - side / 2, 1200 - side / 2, 1200 + side / 2, 1200 + side / 2])
+        return tile_for_object(pyramid, tile, box, np.array([[1200.0, 1200]]))
+
+    assert [find(tile.width * share) for share in (0.3, 0.5, 0.7)] == [tile] * 3
+    assert find(tile.width * 0.1).width < tile.width
+    assert find(tile.width * 0.9).width > tile.width
 
 
 @given(st.integers(1, 5000), FRACTIONS, st.integers(1, 500))
