@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from sam_jax.io import atomic
 from sam_jax.model.sam import replace_fields, sam_tiny
+from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights import download, formats, safetensors_file, torch_file
 from sam_jax.weights.convert import to_huggingface, to_torch
 from sam_jax.weights.formats import load, read, save
@@ -265,6 +266,23 @@ def test_the_tiny_model_comes_with_the_package(tmp_path, monkeypatch):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint.variables))
     assert "version" not in json.loads((formats.PACKAGED["sam_tiny"] / "model.json").read_text())
     assert sum(path.stat().st_size for path in formats.PACKAGED["sam_tiny"].iterdir()) <= 4e6
+
+
+def test_the_nuclei_model_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, variables = load("sam_nuclei")
+    assert model.image_size == (128, 128)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
+    assert sum(path.stat().st_size for path in formats.PACKAGED["sam_nuclei"].iterdir()) <= 2e6
+    # A bright disk on a dark ground is segmented from its box.
+    y, x = np.mgrid[:60, :60]
+    disk = (y - 30) ** 2 + (x - 27) ** 2 <= 12**2
+    image = np.where(disk[..., None], (150, 150, 150), (10, 10, 10)).astype(np.uint8)
+    predictor = SamPredictor(model, variables)
+    predictor.set_image(image, tiles="auto")
+    masks, scores, _ = predictor.predict(box=np.array([15, 18, 39, 42]))
+    mask = masks[scores.argmax()]
+    assert (mask & disk).sum() / (mask | disk).sum() > 0.8
 
 
 @pytest.mark.parametrize("name", ["tiny.pth", "tiny.safetensors", "tiny"])
