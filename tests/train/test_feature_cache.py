@@ -112,5 +112,5 @@ def test_files_of_which_one_is_truncated_are_replaced(tmp_path, variables, loade
 def test_a_full_disk_is_an_error(tmp_path, variables, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(ConfigError, match="feature_cache=.*needs 0 MiB.*fewer data.views"):
+    with pytest.raises(ConfigError, match=r"feature_cache=.*needs 0 MiB.*fewer data\.views"):
         open_cache(tmp_path, variables)
