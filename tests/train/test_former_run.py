@@ -59,6 +59,7 @@ def describe_machine():
     }
 
 
+@pytest.mark.slow
 def test_a_former_run_resumes_with_the_same_losses(tmp_path):
     """On the same kind of machine, the losses are equal up to one rounding."""
     workdir = tmp_path / "run"

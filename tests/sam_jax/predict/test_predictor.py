@@ -113,6 +113,7 @@ def test_a_batch_does_not_change_the_image_that_is_set(with_image):
     assert with_image.original_size == (60, 70)
 
 
+@pytest.mark.slow
 def test_new_image_sizes_compile_no_program(predictor, caplog):
     """Counts programs with `jax.log_compiles`, which also reports those outside the predictor."""
     rng = np.random.default_rng(0)

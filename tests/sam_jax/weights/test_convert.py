@@ -462,6 +462,7 @@ def edit(state, rng):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")  # JAX warns for huge axes
 def test_random_edits_raise_only_weights_errors(tiny, square, state, monkeypatch):
     resize = jax.image.resize

@@ -104,7 +104,7 @@ def round_values(config, focal, dice, true_iou, predicted_iou):
         "miou": true_iou[chosen],
     }
     weights = {"focal": config.focal, "dice": config.dice, "iou": config.iou}
-    return values | {"loss": sum(w * values[name] for name, w in weights.items())}, chosen
+    return values | {"round_loss": sum(w * values[name] for name, w in weights.items())}, chosen
 
 
 def target_and_inside(model, config, mask, size):
@@ -189,6 +189,6 @@ def make_reference(jit, model, config, train=True):
                 mask_key = fold(image_key, batch.mask_id[b, n])
                 values.append(run_rounds(variables, embedding, masks[b, n], size, mask_key))
         values = jax.tree.map(lambda *x: sum(x) / len(x), *values)
-        return jnp.mean(values["loss"]), values
+        return jnp.mean(values["round_loss"]), values
 
     return objective
