@@ -9,7 +9,7 @@ instances.json and images/. Every tenth image is held out.
 The encoder is frozen and sees eight fixed windows of each image, around objects. Their features are
 computed once and kept in `feature_cache`, also between runs. The neck begins as a projection onto
 the principal components of these features (`fit_neck`). Prompt encoder and decoder start at random.
-The stages are those of `sam_nuclei`.
+The stages have the objectives of `sam_nuclei`, in the same order.
 
 Cost: about an hour on two CPU cores for 900 photographs, half of it for their features.
 """

@@ -132,13 +132,17 @@ class Optimizer:
         yield Rule("cosine_start", self.cosine_start, is_before, allowed)
 
 
+# Fields of the data that stages may change. All stages read the same images.
+STAGE_DATA = ("flips", "rot90", "min_area", "jitter", "jitter_unit", "views")
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A later part of a run, which replaces fields of the `TrainConfig`. None keeps a value."""
+    """A later part of a run. A field that is None keeps the value of the run."""
 
     start: int  # steps done when the stage begins
     objective: Interactive | Reconstruction | None = None
-    data: Data | PretrainData | None = None  # of the same source and held-out images
+    data: Data | PretrainData | None = None  # may differ in the fields of STAGE_DATA
     batch_size: int | None = None
     trainable: tuple[str, ...] | None = None
 
@@ -206,10 +210,14 @@ class TrainConfig:
         yield Rule("stages", starts, is_ascending, "in the order of their starts, all above 0")
         for i, stage in enumerate(self.stages):
             if stage.data is not None:
-                images = stage.data.source, stage.data.held_out
-                own = self.data.source, self.data.held_out
-                allowed = f"the images of the run, data.source and data.held_out = {own}"
-                yield Rule(f"stages[{i}].data", images, images == own, allowed)
+                for field in dataclasses.fields(self.data):
+                    value, run_value = (
+                        getattr(data, field.name, None) for data in (stage.data, self.data)
+                    )
+                    if field.name not in STAGE_DATA:
+                        allowed = f"that of the run, {run_value!r}"
+                        name = f"stages[{i}].data.{field.name}"
+                        yield Rule(name, value, value == run_value, allowed)
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""

@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax.data.example import BadSample, Source
 from sam_jax.data.segmentation_batch import Batch
+from sam_jax.io.atomic import atomic_path
+from sam_jax.masks import rle
 from sam_jax.model.fields import module_to_dict
 from sam_jax.model.sam import Sam
 from sam_jax.predict.encode import encode_images
@@ -30,6 +33,10 @@ METHODS: dict[Part, Literal["encode", "encode_trunk"]] = {
 # Tokens before the neck have more channels than embeddings. The neck normalises them, so that half
 # precision is enough; it halves the files.
 DTYPES: dict[Part, type] = {"embedding": np.float32, "trunk": np.float16}
+
+
+VERSION = 1  # increase it when other features would be computed from the same settings
+FINGERPRINTED = 64  # examples
 
 
 class FeatureCache:
@@ -74,18 +81,20 @@ class FeatureCache:
             encoder = {name: value for name, value in encoder.items() if name != "neck"}
         self.model, self.part, self.views = model, part, max(1, views)
         self.variables = {"params": {"image_encoder": jax.tree.map(jnp.copy, encoder)}}
-        settings = dict(key) | {"part": part, "model": module_to_dict(model.image_encoder)}
+        settings = dict(key) | {"version": VERSION, "part": part}
+        settings["model"] = module_to_dict(model.image_encoder)
         self.path = folder / digest(settings, encoder)
         self.path.mkdir(parents=True, exist_ok=True)
         rows = count * self.views
         shape = feature_shape(model, part, rows)
-        features, known = self.path / f"{part}_{name}.bin", self.path / f"known_{name}.bin"
-        num_bytes = math.prod(shape) * np.dtype(DTYPES[part]).itemsize
-        check_space(self.path, num_bytes)
-        # Both files or none: a row that is known must have its features.
-        is_new = (file_size(features), file_size(known)) != (num_bytes, rows)
-        self.features = open_rows(features, shape, DTYPES[part], is_new=is_new)
-        self.is_known = open_rows(known, (rows,), bool, is_new=is_new)
+        num_bytes = rows + math.prod(shape) * np.dtype(DTYPES[part]).itemsize
+        file = self.path / f"{part}_{name}.bin"
+        check_space(file, num_bytes)
+        if file_size(file) != num_bytes:
+            create_file(file, num_bytes)
+        # One file, so that a row that is known has its features even if two runs create the file.
+        self.is_known = np.memmap(file, bool, "r+", shape=(rows,))
+        self.features = np.memmap(file, DTYPES[part], "r+", offset=rows, shape=shape)
 
     def __call__(self, batch: Batch) -> Batch:
         """Returns the batch with features instead of images."""
@@ -95,19 +104,20 @@ class FeatureCache:
             features = encode_images(
                 self.model, self.variables, batch.image, batch.size, METHODS[self.part]
             )
-            self.features[row] = np.asarray(features, self.features.dtype)
+            is_new = ~self.is_known[row]
+            self.features[row[is_new]] = np.asarray(features, self.features.dtype)[is_new]
             self.features.flush()
             self.is_known[row] = True
         features = np.asarray(self.features[row], np.float32)
         return dataclasses.replace(batch, image=None, view=None, **{self.part: features})
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raises ConfigError if a disk has too little space for new files of `num_bytes`."""
-    known = sum(path.stat().st_blocks * 512 for path in folder.glob("*.bin"))
-    if (free := shutil.disk_usage(folder).free) < num_bytes - known:
+def check_space(file: Path, num_bytes: int) -> None:
+    """Raises ConfigError if the disk has too little space for a file of `num_bytes`."""
+    used = file.stat().st_blocks * 512 if file.is_file() else 0  # the file may have holes
+    if (free := shutil.disk_usage(file.parent).free) < num_bytes - used:
         raise ConfigError(
-            f"feature_cache={str(folder)!r} needs {num_bytes / 2**20:.0f} MiB of disk space; "
+            f"feature_cache={str(file.parent)!r} needs {num_bytes / 2**20:.0f} MiB of disk space; "
             f"{free / 2**20:.0f} MiB are free. Choose a folder on another disk, or fewer data.views"
         )
 
@@ -132,13 +142,24 @@ def digest(settings: Mapping[str, Any], params: Any) -> str:
     return total.hexdigest()[:24]
 
 
-def open_rows(path: Path, shape: tuple[int, ...], dtype: type, *, is_new: bool) -> np.memmap:
-    """Opens a file of rows for reading and writing.
+def create_file(path: Path, num_bytes: int) -> None:
+    """Creates a file of zeros, which take no space before they are replaced."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.truncate(num_bytes)
 
-    Args:
-      path: The file, which holds nothing but the rows.
-      shape: The shape of the rows.
-      dtype: Their dtype.
-      is_new: Whether to replace the file by zeros, which take no space before they are written to.
+
+def fingerprint(source: Source) -> str:
+    """Returns a name that changes with the images and masks of a source.
+
+    Up to FINGERPRINTED examples are read, spread over the source.
     """
-    return np.memmap(path, dtype, "w+" if is_new else "r+", shape=shape)
+    total = hashlib.sha256(str(len(source)).encode())
+    for index in np.linspace(0, len(source) - 1, min(len(source), FINGERPRINTED)).astype(int):
+        total.update(source.name(int(index)).encode())
+        try:
+            example = source[int(index)]
+        except BadSample:
+            continue
+        total.update(example.image.tobytes())
+        total.update(json.dumps([rle.compress(mask) for mask in example.masks]).encode())
+    return total.hexdigest()

@@ -71,7 +71,7 @@ def sam_variables(
         params = mimetic_init(variables["params"], config.mimetic_init_scale)
         variables = variables | {"params": params}
     flat = flatten_dict(variables, sep="/")
-    norm_scale = None
+    norm_scale, has_encoder = None, False
     for part, path in parse_init_from(config.init_from):
         checkpoint = _read_checkpoint(path)
         if isinstance(checkpoint.model, Sam):
@@ -83,9 +83,14 @@ def sam_variables(
             )
         else:
             encoder = _read_encoder(model, checkpoint, path)
-            norm_scale = encoder.norm_scale
+            norm_scale, has_encoder = encoder.norm_scale, True
             flat |= {f"params/{ENCODER}/{name}": value for name, value in encoder.params.items()}
     variables = jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
+    if config.fit_neck and not has_encoder:
+        raise ConfigError(
+            "fit_neck must be False unless init_from names an encoder without a neck, such as "
+            f"DINOv2's; got init_from={config.init_from!r}"
+        )
     if config.fit_neck:
         tokens = encode_tokens(model, variables, sample_batch())
         params = variables["params"][ENCODER]

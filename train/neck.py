@@ -68,5 +68,7 @@ def principal_components(
     centered = features - mean
     centered = centered - np.outer(centered @ direction, direction)
     variance, vectors = np.linalg.eigh(centered.T @ centered / len(features))
-    largest = vectors[:, np.argsort(variance)[::-1][: min(count, len(mean) - 1)]]
+    order = np.argsort(variance)[::-1]
+    order = order[variance[order] > 1e-10 * variance.max()][:count]
+    largest = vectors[:, order]
     return np.pad(largest, ((0, 0), (0, count - largest.shape[1])))

@@ -5,7 +5,6 @@ The paper does not say which parameters have no weight decay: here biases, norms
 and positions.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -87,31 +86,25 @@ def make_schedule(config: Optimizer) -> Callable[[int | Int[Array, ""]], float |
     return schedule
 
 
-def carry_over(old: Any, new: Any) -> Any:
-    """Copies the moments and counts of an optimizer's state to the state of another optimizer.
+def keep_schedule(old: Any, new: Any) -> Any:
+    """Continues the learning rate of an optimizer's state in that of another optimizer.
+
+    Moments start at zero, with their bias correction. If some were kept, those of newly trained
+    parts would lack the correction, and their first updates would be several times too large.
 
     Args:
-      old: The state to copy from.
-      new: The initial state of an optimizer of the same kind that trains other parts.
+      old: The state to continue.
+      new: The initial state of an optimizer that trains other parts.
 
     Returns:
-      `new` with the counts of `old`, and with its moments where both optimizers have them.
+      `new` with the number of steps of `old` in the schedule of the learning rate.
     """
 
-    def name(path: Any) -> str:
-        # The field and the parameter, without the wrappers that say which parts are trained.
-        found = re.search(r"\.(mu|nu|count)(\[.*)?$", jax.tree_util.keystr(path))
-        assert found, path
-        return found[0]
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
 
-    known = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
-
-    def copy(path: Any, leaf: Any) -> Any:
-        leaf = known.get(name(path), leaf)
-        # There are two counts. No buffer may be in a state twice, since steps donate it.
-        return leaf if leaf.ndim else jnp.copy(leaf)
-
-    return jax.tree.map_with_path(copy, new)
+    (schedule,) = filter(is_schedule, jax.tree.leaves(old, is_leaf=is_schedule))
+    return jax.tree.map(lambda x: schedule if is_schedule(x) else x, new, is_leaf=is_schedule)
 
 
 def is_decayed(params: Any) -> Any:

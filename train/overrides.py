@@ -143,6 +143,8 @@ def _parse(text: str, field_type: Any, path: str) -> Any:
         value = tuple(part.strip() for part in value.split(",") if part.strip())
     elif typing.get_origin(field_type) is tuple and not isinstance(value, tuple):
         value = (value,)
+    if field_type == tuple[float, ...]:
+        value = tuple(float(item) if type(item) is int else item for item in value)
     if not _is_instance(value, field_type):
         is_plain = isinstance(field_type, type) and not typing.get_args(field_type)
         name = field_type.__name__ if is_plain else str(field_type)

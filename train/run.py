@@ -7,21 +7,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 import sam_jax
+from sam_jax.data.example import SourceError
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import Subset, exclude, open_source, select, with_full_size
+from sam_jax.data.sources.mixed import Mixture
 from sam_jax.model.sam import Sam
 from train.checkpoints import MAX_TO_KEEP, Checkpoints
 from train.config import TrainConfig
 from train.flops import peak_flops
 from train.mask_summary import print_mask_summary
 from train.metrics import Metrics, summarize
-from train.optimizer import carry_over, check_trainable, make_optimizer
+from train.optimizer import check_trainable, keep_schedule, make_optimizer
 from train.remote_workdir import RemoteWorkdir
-from train.sharding import init_sharded, make_mesh, process_allgather, shard_batch, sync_hosts
+from train.sharding import (
+    infer_sharding,
+    init_sharded,
+    make_mesh,
+    process_allgather,
+    shard_batch,
+    sync_hosts,
+)
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.tasks.base import Task, make_task
@@ -54,6 +64,7 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     mesh = make_mesh(math.gcd(*(stage.batch_size for _, _, stage in stages)), config.fsdp)
     variables = task.initial_variables(train_split)
     for _, _, stage in stages:
+        make_task(stage)  # raises ConfigError if the stage is not possible
         check_trainable(variables["params"], stage.trainable)
 
     with RemoteWorkdir(workdir) as remote:
@@ -103,9 +114,11 @@ def train_loop(
     ]
 
     def make_state(step: int) -> TrainState:
-        # A checkpoint at the border of two stages was written by the first of them.
-        index = max(i for i, (start, _, _) in enumerate(stages) if start < max(step, 1))
-        optimizer = optimizers[index]
+        # A checkpoint at the border of two stages was written by the first of them. It may be of a
+        # stage after `num_steps`, if that was larger before.
+        longer = dataclasses.replace(config, num_steps=max(config.num_steps, step))
+        trainable = next(part.trainable for _, stop, part in longer.parts() if step <= stop)
+        optimizer = make_optimizer(config.optimizer, task.encoder_depth, trainable)
         return init_sharded(mesh, lambda v: init_state(v, optimizer), variables)
 
     checkpoints = Checkpoints(remote.checkpoints)
@@ -209,9 +222,10 @@ def train_stage(
 def change_optimizer(
     mesh: Mesh, state: TrainState, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state for an optimizer that may train other parts; see `carry_over`."""
-    opt_state = init_sharded(mesh, optimizer.init, state.params)
-    return dataclasses.replace(state, opt_state=carry_over(state.opt_state, opt_state))
+    """Returns the state for an optimizer that trains other parts; see `keep_schedule`."""
+    sharding = infer_sharding(mesh, jax.eval_shape(optimizer.init, state.params))
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding)(state.params)
+    return dataclasses.replace(state, opt_state=keep_schedule(state.opt_state, opt_state))
 
 
 def finalize(
@@ -248,7 +262,19 @@ def open_data(config: TrainConfig, task: Task) -> tuple[Subset, Subset]:
     full_size = with_full_size(source)
     if not config.data.held_out:
         return select(source, ":"), select(full_size, ":")
-    return exclude(source, config.data.held_out), select(full_size, config.data.held_out)
+    eval_split = select(full_size, config.data.held_out)
+    return without_copies(exclude(source, config.data.held_out), eval_split), eval_split
+
+
+def without_copies(train_split: Subset, eval_split: Subset) -> Subset:
+    """Removes other copies of held-out images, which a mixture may contain, from the training."""
+    if not isinstance(train_split.source, Mixture):
+        return train_split
+    held_out = {eval_split.name(i) for i in range(len(eval_split))}
+    is_copy = [train_split.name(i) in held_out for i in range(len(train_split))]
+    if all(is_copy):
+        raise SourceError("data.held_out leaves no image to train on")
+    return dataclasses.replace(train_split, indices=train_split.indices[~np.array(is_copy)])
 
 
 def make_loader(config: TrainConfig, task: Task, split: Subset) -> Loader:

@@ -52,6 +52,10 @@ def check_or_create(
     if path.exists():
         before = rename_saved(json.loads(path.read_text(encoding="utf-8")))
         before = _add_missing(before, _default_values(config))
+        pairs = zip(before["stages"], config.stages, strict=False)
+        before["stages"][: len(config.stages)] = [
+            _add_missing(saved, _default_values(stage)) for saved, stage in pairs
+        ]
         if changed := differences(before, to_dict(config), ignore=MAY_CHANGE):
             raise ConfigError(
                 f"{name} holds a run with another config: {'; '.join(changed)}. Choose another "

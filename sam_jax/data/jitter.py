@@ -51,10 +51,11 @@ def sample_window(
       size: (height, width) of the image.
       canvas: (height, width) of the model's input.
       scales: The smallest and the largest scale. A scale of 1 means, by `unit`, that the image just
-        fits into the canvas, that the image keeps its size, or that the object just fits.
+        fits into the canvas, that the image keeps its size, or that the object just fits. Around
+        objects, a pixel is enlarged at most MAX_ZOOM times.
       unit: The unit of the scale.
-      box: (left, top, right, bottom) of an object, both corners inside the box. With the unit
-        "object" it is needed, and the window contains the object; otherwise it is not used.
+      box: (left, top, right, bottom) of an object that the window must contain, both corners inside
+        the box; None for any window. It is needed for the unit "object".
       rng: The source of randomness: a scale, then a vertical and a horizontal offset.
 
     Returns:
@@ -71,7 +72,7 @@ def sample_window(
     offsets = []
     for axis in range(2):
         first, last = 0, max(0, resized[axis] - canvas[axis])
-        if unit == "object" and box is not None:
+        if box is not None:
             scale = resized[axis] / size[axis]
             start, stop = box[1 - axis] * scale, (box[3 - axis] + 1) * scale
             # All offsets for which the object is inside, or the nearest one if it is too long.

@@ -129,15 +129,12 @@ class SegmentationTransform:
         size = example.image.shape[:2]
         canvas = self.canvas[::-1] if quarter_turns % 2 else self.canvas
         boxes = _boxes(example.masks) if self.jitter_unit == "object" else []
-        smallest, largest = self.jitter
+        scales = self.jitter[0], self.jitter[1]
         for attempt in range(MAX_ATTEMPTS):
-            if attempt == MAX_ATTEMPTS - 1:  # the entire image, if that is among the scales
-                smallest = largest = min(max(1.0, smallest), largest)
-            chosen = int(view_rng.integers(len(boxes))) if boxes else None
-            index, box = boxes[chosen] if chosen is not None else (None, None)
-            window = sample_window(
-                size, canvas, (smallest, largest), self.jitter_unit, box, view_rng
-            )
+            if attempt == MAX_ATTEMPTS - 1:  # around a mask
+                boxes = boxes or _boxes(example.masks)
+            index, box = boxes[view_rng.integers(len(boxes))] if boxes else (None, None)
+            window = sample_window(size, canvas, scales, self.jitter_unit, box, view_rng)
             masks, mask_id = self._decode(example, window, index, rng)
             if masks:
                 break

@@ -102,7 +102,7 @@ def format_resolution(summary: dict[str, Any]) -> str:
     )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _average(
     size: int, input_size: int, canvas: int, low_res: int
 ) -> Float64[np.ndarray, "{low_res} {size}"]:

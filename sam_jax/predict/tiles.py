@@ -2,7 +2,7 @@
 
 The tiles of an image form a pyramid. A level has tiles of one size, which overlap by three quarters
 in each direction; the last level is the entire image. All choices depend on the image's size and
-the prompt alone, never on earlier prompts.
+the prompt alone, except that an object with a `mask_input` may stay in the tile that it comes from.
 """
 
 import argparse
@@ -53,8 +53,8 @@ class Pyramid(NamedTuple):
     Attributes:
       image_size: (height, width) of the image.
       canvas: (height, width) of the padded input that the model takes.
-      scales: For each level, the image pixels per pixel of the canvas, from fine to coarse. With
-        the last one, the entire image fits the canvas.
+      scales: For each level, the image pixels per pixel of the canvas, from fine to coarse. At the
+        last scale, the entire image fits into the canvas.
     """
 
     image_size: tuple[int, int]
@@ -257,7 +257,7 @@ def _bounds(points: Float[np.ndarray, "k 2"]) -> Float[np.ndarray, " 4"]:
 
 
 def _contains(pyramid: Pyramid, tile: Tile, box: Float[np.ndarray, " 4"], margin: float) -> bool:
-    """Returns whether a box is in a tile with a margin, but to the sides of the image.
+    """Returns whether a tile contains a box with a margin, except at the sides of the image.
 
     Args:
       pyramid: The tiles of the image.

@@ -107,6 +107,12 @@ def test_random_transforms_need_an_encoder_that_is_trained(field):
     make_task(override(CONFIG, [settings[0], "trainable=mask_decoder,image_encoder/block_03"]))
 
 
+def test_windows_need_images_that_are_decoded_in_full():
+    settings = ["data.jitter=0.5,1", "data.half_size_jpeg=True"]
+    message = error_message(make_task, override(CONFIG, settings))
+    assert message.startswith("data.half_size_jpeg must be False if data.jitter is set")
+
+
 @pytest.mark.parametrize(
     ("trainable", "expected"),
     [

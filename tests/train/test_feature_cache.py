@@ -1,14 +1,17 @@
 """Features of frozen encoders on disk."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
 from sam_jax.data.segmentation_batch import SegmentationTransform
+from sam_jax.masks import rle
 from sam_jax.model.init import init_variables
 from sam_jax.model.sam import sam_tiny
 from sam_jax.predict import encode
@@ -99,14 +102,42 @@ def test_a_row_that_was_being_written_is_computed_again(tmp_path, variables, loa
     np.testing.assert_array_equal(open_cache(tmp_path, variables)(batch).trunk, expected)
 
 
-@pytest.mark.parametrize("name", ["trunk_host.bin", "known_host.bin"])
-def test_files_of_which_one_is_truncated_are_replaced(tmp_path, variables, loader, name):
+def test_a_truncated_file_is_replaced(tmp_path, variables, loader):
     batch, _ = loader.batch(0)
     cache = open_cache(tmp_path, variables)
     expected = cache(batch).trunk
-    with open(cache.path / name, "r+b") as file:
-        file.truncate(40)
+    with open(cache.path / "trunk_host.bin", "r+b") as file:
+        file.truncate(400)
     np.testing.assert_array_equal(open_cache(tmp_path, variables)(batch).trunk, expected)
+
+
+def test_two_runs_that_create_the_same_file_do_not_mix_their_rows(tmp_path, variables, loader):
+    batch, _ = loader.batch(0)
+    first = open_cache(tmp_path, variables)
+    expected = first(batch).trunk
+    feature_cache.create_file(
+        first.path / "trunk_host.bin", first.is_known.size + first.features.nbytes
+    )
+    second = open_cache(tmp_path, variables)
+    assert not second.is_known.any()
+    np.testing.assert_array_equal(first(batch).trunk, expected)
+    np.testing.assert_array_equal(second(batch).trunk, expected)
+
+
+def test_the_fingerprint_depends_on_images_and_masks(tmp_path):
+    def write(color, box):
+        folder = tmp_path / f"{color}{box}"
+        (folder / "images").mkdir(parents=True)
+        Image.new("RGB", (20, 20), (color, 0, 0)).save(folder / "images" / "a.png")
+        mask = np.zeros((20, 20), bool)
+        mask[box : box + 5, 3:9] = True
+        annotation = {"image_id": 1, "segmentation": rle.encode(mask)}
+        image = {"id": 1, "file_name": "a.png", "height": 20, "width": 20}
+        content = {"images": [image], "annotations": [annotation]}
+        (folder / "instances.json").write_text(json.dumps(content))
+        return feature_cache.fingerprint(open_source(f"coco:{folder}"))
+
+    assert len({write(1, 2), write(2, 2), write(1, 3)}) == 3
 
 
 def test_a_full_disk_is_an_error(tmp_path, variables, monkeypatch):

@@ -277,3 +277,15 @@ def test_a_path_with_an_equals_sign_is_a_path():
     assert parse_init_from("runs/lr=1,x/weights") == [("", "runs/lr=1,x/weights")]
     assert parse_init_from("") == []
     assert parse_init_from("mask_decoder=a=b") == [("mask_decoder", "a=b")]
+
+
+def test_a_neck_is_fitted_only_to_an_encoder_without_one(trained, dinov2):
+    for init_from in ("", str(trained[0])):
+        config = dataclasses.replace(CONFIG, fit_neck=True, init_from=init_from)
+        with pytest.raises(ConfigError, match="fit_neck must be False unless init_from names"):
+            initial_variables(config)
+    with pytest.raises(ConfigError, match="fit_neck must be False, because a masked autoencoder"):
+        initial_variables(dataclasses.replace(pretraining, fit_neck=True))
+    config = dataclasses.replace(CONFIG, fit_neck=True, init_from=str(dinov2[0]))
+    neck = initial_variables(config)["params"]["image_encoder"]["neck"]
+    assert (np.asarray(neck["conv2"]["kernel"])[1, 1] == np.eye(MODEL.embedding_dim)).all()

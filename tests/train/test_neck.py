@@ -64,3 +64,10 @@ def test_more_channels_than_directions_are_padded_with_zeros(tokens):
     components = principal_components(layer_norm(tokens), WIDTH + 3)
     assert components.shape == (WIDTH, WIDTH + 3)
     assert not components[:, WIDTH - 1 :].any()
+
+
+def test_directions_without_variance_are_zero():
+    features = np.random.default_rng(0).normal(size=(5, WIDTH)) + 3
+    components = principal_components(features, CHANNELS)
+    assert np.linalg.matrix_rank(components) == 4  # five points
+    np.testing.assert_allclose(features.mean(axis=0) @ components, 0, atol=1e-8)

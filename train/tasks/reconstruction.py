@@ -39,6 +39,8 @@ class ReconstructionTask:
                 "mimetic_init_scale must be 0, because a masked autoencoder has no prompts; got "
                 f"{config.mimetic_init_scale}"
             )
+        if config.fit_neck:
+            raise ConfigError("fit_neck must be False, because a masked autoencoder has no neck")
         # The table of tasks says which classes these are.
         model, data = cast(MaskedAutoencoder, config.model), cast(PretrainData, config.data)
         self.config = config

@@ -19,7 +19,7 @@ from sam_jax.model.init import init_variables
 from sam_jax.model.sam import UPSCALING, Sam
 from sam_jax.predict.predictor import SamPredictor
 from train.config import ConfigError, Data, Interactive, TrainConfig
-from train.feature_cache import FeatureCache, Part
+from train.feature_cache import FeatureCache, Part, fingerprint
 from train.flops import step_flops
 from train.initialization import InitFn, sam_variables
 from train.objectives.interactive import InteractiveObjective
@@ -95,7 +95,8 @@ class SegmentationTask:
             return lambda batch: dataclasses.replace(batch, view=None)
         data = cast(Data, self.config.data)
         transform = dataclasses.asdict(cast(SegmentationTransform, self.transform))
-        key = {"source": data.source, "count": len(train_split.source), "views": data.views}
+        key = {"images": fingerprint(train_split.source), "views": data.views}
+        key["decode_size"] = self.decode_size
         key |= {k: v for k, v in transform.items() if k != "masks_per_image"}
         return FeatureCache(
             self.model,
@@ -142,6 +143,11 @@ def check_config(config: TrainConfig) -> None:
             "data.views must be at least 1 if the image encoder is not trained and data.flips, "
             "data.rot90 or data.jitter is set, because features are computed once per view; got 0 "
             f"and trainable={config.trainable}"
+        )
+    if data.half_size_jpeg and data.jitter:
+        raise ConfigError(
+            "data.half_size_jpeg must be False if data.jitter is set, because windows are parts of "
+            f"full images; got True and {data.jitter}"
         )
     patch, scale = config.model.patch_size, cast(Interactive, config.objective).loss_scale
     if patch % (UPSCALING * scale):

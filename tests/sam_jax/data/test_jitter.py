@@ -141,10 +141,11 @@ def test_a_window_without_masks_is_sampled_again():
     mask = np.zeros((100, 100), bool)
     mask[:4, :4] = True
     image = np.zeros((100, 100, 3), np.uint8)
-    transform = SegmentationTransform(CANVAS, 2, jitter=(1.0, 3.0))
-    for seed in range(30):
-        row = transform(Example(image, [rle.encode(mask)]), np.random.default_rng(seed))
-        assert row["valid"].sum() == 1
+    for unit in ("canvas", "pixel"):
+        transform = SegmentationTransform(CANVAS, 2, jitter=(2.0, 3.0), jitter_unit=unit)
+        for seed in range(30):
+            row = transform(Example(image, [rle.encode(mask)]), np.random.default_rng(seed))
+            assert row["valid"].sum() == 1
     empty = Example(image, [rle.encode(np.zeros((100, 100), bool))])
     for unit in ("canvas", "object"):
         transform = SegmentationTransform(CANVAS, 2, jitter=(1.0, 3.0), jitter_unit=unit)

@@ -1,13 +1,19 @@
 """Mixtures of sources."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from configs.sam_tiny import config as tiny
 from sam_jax.data.example import SourceError
 from sam_jax.data.open import open_source, with_full_size
 from sam_jax.data.sources.base import FileSource
 from sam_jax.data.sources.mixed import Mixture
 from tests.sam_jax.data.test_open import write_coco, write_labels
+from train.config import Data
+from train.run import open_data
+from train.tasks.base import make_task
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +68,12 @@ def test_generated_scenes_mix_too():
     assert len(mixture) == sum(sizes)
     assert len(sizes) == 3
     assert mixture.image(len(mixture) - 1).shape == (48, 64, 3)
+
+
+def test_copies_of_held_out_images_are_not_trained_on():
+    config = dataclasses.replace(tiny, data=Data(source="mix:scenes*2", held_out=":100"))
+    train_split, eval_split = open_data(config, make_task(config))
+    names = {eval_split.name(i) for i in range(len(eval_split))}
+    assert len(names) == 100
+    assert len(train_split) == len(train_split.source) - 200
+    assert not names & {train_split.name(i) for i in range(0, len(train_split), 97)}
