@@ -47,7 +47,7 @@ _NOT_PLAIN = (  # patterns of names, and what an encoder with such tensors has
 )
 _ALLOWED = (
     "only plain vision transformers can be read: learnt or fixed absolute positions, at most a "
-    "class token beside the patches, one bias for queries, keys and values, and MLPs of two layers"
+    "class token next to the patches, one bias for queries, keys and values, and MLPs of two layers"
 )
 
 

@@ -1,6 +1,7 @@
-"""Plain vision transformers in our image encoder against transformers and timm's graph.
+"""Compares image encoders read from plain vision transformers with transformers and timm's graph.
 
-The class token is left out of theirs, as it is of ours; random weights exercise every tensor.
+The references run without their class token, which the image encoder does not have. Random weights
+exercise every tensor.
 """
 
 import flax.traverse_util
@@ -28,13 +29,13 @@ CONFIG = dict(
     num_hidden_layers=DEPTH,
     num_attention_heads=HEADS,
     intermediate_size=4 * WIDTH,
-    layer_norm_eps=1e-6,  # theirs is 1e-12 for ViT, the published weights' this
+    layer_norm_eps=1e-6,  # the default of ViT is 1e-12; the published weights use this value
 )
 
 
 @pytest.fixture(params=SIZES)
 def image(request):
-    """Normalised images 'b h w 3'."""
+    """Returns normalised images 'b h w 3'."""
     rng = np.random.default_rng(0)
     return rng.standard_normal((2, *SIZES[request.param], 3)).astype(np.float32)
 
@@ -44,7 +45,7 @@ def tensor_of(image):
 
 
 def randomized(model):
-    """Draws all weights anew, so large that attention is far from uniform."""
+    """Randomizes all weights, so large that attention is far from uniform."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, x in model.named_parameters():
@@ -53,8 +54,8 @@ def randomized(model):
     return model.eval()
 
 
-def our_features(path, image):
-    """The tokens before the neck, after the last norm of theirs: 'b (gh gw) c'."""
+def encoder_features(path, image):
+    """Returns the tokens before the neck, after the reference's last norm: 'b (gh gw) c'."""
     checkpoint = read(path)
     encoder = ImageEncoder(
         image_size=image.shape[1:3],
@@ -81,24 +82,24 @@ def our_features(path, image):
 
 def test_dinov2(image, tmp_path, difference):
     config = {k: v for k, v in CONFIG.items() if k != "intermediate_size"}
-    theirs = randomized(transformers.Dinov2Model(transformers.Dinov2Config(**config)))
-    theirs.save_pretrained(tmp_path)
+    reference = randomized(transformers.Dinov2Model(transformers.Dinov2Config(**config)))
+    reference.save_pretrained(tmp_path)
     with torch.no_grad():
-        patches = theirs.embeddings(tensor_of(image))[:, 1:]
-        expected = theirs.layernorm(theirs.encoder(patches).last_hidden_state).numpy()
+        patches = reference.embeddings(tensor_of(image))[:, 1:]
+        expected = reference.layernorm(reference.encoder(patches).last_hidden_state).numpy()
     assert read(tmp_path).num_heads == HEADS
-    assert difference(our_features(tmp_path, image), expected) < TOLERANCE
+    assert difference(encoder_features(tmp_path, image), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTMAEForPreTraining"])
 def test_vit(kind, image, tmp_path, difference):
     if kind == "ViTModel":
-        theirs = randomized(transformers.ViTModel(transformers.ViTConfig(**CONFIG)))
+        reference = randomized(transformers.ViTModel(transformers.ViTConfig(**CONFIG)))
     else:
         config = transformers.ViTMAEConfig(**CONFIG, decoder_num_hidden_layers=1)
-        theirs = randomized(transformers.ViTMAEForPreTraining(config))
-    theirs.save_pretrained(tmp_path)
-    encoder = getattr(theirs, "vit", theirs)
+        reference = randomized(transformers.ViTMAEForPreTraining(config))
+    reference.save_pretrained(tmp_path)
+    encoder = getattr(reference, "vit", reference)
     with torch.no_grad():
         if kind == "ViTModel":
             x = encoder.embeddings(tensor_of(image), interpolate_pos_encoding=True)[:, 1:]
@@ -110,7 +111,7 @@ def test_vit(kind, image, tmp_path, difference):
             x = layer(x)
         expected = encoder.layernorm(x).numpy()
     assert read(tmp_path).num_heads == HEADS
-    assert difference(our_features(tmp_path, image), expected) < TOLERANCE
+    assert difference(encoder_features(tmp_path, image), expected) < TOLERANCE
 
 
 def timm_state():
@@ -166,5 +167,5 @@ def timm_features(state, image):
 def test_timm(image, tmp_path, difference):
     state = timm_state()
     torch.save({"state_dict": {f"model.{k}": x for k, x in state.items()}}, tmp_path / "vit.pth")
-    ours = our_features(tmp_path / "vit.pth", image)
+    ours = encoder_features(tmp_path / "vit.pth", image)
     assert difference(ours, timm_features(state, image)) < TOLERANCE

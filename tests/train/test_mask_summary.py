@@ -1,4 +1,4 @@
-"""What a run prints about its masks before it trains."""
+"""The summary of its masks that a run prints before it trains."""
 
 import logging
 

@@ -150,7 +150,7 @@ def test_a_click_inside_stays_in_the_tile_and_one_outside_leads_to_a_larger_one(
 
 
 def test_a_moved_mask_input_still_shows_the_object(tiled):
-    """What a click far away leads to overlaps with the mask before, which the model sees."""
+    """Checks that the mask after a click far away overlaps with the mask before."""
     masks, _, logits = tiled.predict(**BOX, multimask_output=False)
     (tile,) = tiled.tiles_used
     far = {"point_coords": [[tile.left - 4, tile.top]], "point_labels": [0]}

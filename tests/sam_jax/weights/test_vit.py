@@ -85,9 +85,9 @@ def huggingface_state(state, table, thirds="attention.attention.{}", qkv=("query
             parts, names = {"": tensor}, {"": name}
         for part, x in parts.items():
             new_name = names[part]
-            for ours, theirs in table.items():
-                if new_name.startswith(ours) or f".{ours}" in new_name:
-                    new_name = new_name.replace(ours, theirs, 1)
+            for timm, other in table.items():
+                if new_name.startswith(timm) or f".{timm}" in new_name:
+                    new_name = new_name.replace(timm, other, 1)
             renamed[new_name] = x
     return renamed
 
