@@ -60,13 +60,11 @@ class PlainViT(NamedTuple):
       norm_scale: The scale of the norm after the last block, which no SAM has; None if there is no
         such norm.
       norm_bias: The bias of this norm.
-      notes: Notes on what was dropped or resized.
     """
 
     params: dict[str, np.ndarray]
     norm_scale: Float[np.ndarray, " c"] | None
     norm_bias: Float[np.ndarray, " c"] | None
-    notes: list[str]
 
 
 def is_plain_vit(tensors: dict[str, np.ndarray]) -> bool:
@@ -224,7 +222,7 @@ def read_plain_vit(
         names.from_torch_tensor(names.SAME, tensors[name]) if name in norm else None
         for name in ("norm.weight", "norm.bias")
     )
-    return PlainViT(params | {"pos_embed": positions}, norm_scale, norm_bias, notes)
+    return PlainViT(params | {"pos_embed": positions}, norm_scale, norm_bias)
 
 
 def has_layer_scale(tensors: dict[str, np.ndarray]) -> bool:
