@@ -165,25 +165,6 @@ def load_autoencoder(path: str | os.PathLike[str]) -> tuple[MaskedAutoencoder, d
     return checkpoint.model, _to_device(checkpoint.variables)
 
 
-def read_autoencoder(
-    path: str | os.PathLike[str],
-) -> tuple[MaskedAutoencoder | None, dict[str, np.ndarray]] | None:
-    """Reads the tensors of a masked autoencoder, or of another plain vision transformer.
-
-    Args:
-      path: As for `load`.
-
-    Returns:
-      `Checkpoint.model` and `Checkpoint.tensors`; None if the weights are a SAM's.
-
-    Raises:
-      FileNotFoundError: If there is no such file.
-      ValueError: If the file is damaged.
-    """
-    checkpoint = read(path)
-    return None if isinstance(checkpoint.model, Sam) else (checkpoint.model, checkpoint.tensors)
-
-
 def read(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads weights of any kind and format.
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import sam_jax
-from sam_jax.weights.formats import read_autoencoder
+from sam_jax.weights.formats import load_autoencoder
 from tests.train.running import AUTOENCODER, CONFIG, ROOT, finish, losses, start_run
 from train import __main__ as command
 from train.metrics import read_rows
@@ -131,7 +131,7 @@ def test_a_killed_run_of_a_masked_autoencoder_has_the_same_result(tmp_path):
     assert [step for step, _, _ in losses(uninterrupted)] == list(range(1, 9))
     weights = [(w / "weights" / "mae.safetensors").read_bytes() for w in (uninterrupted, killed)]
     assert weights[0] == weights[1]
-    assert read_autoencoder(uninterrupted / "weights")[0].image_size == (32, 32)
+    assert load_autoencoder(uninterrupted / "weights")[0].image_size == (32, 32)
     scores = json.loads((uninterrupted / "evaluation.json").read_text())
     assert (scores["images"], scores["bad_samples"]) == (5, 0)
     assert 0 < scores["loss"] < 2

@@ -16,7 +16,7 @@ from sam_jax.evaluate.protocol import EVALUATIONS
 from sam_jax.masks import rle
 from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
-from sam_jax.weights.formats import read_autoencoder, save
+from sam_jax.weights.formats import read, save
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_convert_writes_an_autoencoder_with_official_names(tmp_path, capsys):
     save(tmp_path / "mae", model, init_variables(model, 0))
     assert main(["convert", str(tmp_path / "mae"), str(tmp_path / "mae.pth")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'mae'} -> {tmp_path / 'mae.pth'}\n"
-    _, tensors = read_autoencoder(tmp_path / "mae.pth")
+    tensors = read(tmp_path / "mae.pth").tensors
     assert tensors["decoder_pos_embed"].shape == (1, 1 + 2 * 3, 64)
     assert main(["info", "--weights", str(tmp_path / "mae")]) == 1
     assert "holds a masked autoencoder, not a SAM" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from sam_jax.model.mae import encode_positions, mae_tiny
 from sam_jax.model.sam import replace_fields, sam_tiny, sam_vit_b
 from sam_jax.weights import directory, mae, safetensors_file
 from sam_jax.weights.convert import from_torch, to_torch
-from sam_jax.weights.formats import load_autoencoder, read, read_autoencoder
+from sam_jax.weights.formats import load_autoencoder, read
 from sam_jax.weights.tensors import WeightsError
 from tests.sam_jax.weights.official_state import (
     ZEROS,
@@ -83,7 +83,8 @@ def test_names_and_layouts_equal_those_of_pytorch(variables):
 @pytest.mark.parametrize("name", ["mae.safetensors", "mae.pth"])
 def test_single_files_have_no_model(tmp_path, variables, name):
     sam_jax.save(tmp_path / name, MODEL, variables)
-    model, tensors = read_autoencoder(tmp_path / name)
+    checkpoint = read(tmp_path / name)
+    model, tensors = checkpoint.model, checkpoint.tensors
     assert model is None
     assert_same_arrays(flatten(mae.from_torch(MODEL, tensors)), flatten(variables))
     with pytest.raises(WeightsError, match=rf"{name} must be the weights directory of a masked"):
@@ -99,7 +100,7 @@ def test_the_huggingface_format_is_refused(tmp_path, variables):
 
 def test_a_sam_is_not_an_autoencoder(tmp_path, tiny):
     sam_jax.save(tmp_path / "sam", *tiny)
-    assert read_autoencoder(tmp_path / "sam") is None
+    assert read(tmp_path / "sam").kind == "sam"
     with pytest.raises(WeightsError, match="sam must be the weights directory of a masked"):
         load_autoencoder(tmp_path / "sam")
 
@@ -153,13 +154,13 @@ def test_invalid_fields_are_named(saved, field, value, message):
     fields = json.loads((saved / directory.MAE_JSON).read_text()) | {field: value}
     (saved / directory.MAE_JSON).write_text(json.dumps(fields))
     with pytest.raises(WeightsError, match=message):
-        read_autoencoder(saved)
+        read(saved)
 
 
 def test_a_directory_without_tensors_is_an_error(saved):
     (saved / directory.MAE_WEIGHTS).unlink()
     with pytest.raises(WeightsError, match=r"mae\.safetensors is missing"):
-        read_autoencoder(saved)
+        read(saved)
 
 
 # The encoder as the image encoder of a SAM.
