@@ -22,22 +22,22 @@ class PromptableModel(Protocol):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """As in `Sam`."""
+        """Returns (height, width) of the padded input in pixels."""
         ...
 
     @property
     def patch_size(self) -> int:
-        """As in `Sam`."""
+        """Returns the side of a token in pixels."""
         ...
 
     @property
     def grid(self) -> tuple[int, int]:
-        """As in `Sam`."""
+        """Returns (rows, columns) of the tokens."""
         ...
 
     @property
     def low_res(self) -> tuple[int, int]:
-        """As in `Sam`."""
+        """Returns (height, width) of the predicted masks' logits."""
         ...
 
     @property
