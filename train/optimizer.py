@@ -150,6 +150,17 @@ def is_trainable(path: str, trainable: tuple[str, ...]) -> bool:
     return not trainable or any(f"{path}/".startswith(f"{part}/") for part in trainable)
 
 
+def stop_gradients(params: Any, trainable: tuple[str, ...]) -> Any:
+    """Stops the gradients of all parameters outside the parts to train; empty for all parts."""
+
+    def stop(path: str, x: Any) -> Any:
+        return x if is_trainable(path, trainable) else jax.lax.stop_gradient(x)
+
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    stopped = {path: stop(path, x) for path, x in flat.items()}
+    return flax.traverse_util.unflatten_dict(stopped, sep="/")
+
+
 def check_trainable(params: Any, trainable: tuple[str, ...]) -> None:
     """Checks that every part to train has parameters.
 

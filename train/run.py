@@ -180,7 +180,15 @@ def train_stage(
     """
     mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split = context
     task = make_task(config)
-    step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
+    step = make_step(
+        task.objective,
+        optimizer,
+        config.seed,
+        mesh,
+        state,
+        config.model.dtype,
+        config.trainable,
+    )
 
     # The batches from this step on. They depend on the seed and the step only.
     batch_transform = task.batch_transform(

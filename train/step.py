@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from train.optimizer import stop_gradients
 from train.sharding import CompiledStep, Objective, compile_step, make_sharded_grad_fn
 from train.state import TrainState
 
@@ -19,6 +20,7 @@ def make_step(
     mesh: Mesh,
     state: TrainState,
     dtype: DTypeLike = "float32",
+    trainable: tuple[str, ...] = (),
 ) -> CompiledStep:
     """Builds the compiled step.
 
@@ -29,12 +31,18 @@ def make_step(
       mesh: The devices, see `make_mesh`.
       state: The state, or its shapes.
       dtype: The dtype of all-gathered parameters and reduce-scattered gradients.
+      trainable: Paths of the parts that the optimizer trains; empty for all parts. No gradients are
+        computed for other parts, and "gradient_norm" is that of the trained parts.
 
     Returns:
       The step, a function of (state, batch) that returns the next state and a dict of float32
       values. The state is donated.
     """
-    grad_fn = make_sharded_grad_fn(mesh, objective, state.params, dtype)
+
+    def trained_objective(params: Any, constants: Any, batch: Any, key: jax.Array) -> Any:
+        return objective(stop_gradients(params, trainable), constants, batch, key)
+
+    grad_fn = make_sharded_grad_fn(mesh, trained_objective, state.params, dtype)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)

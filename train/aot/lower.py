@@ -80,7 +80,15 @@ def lower_step(config: TrainConfig, devices: list[jax.Device]) -> tuple[Lowered,
     task = make_task(config)
     optimizer = make_optimizer(config.optimizer, task.encoder_depth, config.trainable)
     state = jax.eval_shape(lambda: init_state(task.init_fn(), optimizer))
-    step = make_step(task.objective, optimizer, config.seed, mesh, state, config.model.dtype)
+    step = make_step(
+        task.objective,
+        optimizer,
+        config.seed,
+        mesh,
+        state,
+        config.model.dtype,
+        config.trainable,
+    )
     images = config.batch_size / mesh.devices.size
     return step.lower(state, task.batch_spec()), images * (task.flops or 0)
 
