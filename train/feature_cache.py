@@ -47,6 +47,7 @@ class FeatureCache:
 
     Attributes:
       path: The folder of the features' files.
+      num_bytes: The size of this host's file once all features are known.
     """
 
     def __init__(
@@ -87,11 +88,11 @@ class FeatureCache:
         self.path.mkdir(parents=True, exist_ok=True)
         rows = count * self.views
         shape = feature_shape(model, part, rows)
-        num_bytes = rows + math.prod(shape) * np.dtype(DTYPES[part]).itemsize
+        self.num_bytes = rows + math.prod(shape) * np.dtype(DTYPES[part]).itemsize
         file = self.path / f"{part}_{name}.bin"
-        check_space(file, num_bytes)
-        if file_size(file) != num_bytes:
-            create_file(file, num_bytes)
+        check_space(file, self.num_bytes)
+        if file_size(file) != self.num_bytes:
+            create_file(file, self.num_bytes)
         # One file, so that a row that is known has its features even if two runs create the file.
         self.is_known = np.memmap(file, bool, "r+", shape=(rows,))
         self.features = np.memmap(file, DTYPES[part], "r+", offset=rows, shape=shape)

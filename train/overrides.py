@@ -11,10 +11,10 @@ import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from sam_jax.model.fields import FLAX_FIELDS
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError, Stage, TrainConfig
 from train.former_names import present_paths, present_value
 
 
@@ -48,7 +48,7 @@ def load_config(path: str) -> TrainConfig:
 
 
 def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
-    """Replaces fields of a configuration.
+    """Replaces fields of a configuration, in all of its stages.
 
     >>> override(config, ["optimizer.peak_lr=1e-4", "num_steps=60"])
 
@@ -78,6 +78,8 @@ def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
             for name in names[:-1]:
                 inner = inner.setdefault(name, {})
             inner[names[-1]] = value
+    if config.stages and "stages" not in changes:
+        changes["stages"] = tuple(_replace_in_stage(stage, changes) for stage in config.stages)
     return _replace(config, changes)
 
 
@@ -118,6 +120,12 @@ def _replace(value: Any, changes: dict[str, Any]) -> Any:
         for name, change in changes.items()
     }
     return dataclasses.replace(value, **new)
+
+
+def _replace_in_stage(stage: Stage, changes: dict[str, Any]) -> Stage:
+    """Replaces the fields that a stage would otherwise keep for itself."""
+    own = {name for name in _fields(stage) if getattr(stage, name) is not None}
+    return cast(Stage, _replace(stage, {k: v for k, v in changes.items() if k in own}))
 
 
 def _fields(value: Any) -> dict[str, Any]:

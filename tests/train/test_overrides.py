@@ -8,7 +8,7 @@ import pytest
 from configs.mae_tiny import config as pretraining
 from sam_jax.io.settings_guard import differences
 from sam_jax.model.sam import Sam, replace_fields, sam_tiny
-from train.config import ConfigError, Data, Interactive, Optimizer, TrainConfig
+from train.config import ConfigError, Data, Interactive, Optimizer, Stage, TrainConfig
 from train.former_names import rename_saved
 from train.overrides import load_config, override, to_dict, to_json
 
@@ -88,6 +88,30 @@ def test_later_settings_override_earlier_ones():
         CONFIG, num_steps=6, optimizer=dataclasses.replace(Optimizer(), warmup_steps=2, b1=0.5)
     )
     assert override(CONFIG, []) == CONFIG
+
+
+STAGED = dataclasses.replace(
+    CONFIG,
+    stages=(
+        Stage(start=10, objective=Interactive(num_clicks=2, focal=4.0)),
+        Stage(start=20, data=Data(source="scenes", flips=True), batch_size=8),
+    ),
+)
+
+
+def test_a_setting_is_made_in_all_stages():
+    changed = override(STAGED, ["objective.dice=2", "data.source=coco:a", "batch_size=4"])
+    assert changed.stages[0].objective == Interactive(num_clicks=2, focal=4.0, dice=2.0)
+    assert changed.stages[1].data == Data(source="coco:a", flips=True)
+    assert [part.batch_size for _, _, part in changed.parts()] == [4, 4, 4]
+
+
+def test_a_stage_keeps_the_fields_that_it_shares_with_the_run():
+    changed = override(STAGED, ["objective.dice=2", "data.flips=False", "trainable=mask_decoder"])
+    assert (changed.stages[0].data, changed.stages[0].batch_size) == (None, None)
+    assert changed.stages[1].objective is None
+    assert [stage.trainable for stage in changed.stages] == [None, None]
+    assert override(STAGED, ["num_steps=60"]).stages == STAGED.stages
 
 
 @pytest.mark.parametrize("step", [1, -1])

@@ -98,7 +98,7 @@ class SegmentationTask:
         key = {"images": fingerprint(train_split.source), "views": data.views}
         key["decode_size"] = self.decode_size
         key |= {k: v for k, v in transform.items() if k != "masks_per_image"}
-        return FeatureCache(
+        cache = FeatureCache(
             self.model,
             get_variables(),
             part,
@@ -108,6 +108,12 @@ class SegmentationTask:
             data.views,
             name,
         )
+        if jax.process_index() == 0:
+            print(
+                f"features of the frozen encoder: {cache.path}, {cache.num_bytes / 2**30:.1f} GiB "
+                "when all are known; later runs reuse them, and the folder may be deleted"
+            )
+        return cache
 
     def evaluate(
         self, variables: dict[str, Any], eval_split: Subset
