@@ -1,7 +1,7 @@
 """Answers the prompts of one image, each in the tile that shows its object best."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,22 @@ from sam_jax.predict.tiles import (
     tile_for_object,
     tiles_for_points,
 )
+
+MAX_MOVES = 3  # of an object whose points do not tell the size of its tile
+
+
+class Question(NamedTuple):
+    """A prompt in one of the tiles in which it may be answered.
+
+    Attributes:
+      index: The number of the object.
+      tile: The tile.
+      prompt: The prompt in that tile.
+    """
+
+    index: int
+    tile: Tile
+    prompt: ObjectPrompt
 
 
 class Answer(NamedTuple):
@@ -86,26 +102,66 @@ class TiledImage:
         Raises:
           ValueError: If a prompt is invalid. Nothing is computed then.
         """
-        by_tile: dict[Tile, list[tuple[int, ObjectPrompt]]] = {}
-        for i, prompt in enumerate(prompts):
-            for tile, tile_prompt in self._candidates(prompt):
-                by_tile.setdefault(tile, []).append((i, tile_prompt))
+        questions = [
+            Question(i, tile, tile_prompt)
+            for i, prompt in enumerate(prompts)
+            for tile, tile_prompt in self._candidates(prompt)
+        ]
         best: dict[int, tuple[float, int, Answer]] = {}
-        for tile, embedding in zip(by_tile, self._embedder.embed(list(by_tile)), strict=True):
-            indices, objects = zip(*by_tile[tile], strict=True)
-            ((logits, iou),) = decode_objects(
-                self._model, self._variables, embedding, [objects], multimask_output
-            )
-            for i, answer in zip(indices, map(Answer, [tile] * len(iou), logits, iou), strict=True):
-                # Of equal scores, that of the finer tile is kept.
-                rank = self._score(answer), -tile.height * tile.width
-                if i not in best or rank > best[i][:2]:
-                    best[i] = (*rank, answer)
+        for i, answer in self._decode(questions, multimask_output):
+            # Of equal scores, that of the finer tile is kept.
+            rank = self._score(answer), -answer.tile.height * answer.tile.width
+            if i not in best or rank > best[i][:2]:
+                best[i] = (*rank, answer)
         answers = [best[i][-1] for i in range(len(prompts))]
         if not self._is_only_tile:
+            self._move_to_fitting_tiles(prompts, answers, multimask_output)
             for answer in answers:
                 self._mask_tiles.add(answer.logits, answer.tile)
         return answers
+
+    def _decode(
+        self, questions: Sequence[Question], multimask_output: bool
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yields the number of the object and the answer for each question, tile by tile."""
+        by_tile: dict[Tile, list[Question]] = {}
+        for question in questions:
+            by_tile.setdefault(question.tile, []).append(question)
+        for tile, embedding in zip(by_tile, self._embedder.embed(list(by_tile)), strict=True):
+            indices, _, objects = zip(*by_tile[tile], strict=True)
+            ((logits, iou),) = decode_objects(
+                self._model, self._variables, embedding, [objects], multimask_output
+            )
+            yield from zip(indices, map(Answer, [tile] * len(iou), logits, iou), strict=True)
+
+    def _move_to_fitting_tiles(
+        self, prompts: Sequence[Prompt], answers: list[Answer], multimask_output: bool
+    ) -> None:
+        """Answers points again in the tile that fits the predicted mask, at most MAX_MOVES times.
+
+        Points alone do not tell the size of their object; the first prediction does.
+        """
+        moving = {i for i, prompt in enumerate(prompts) if _has_only_points(prompt)}
+        for _ in range(MAX_MOVES):
+            questions = []
+            for i in sorted(moving):
+                points = np.asarray(prompts[i].get("point_coords"), np.float64).reshape(-1, 2)
+                tile = self._fitting_tile(answers[i], points)
+                if tile == answers[i].tile:
+                    moving.discard(i)
+                else:
+                    shifted = _shift(prompts[i], points, np.zeros((0, 2)), None, tile)
+                    questions.append(Question(i, tile, self._prepare(shifted, tile)))
+            for i, answer in self._decode(questions, multimask_output):
+                answers[i] = answer
+
+    def _fitting_tile(self, answer: Answer, points: Float[np.ndarray, "k 2"]) -> Tile:
+        """Returns the tile for the box of an answer's best mask; its own if the mask is empty."""
+        mask = answer.logits[np.argmax(answer.iou)]
+        corners = mask_corners(mask, answer.tile, self.pyramid.canvas)
+        if not len(corners):
+            return answer.tile
+        return tile_for_box(self.pyramid, corners.ravel(), points)
 
     def _candidates(self, prompt: Prompt) -> list[tuple[Tile, ObjectPrompt]]:
         """Returns the tiles in which a prompt may be answered, and the prompt in each of them."""
@@ -153,6 +209,12 @@ class TiledImage:
     @property
     def _is_only_tile(self) -> bool:
         return len(self.pyramid.scales) == 1
+
+
+def _has_only_points(prompt: Prompt) -> bool:
+    points = prompt.get("point_coords")
+    has_points = points is not None and np.size(points) > 0
+    return has_points and prompt.get("box") is None and prompt.get("mask_input") is None
 
 
 def _shift(

@@ -10,6 +10,7 @@ from PIL import Image
 import sam_jax
 from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.images.resize import fit_size, resize_and_pad
+from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.tile_embedder import TileEmbedder, read_tile
 from sam_jax.predict.tile_masks import OUTSIDE_LOGIT
 from sam_jax.predict.tiles import Tile, plan_pyramid
@@ -133,6 +134,30 @@ def test_a_side_gives_tiles_of_this_side_and_the_image(predictor):
     assert [tile.size for tile in predictor.tiles_used] == [(80, 80), (160, 200)]
 
 
+@pytest.mark.parametrize(
+    "box", [(20, 30, 29, 42), (90, 70, 115, 85), (100, 60, 145, 100), (15, 20, 120, 140)]
+)
+def test_a_click_is_answered_in_the_tile_of_the_box(predictor, monkeypatch, box):
+    """Checks it for a decoder that always finds the object in `box`."""
+
+    def find_object(model, variables, tile, prompts, multimask_output):
+        y, x = (np.mgrid[:32, :32] + 0.5) * max(tile.size) / 32
+        is_inside = (abs(x + tile.left - (box[0] + box[2]) / 2) < (box[2] - box[0]) / 2) & (
+            abs(y + tile.top - (box[1] + box[3]) / 2) < (box[3] - box[1]) / 2
+        )
+        logits = np.where(is_inside, 5, -5).astype(np.float32)
+        return [(logits[None, None], np.ones((1, 1), np.float32))]
+
+    predictor.set_image(SCENE, tiles="auto")
+    predictor.predict(box=np.array(box))
+    expected = predictor.tiles_used
+    monkeypatch.setattr("sam_jax.predict.tiled_image.decode_objects", find_object)
+    monkeypatch.setattr(TileEmbedder, "embed", lambda self, tiles: tiles)
+    click = {"point_coords": [[(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]], "point_labels": [1]}
+    predictor.predict(**click, multimask_output=False)
+    assert predictor.tiles_used == expected
+
+
 def test_a_click_inside_stays_in_the_tile_and_one_outside_leads_to_a_larger_one(tiled):
     _, _, logits = tiled.predict(**BOX, multimask_output=False)
     (tile,) = tiled.tiles_used
@@ -156,7 +181,7 @@ def test_a_moved_mask_input_still_shows_the_object(tiled):
     far = {"point_coords": [[tile.left - 4, tile.top]], "point_labels": [0]}
     moved, _, _ = tiled.predict(**far, mask_input=logits, multimask_output=False)
     without, _, _ = tiled.predict(**far, multimask_output=False)
-    assert (moved & masks).sum() > (without & masks).sum()
+    assert mask_iou(moved[0], masks[0]) > mask_iou(without[0], masks[0])
 
 
 def test_the_mask_input_of_another_image_is_an_error(predictor, tiled):
