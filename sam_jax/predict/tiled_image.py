@@ -28,12 +28,12 @@ class Question(NamedTuple):
     """A prompt in one of the tiles in which it may be answered.
 
     Attributes:
-      index: The number of the object.
+      number: The number of the object.
       tile: The tile.
       prompt: The prompt in that tile.
     """
 
-    index: int
+    number: int
     tile: Tile
     prompt: ObjectPrompt
 
