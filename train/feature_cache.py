@@ -35,6 +35,7 @@ METHODS: dict[Part, Literal["encode", "encode_trunk"]] = {
 DTYPES: dict[Part, type] = {"embedding": np.float32, "trunk": np.float16}
 
 
+CHUNKS = 8  # of a batch, of which only those with new images are encoded
 VERSION = 1  # increase it when other features would be computed from the same settings
 FINGERPRINTED = 64  # examples
 
@@ -99,16 +100,23 @@ class FeatureCache:
 
     def __call__(self, batch: Batch) -> Batch:
         """Returns the batch with features instead of images."""
+        assert batch.image is not None
         row = batch.image_id * self.views + (0 if batch.view is None else batch.view)
-        if not self.is_known[row].all():
-            # All images of the batch are encoded, so that there is only one program.
+        new = np.flatnonzero(~self.is_known[row])
+        chunk = -(-len(row) // CHUNKS)
+        for start in range(0, len(new), chunk):
+            # The last chunk is filled up with an image again, so that there is only one program.
+            indices = np.resize(new[start : start + chunk], chunk)
             features = encode_images(
-                self.model, self.variables, batch.image, batch.size, METHODS[self.part]
+                self.model,
+                self.variables,
+                batch.image[indices],
+                batch.size[indices],
+                METHODS[self.part],
             )
-            is_new = ~self.is_known[row]
-            self.features[row[is_new]] = np.asarray(features, self.features.dtype)[is_new]
+            self.features[row[indices]] = np.asarray(features, self.features.dtype)
             self.features.flush()
-            self.is_known[row] = True
+            self.is_known[row[indices]] = True
         features = np.asarray(self.features[row], np.float32)
         return dataclasses.replace(batch, image=None, view=None, **{self.part: features})
 

@@ -37,15 +37,15 @@ def loader():
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Counts the batches that are encoded."""
-    calls = []
+    """Lists the numbers of images that are encoded at once."""
+    counts = []
 
-    def encode_images(*args):
-        calls.append(args)
-        return encode.encode_images(*args)
+    def encode_images(model, variables, images, sizes, method):
+        counts.append(len(images))
+        return encode.encode_images(model, variables, images, sizes, method)
 
     monkeypatch.setattr(feature_cache, "encode_images", encode_images)
-    return calls
+    return counts
 
 
 def open_cache(folder, variables, part="trunk", **key):
@@ -69,8 +69,23 @@ def test_a_second_run_reads_what_the_first_one_computed(tmp_path, variables, loa
     batch, _ = loader.batch(0)
     first = open_cache(tmp_path, variables)(batch)
     second = open_cache(tmp_path, variables)(batch)
-    assert len(encoded) == 1
+    assert sum(encoded) == 4
     np.testing.assert_array_equal(first.trunk, second.trunk)
+
+
+@pytest.mark.parametrize(("batch_size", "num_new", "expected"), [(4, 1, [1]), (32, 5, [4, 4])])
+def test_only_new_images_are_encoded_in_chunks_of_one_size(
+    tmp_path, variables, loader, encoded, batch_size, num_new, expected
+):
+    batch, _ = dataclasses.replace(loader, batch_size=batch_size).batch(0)
+    cache = open_cache(tmp_path, variables)
+    features = np.array(cache(batch).trunk)
+    row = batch.image_id * VIEWS + batch.view
+    cache.is_known[row[-num_new:]] = False
+    cache.features[row[-num_new:]] = 0
+    encoded.clear()
+    np.testing.assert_array_equal(cache(batch).trunk, features)
+    assert encoded == expected
 
 
 def test_other_weights_views_or_settings_have_other_features(tmp_path, variables, loader, encoded):
@@ -78,9 +93,9 @@ def test_other_weights_views_or_settings_have_other_features(tmp_path, variables
     open_cache(tmp_path, variables)(batch)
     open_cache(tmp_path, init_variables(MODEL, 1))(batch)
     open_cache(tmp_path, variables, flips=True)(batch)
-    assert len(encoded) == 3
+    assert sum(encoded) == 12
     open_cache(tmp_path, variables)(dataclasses.replace(batch, view=1 - batch.view))
-    assert len(encoded) == 4
+    assert sum(encoded) == 16
 
 
 def test_the_neck_does_not_change_features_of_the_trunk(tmp_path, variables, loader, encoded):
@@ -90,7 +105,7 @@ def test_the_neck_does_not_change_features_of_the_trunk(tmp_path, variables, loa
     neck = jax.tree.map(lambda x: x + 1, encoder["neck"])
     changed = {"params": {"image_encoder": encoder | {"neck": neck}}}
     open_cache(tmp_path, changed)(batch)
-    assert len(encoded) == 1
+    assert sum(encoded) == 4
 
 
 def test_a_row_that_was_being_written_is_computed_again(tmp_path, variables, loader, encoded):
