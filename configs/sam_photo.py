@@ -1,25 +1,40 @@
-"""A SAM for photographs on a frozen DINOv2 encoder: ViT-S and a mask decoder that is trained.
+"""A small SAM for photographs, whose encoder starts from DINOv2's ViT-S.
 
-    python -m train configs/sam_photo.py --workdir runs/photo \
-        --set data.source=coco:DIR init_from=image_encoder=DINOV2
+    python -m train configs/sam_photo.py --workdir runs/photo --set data.source=coco:DIR
 
-DINOV2 is the folder `dinov2-small` of Hugging Face (facebook/dinov2-small). DIR holds
-instances.json and images/. Every tenth image is held out.
+DIR holds instances.json and images/. Every tenth image is held out. Several folders can be mixed:
+`data.source=mix:coco:A*6+coco:B data.held_out=0:50:5` uses A six times, and holds out every fifth
+of its first 50 images. The encoder is read from the folder `dinov2-small`, which Hugging Face
+distributes as facebook/dinov2-small; `init_from` names another place.
 
-The encoder is frozen and sees eight fixed windows of each image, around objects. Their features are
-computed once and kept in `feature_cache`, also between runs. The neck begins as a projection onto
-the principal components of these features (`fit_neck`). Prompt encoder and decoder start at random.
-The stages have the objectives of `sam_nuclei`, in the same order.
+The model sees windows around objects, as `sam_nuclei` does, whose prompt encoder and mask decoder
+it starts from. They already know what points and boxes mean, which a decoder of random weights
+learns slowly from photographs.
 
-Only the first steps of this recipe have been run so far, not all of it. A step of its first stage
-took about half a second on two CPU cores, features included.
+The first stage keeps the encoder as it is. It sees six fixed windows of each image, whose features
+are computed once and kept in `feature_cache`, so that a step costs a ninth of a later one. The neck
+begins as a projection onto the principal components of these features (`fit_neck`). Later stages
+train the upper half of the encoder too, with new windows in every step and a lower learning rate.
+The last stage has eleven rounds.
 """
 
 import dataclasses
 
-from configs.sam_nuclei import eleven_rounds, one_round, three_rounds
+from configs.sam_nuclei import three_rounds
 from sam_jax.model.sam import build_sam
 from train.config import Data, Optimizer, Stage, TrainConfig
+
+data = Data(
+    source="coco:data/coco",
+    held_out="0::10",
+    flips=True,
+    jitter=(0.3, 1.0),
+    jitter_unit="object",
+    views=6,
+)
+new_windows = dataclasses.replace(data, views=0)
+decoder = ("image_encoder/neck", "prompt_encoder", "mask_decoder")
+upper_half = (*decoder, *(f"image_encoder/block_{i:02d}" for i in range(6, 12)))
 
 config = TrainConfig(
     model=build_sam(
@@ -28,42 +43,44 @@ config = TrainConfig(
         depth=12,
         num_heads=6,
         global_blocks=tuple(range(12)),
-        prompt_dim=128,
-        decoder_heads=4,
-        decoder_mlp_dim=512,
-        iou_hidden_dim=128,
+        prompt_dim=64,
+        decoder_heads=2,
+        decoder_mlp_dim=256,
+        iou_hidden_dim=64,
         position_scale=0.5,
     ),
-    objective=one_round,
-    data=Data(
-        source="coco:data/coco",
-        held_out="0::10",
-        flips=True,
-        jitter=(0.3, 0.75),
-        jitter_unit="object",
-        views=8,
-    ),
+    objective=three_rounds,
+    data=data,
     optimizer=Optimizer(
         peak_lr=8e-4,
         warmup_steps=50,
-        lr_boundaries=(),
-        cosine_start=3000,
-        cosine_steps=6000,
+        lr_boundaries=(4000,),
+        lr_decay_factor=0.35,
+        cosine_start=3500,
+        cosine_steps=6700,
         weight_decay=0.05,
-        layer_decay=1.0,
+        layer_decay=0.65,
         b2=0.95,
     ),
-    init_from="image_encoder=dinov2-small",
+    init_from="image_encoder=dinov2-small,prompt_encoder=sam_nuclei,mask_decoder=sam_nuclei",
     fit_neck=True,
-    mimetic_init_scale=2.0,
-    trainable=("image_encoder/neck", "prompt_encoder", "mask_decoder"),
+    trainable=decoder,
     batch_size=4,
-    num_steps=6000,
+    num_steps=6700,
     stages=(
-        Stage(start=1000, objective=dataclasses.replace(three_rounds, masks_per_image=6)),
-        Stage(start=3500, objective=eleven_rounds),
-        Stage(start=4500, objective=dataclasses.replace(three_rounds, masks_per_image=6)),
+        Stage(
+            start=4000,
+            objective=dataclasses.replace(three_rounds, masks_per_image=6, masks_per_chunk=6),
+            data=new_windows,
+            trainable=upper_half,
+        ),
+        Stage(
+            start=6200,
+            objective=dataclasses.replace(three_rounds, num_clicks=8, num_extra_rounds=2),
+            data=new_windows,
+            trainable=upper_half,
+        ),
     ),
     log_every=50,
-    checkpoint_every=500,
+    checkpoint_every=200,
 )
