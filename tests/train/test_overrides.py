@@ -81,6 +81,18 @@ def test_a_setting_replaces_a_field_of_the_image_encoder(field, text, value):
     assert dataclasses.replace(changed, model=MODEL) == CONFIG
 
 
+@pytest.mark.parametrize("text", ["(0.25, 1.0)", "0.25,1"])
+def test_a_setting_replaces_an_optional_field(text):
+    changed = override(CONFIG, [f"model.object_share={text}"])
+    assert changed.model == replace_fields(MODEL, object_share=(0.25, 1.0))
+    assert type(changed.model.object_share[1]) is float
+    assert override(changed, ["model.object_share=None"]) == CONFIG
+    with pytest.raises(ConfigError, match="model.object_share must be of type"):
+        override(CONFIG, ["model.object_share=0.5"])
+    with pytest.raises(ConfigError, match="model.object_share must be None, or a smallest"):
+        override(CONFIG, ["model.object_share=0.5,0.25"])
+
+
 def test_later_settings_override_earlier_ones():
     settings = ["num_steps=5", "optimizer.warmup_steps=2", "num_steps=6", "optimizer.b1=0.5"]
     changed = override(CONFIG, settings)

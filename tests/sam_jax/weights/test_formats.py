@@ -86,6 +86,15 @@ def test_safetensors_are_recognized_by_content(square):
     assert_same_variables(load("w.bin")[1], square[1])
 
 
+def test_a_conversion_names_what_its_format_does_not_store(square):
+    save("w", replace_fields(square[0], object_share=(0.25, 0.75)), square[1])
+    assert convert_file("w", "copy") == []
+    for target, format in (("w.pth", None), ("hf", "huggingface")):
+        (note,) = convert_file("w", target, format)
+        assert note.startswith("object_share is not stored in this format")
+        assert load(target)[0].object_share is None
+
+
 def test_files_with_huggingface_names_are_loaded(square):
     safetensors_file.write("w.safetensors", to_huggingface(*square))
     assert_same_variables(load("w.safetensors")[1], square[1])
@@ -279,8 +288,9 @@ def test_the_nuclei_model_comes_with_the_package(tmp_path, monkeypatch):
     disk = (y - 30) ** 2 + (x - 27) ** 2 <= 12**2
     image = np.where(disk[..., None], (150, 150, 150), (10, 10, 10)).astype(np.uint8)
     predictor = SamPredictor(model, variables)
-    predictor.set_image(image, tiles="auto")
+    predictor.set_image(image)
     masks, scores, _ = predictor.predict(box=np.array([15, 18, 39, 42]))
+    assert predictor.tiles_used[0].height < 60
     mask = masks[scores.argmax()]
     assert (mask & disk).sum() / (mask | disk).sum() > 0.8
 
