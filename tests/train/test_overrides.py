@@ -87,9 +87,9 @@ def test_a_setting_replaces_an_optional_field(text):
     assert changed.model == replace_fields(MODEL, object_share=(0.25, 1.0))
     assert type(changed.model.object_share[1]) is float
     assert override(changed, ["model.object_share=None"]) == CONFIG
-    with pytest.raises(ConfigError, match="model.object_share must be of type"):
+    with pytest.raises(ConfigError, match=r"model\.object_share must be of type"):
         override(CONFIG, ["model.object_share=0.5"])
-    with pytest.raises(ConfigError, match="model.object_share must be None, or a smallest"):
+    with pytest.raises(ConfigError, match=r"model\.object_share must be None, or"):
         override(CONFIG, ["model.object_share=0.5,0.25"])
 
 
@@ -270,6 +270,7 @@ def test_a_file_that_is_not_python_is_an_error(tmp_path):
 
 def test_json_contains_every_field():
     plain = json.loads(to_json(CONFIG))
+    assert json.dumps(plain, indent=2) + "\n" == to_json(CONFIG)
     assert list(plain) == field_names(TrainConfig)
     assert list(plain["objective"]) == field_names(Interactive)
     assert list(plain["data"]) == field_names(Data)
@@ -277,9 +278,9 @@ def test_json_contains_every_field():
     assert plain["model"]["image_encoder"]["image_size"] == [128, 128]
     assert plain["model"]["mask_decoder"]["dtype"] == "float32"
     assert plain["optimizer"]["lr_boundaries"] == [60_000, 86_666]
+    assert plain["model"].pop("object_share") is None
     for module in (plain["model"], *plain["model"].values()):
         assert not {"name", "parent"} & set(module)
-    assert json.dumps(plain, indent=2) + "\n" == to_json(CONFIG)
 
 
 @pytest.mark.parametrize(

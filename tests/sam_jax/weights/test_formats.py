@@ -17,7 +17,7 @@ from sam_jax.model.sam import replace_fields, sam_tiny
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights import download, formats, safetensors_file, torch_file
 from sam_jax.weights.convert import to_huggingface, to_torch
-from sam_jax.weights.formats import load, read, save
+from sam_jax.weights.formats import convert_file, load, read, save
 from sam_jax.weights.tensors import WeightsError
 from tests.sam_jax.weights.official_state import assert_same_variables
 from tests.sam_jax.weights.safetensors_bytes import mutated
