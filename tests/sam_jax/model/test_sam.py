@@ -108,11 +108,11 @@ def test_the_share_of_objects_changes_no_part():
     model.validate()
 
 
-@pytest.mark.parametrize("share", [(0.0, 0.5), (0.6, 0.5), (0.5,), (0.1, float("inf"))], ids=str)
+@pytest.mark.parametrize("share", [(0.0, 0.5), (0.6, 0.5), (0.1, float("inf"))], ids=str)
 def test_an_invalid_share_of_objects_is_named(share):
     message = "object_share must be None, or a smallest and a largest share above 0; got "
     with pytest.raises(ValueError, match=re.escape(f"{message}{share}")):
-        Sam().clone(object_share=share).validate()
+        Sam(object_share=share).validate()
 
 
 def test_models_are_composed_of_their_parts():
