@@ -6,8 +6,8 @@ DIR is the public stage1_train folder (one folder per image), or a folder of lab
 index.json. Every fifth image is held out.
 
 Nuclei are small. The model is therefore trained on windows around them, in which the longer side of
-a nucleus takes a quarter to three quarters of the input. At prediction, tiles show them at the same
-size: `SamPredictor.set_image(image, tiles="auto")`, `sam-jax predict --tiles auto`.
+a nucleus takes a quarter to three quarters of the input. The weights state this as `object_share`,
+so that prediction is in tiles, which show nuclei at the same size.
 
 Training runs in stages. A single round teaches what points and boxes mean, in few and cheap steps.
 Three rounds teach corrections, and eleven rounds long sequences of them. The last stage lets the

@@ -25,6 +25,7 @@ from train.neck import fit_neck
 
 # Fields of a model on which no parameter depends.
 NOT_IN_WEIGHTS = (
+    "object_share",
     "image_encoder.drop_path",
     "image_encoder.remat",
     "image_encoder.scan_blocks",

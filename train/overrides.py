@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +144,10 @@ def _parse(text: str, field_type: Any, path: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    if isinstance(field_type, types.UnionType):  # a type or None
+        if value is None:
+            return None
+        (field_type,) = (kind for kind in typing.get_args(field_type) if kind is not type(None))
     if field_type is str:
         value = text
     if field_type is float and type(value) is int:
@@ -151,7 +156,7 @@ def _parse(text: str, field_type: Any, path: str) -> Any:
         value = tuple(part.strip() for part in value.split(",") if part.strip())
     elif typing.get_origin(field_type) is tuple and not isinstance(value, tuple):
         value = (value,)
-    if field_type == tuple[float, ...]:
+    if typing.get_origin(field_type) is tuple and typing.get_args(field_type)[0] is float:
         value = tuple(float(item) if type(item) is int else item for item in value)
     if not _is_instance(value, field_type):
         is_plain = isinstance(field_type, type) and not typing.get_args(field_type)

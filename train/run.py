@@ -130,7 +130,9 @@ def train_loop(
         folder / per_host_name("bad_samples.jsonl"), config.data.max_bad, len(train_split)
     )
     metrics = Metrics(folder, done, config.num_steps) if is_lead_host() else None
-    context = Context(mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split)
+    context = Context(
+        task, mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split
+    )
     trainable = stages[0][2].trainable
     for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
         if done == start and stage.trainable != trainable:
@@ -146,8 +148,20 @@ def train_loop(
 
 
 class Context(NamedTuple):
-    """The parts of a run that all of its stages share."""
+    """The parts of a run that all of its stages share.
 
+    Attributes:
+      run_task: The task of the run itself, by which all stages are evaluated in the same way.
+      mesh: The devices.
+      remote: The workdir.
+      checkpoints: Its checkpoints.
+      metrics: Its metrics; None on hosts that do not write.
+      bad_samples: The images that could not be used.
+      train_split: The images to train on.
+      eval_split: The images to evaluate on.
+    """
+
+    run_task: Task
     mesh: Mesh
     remote: RemoteWorkdir
     checkpoints: Checkpoints
@@ -178,7 +192,7 @@ def train_stage(
     Returns:
       The last state.
     """
-    mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split = context
+    run_task, mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split = context
     task = make_task(config)
     step = make_step(
         task.objective,
@@ -203,7 +217,7 @@ def train_stage(
     def evaluate(done: int, state: TrainState) -> None:
         variables = gather_variables(mesh, state)
         if metrics:
-            metrics.log_evaluation(done, task.evaluate(variables, eval_split)[0])
+            metrics.log_evaluation(done, run_task.evaluate(variables, eval_split)[0])
 
     for done, (batch, skipped) in enumerate(batches, start=start + 1):
         bad_samples.add(skipped)
@@ -244,7 +258,7 @@ def finalize(
     eval_split: Subset,
 ) -> None:
     """Saves the weights, evaluates them, and writes the report."""
-    sam_jax.save(workdir / "weights", config.model, variables)
+    sam_jax.save(workdir / "weights", task.trained_model, variables)
     where = {"source": config.data.source, "index": config.data.held_out or ":"}
     scores, objects = task.evaluate(variables, eval_split)
     evaluation = where | scores

@@ -21,7 +21,7 @@ from sam_jax.evaluate.pairs import MASKS_ONLY, read_masks
 from sam_jax.evaluate.resolution import cut_to_tile, format_resolution, summarize_resolution
 from sam_jax.io.atomic import write_json
 from sam_jax.model.sam import Sam
-from sam_jax.predict.tiles import parse_tiles
+from sam_jax.predict.tiles import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.weights.formats import load
 
 AnyFinding = TypeVar("AnyFinding", bound=Finding)
@@ -88,9 +88,9 @@ def _declare_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tiles",
         type=parse_tiles,
-        metavar="SIZE|auto",
+        metavar="SIZE|auto|none",
         help="with --model: also measure objects in the tiles in which it sees them, see "
-        "`sam-jax evaluate clicks`",
+        f"`sam-jax evaluate clicks`; {DEFAULT_TILES_HELP}",
     )
 
 
@@ -123,7 +123,7 @@ def run_stats(args: argparse.Namespace) -> int:
 
     result = {"source": args.source, "index": args.index, **measure_masks(images)}
     if model is not None:
-        resolution = measure_resolution(images, model, args.tiles)
+        resolution = measure_resolution(images, model, resolve_tiles(model, args.tiles))
         result["resolution"] = {"model": args.model, **resolution}
     if comparisons is not None:
         known = [bad["name"] for bad in result["bad"]]
@@ -151,7 +151,7 @@ def measure_resolution(images: Subset, model: Sam, tiles: int | str | None) -> d
     Args:
       images: The images. Those that cannot be read are left out.
       model: The model.
-      tiles: See `cut_to_tile`.
+      tiles: A result of `resolve_tiles`; None for the entire image only.
 
     Returns:
       The result of `summarize_resolution` for entire images; with tiles also "tiles": {"size":

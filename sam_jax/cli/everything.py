@@ -24,7 +24,7 @@ from sam_jax.engine.instances import write_instances
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.everything.options import sa1b_preset
 from sam_jax.model.sam import Sam, replace_fields
-from sam_jax.predict.tiles import parse_tiles
+from sam_jax.predict.tiles import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.weights.formats import load
 
 # Packages whose version may change the results.
@@ -116,9 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generator.add_argument(
         "--tiles",
         type=parse_tiles,
-        metavar="SIZE|auto",
-        help="also segment overlapping tiles of SIZE pixels per side, or auto for the side of the "
-        "model's input; default: none",
+        metavar="SIZE|auto|none",
+        help="also segment overlapping tiles of SIZE pixels per side, auto for the side of the "
+        f"model's input, or none; {DEFAULT_TILES_HELP}",
     )
     parallel = parser.add_argument_group(
         "several processes",
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     settings = (
         software_settings() | image_settings(args, images) | model_settings(args, model, variables)
     )
-    settings |= {"overlays": args.overlays} | generator_settings(options)
+    settings |= {"overlays": args.overlays} | generator_settings(model, options)
     acquire(folder, settings, process=args.process, processes=args.processes)
 
     assigned = images.indices[args.process :: args.processes]
@@ -252,11 +252,12 @@ def model_settings(
     }
 
 
-def generator_settings(options: dict[str, Any]) -> dict[str, Any]:
+def generator_settings(model: Sam, options: dict[str, Any]) -> dict[str, Any]:
     """Returns all arguments of the generator on which the results depend, with defaults."""
     bound = inspect.signature(SamAutomaticMaskGenerator).bind_partial(**options)
     bound.apply_defaults()
-    return {name: value for name, value in bound.arguments.items() if name != "points_per_batch"}
+    settings = {k: value for k, value in bound.arguments.items() if k != "points_per_batch"}
+    return settings | {"tiles": resolve_tiles(model, settings["tiles"])}
 
 
 def _resolve(images: str) -> str:

@@ -14,7 +14,7 @@ from sam_jax.io.atomic import write_json
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.predict.tiles import parse_tiles
+from sam_jax.predict.tiles import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.visualize.overlay import draw_overlay
 from sam_jax.weights.formats import load
 
@@ -72,9 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tiles",
         type=parse_tiles,
-        metavar="SIZE|auto",
-        help="see the object in a tile of the image, enlarged: tiles of SIZE pixels per side, or "
-        "auto for many sizes; default: see the entire image",
+        metavar="SIZE|auto|none",
+        help="see the object in a tile of the image, enlarged: tiles of SIZE pixels per side, auto "
+        f"for many sizes, or none to see the entire image; {DEFAULT_TILES_HELP}",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the results")
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     write_pictures(folder, image, prompt, masks, records)
     # Last: the folder is complete if it has a masks.json.
     description = describe(args.image, image, prompt)
-    if args.tiles is not None:
+    if resolve_tiles(predictor.model, args.tiles) is not None:
         description["tile"] = predictor.tiles_used[0]._asdict()
     write_json(folder / "masks.json", description | {"masks": records})
     for record in records:

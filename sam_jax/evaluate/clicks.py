@@ -39,7 +39,7 @@ from sam_jax.masks.boxes import box_of_mask
 from sam_jax.masks.clicks import center_click, center_click_on_error
 from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.predict.tiles import parse_tiles
+from sam_jax.predict.tiles import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.weights.formats import load
 
 OBJECTS_PER_CALL = 32  # their masks in full size take memory
@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tiles",
         type=parse_tiles,
-        metavar="SIZE|auto",
+        metavar="SIZE|auto|none",
         help="also evaluate with each object seen in a tile of its image: tiles of SIZE pixels per "
-        "side, or auto for many sizes",
+        f"side, auto for many sizes, or none; {DEFAULT_TILES_HELP}",
     )
     parser.add_argument(
         "--objects",
@@ -80,10 +80,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images = select(open_source(args.source), args.index)
     predictor = SamPredictor(*load(args.weights))
     progress = tqdm(range(len(images)), unit=" images", disable=None)
-    scores, num_bad = measure_objects(predictor, images, progress, args.tiles)
+    tiles = resolve_tiles(predictor.model, args.tiles)
+    scores, num_bad = measure_objects(predictor, images, progress, tiles)
     if args.objects:
         write_json_lines(args.objects, object_rows(scores))
-    return summarize(scores, args.tiles, num_bad)
+    return summarize(scores, tiles, num_bad)
 
 
 def format_table(scores: dict[str, Any]) -> str:
@@ -132,7 +133,7 @@ def evaluate_clicks(
       predictor: The model; its image is replaced.
       source: The images and their masks.
       indices: The images to evaluate on, for example a progress bar over them.
-      tiles: Evaluate with these tiles too, see `SamPredictor.set_image`.
+      tiles: Evaluate with these tiles too, see `resolve_tiles`; "none" for the entire image only.
 
     Returns:
       {"objects": number of masks, "clicks": {"1": {"chosen": IoU, "oracle": IoU}, ...}, "box":
@@ -141,20 +142,21 @@ def evaluate_clicks(
       of the objects that cover at least LARGE_AREA, if there are any, "calibration": {"1": ...,
       "box": ...}, see `calibrate`, "ceiling": mean of `one_click_upper_bound`, "bad_samples":
       number of images that could not be read}. "chosen" is the output with the highest predicted
-      IoU. With tiles there is also "tiles": {"size": `tiles`, and "clicks" to "calibration"}.
+      IoU. With tiles there is also "tiles": {"size": the tiles, and "clicks" to "calibration"}.
 
     Raises:
       ValueError: If there is no mask at all.
     """
-    scores, num_bad = measure_objects(predictor, source, indices, tiles)
-    return summarize(scores, tiles, num_bad)
+    resolved = resolve_tiles(predictor.model, tiles)
+    scores, num_bad = measure_objects(predictor, source, indices, resolved)
+    return summarize(scores, resolved, num_bad)
 
 
 def measure_objects(
     predictor: SamPredictor,
     source: Source,
     indices: Iterable[int],
-    tiles: int | str | None = None,
+    tiles: int | str | None,
 ) -> tuple[ObjectScores, int]:
     """Measures each mask of images of a source.
 
@@ -162,7 +164,7 @@ def measure_objects(
       predictor: As for `evaluate_clicks`.
       source: As for `evaluate_clicks`.
       indices: As for `evaluate_clicks`.
-      tiles: As for `evaluate_clicks`.
+      tiles: Measure with these tiles too, a result of `resolve_tiles`.
 
     Returns:
       The scores of the objects, and the number of images that could not be read.
@@ -179,8 +181,8 @@ def measure_objects(
         except BadSample:
             num_bad += 1
             continue
-        predictor.set_image(example.image)
-        entire, tiled = measure_prompts(predictor, masks), None
+        predictor.set_image(example.image, tiles="none")
+        entire, tiled = measure_prompts(predictor, masks, None), None
         if tiles is not None:
             predictor.set_image(example.image, tiles=tiles)
             tiled = measure_prompts(predictor, masks, tiles)
@@ -216,14 +218,14 @@ def decode_masks(encoded: Sequence[RLE]) -> Bool[np.ndarray, "n h w"]:
 
 
 def measure_prompts(
-    predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"], tiles: int | str | None = None
+    predictor: SamPredictor, masks: Bool[np.ndarray, "n h w"], tiles: int | str | None
 ) -> PromptScores:
     """Prompts the model with clicks on objects, and then with their boxes.
 
     Args:
       predictor: The model, with the image set.
       masks: The objects, of which OBJECTS_PER_CALL are predicted at a time.
-      tiles: The tiles that the image is set with.
+      tiles: The tiles that the image is set with; None for the entire image.
     """
     groups = []
     for start in range(0, len(masks), OBJECTS_PER_CALL):

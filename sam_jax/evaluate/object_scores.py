@@ -94,7 +94,7 @@ def summarize(scores: ObjectScores, tiles: int | str | None, num_bad: int) -> di
 
     Args:
       scores: The objects, at least one.
-      tiles: The tiles of `scores.tiled`.
+      tiles: The tiles of `scores.tiled`, if there are any.
       num_bad: The number of images that could not be read.
 
     Returns:

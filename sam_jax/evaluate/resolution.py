@@ -50,7 +50,7 @@ def cut_to_tile(
     Args:
       mask: The mask, in pixels of the image.
       canvas: (height, width) of the model's input.
-      tiles: See `plan_pyramid`. With None the mask is not cut.
+      tiles: See `plan_pyramid`. Without tiles the mask is not cut.
 
     Raises:
       ValueError: If `tiles` is invalid.

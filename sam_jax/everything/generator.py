@@ -44,6 +44,7 @@ from sam_jax.images.resize import apply_coords
 from sam_jax.masks import rle
 from sam_jax.model.sam import Sam
 from sam_jax.predict.encode import check_image, resize_and_encode
+from sam_jax.predict.tiles import resolve_tiles
 
 
 class SamAutomaticMaskGenerator:
@@ -61,7 +62,7 @@ class SamAutomaticMaskGenerator:
     Attributes:
       model: The model.
       variables: Its variables, on the device that computes.
-      options: The other arguments.
+      options: The other arguments; `tiles` as `resolve_tiles` returns it.
       point_grids: Points (x, y) in [0, 1] for the image and for each layer of crops.
     """
 
@@ -120,6 +121,8 @@ class SamAutomaticMaskGenerator:
           tiles: The side in pixels of overlapping tiles that are segmented too, as further crops
             with the grid of points of the image; they overlap by crop_overlap_ratio of their side.
             "auto" for the side of the model's input. An image that fits into a tile has none.
+            "none" for no tiles. By default "auto" for a model that was trained on windows around
+            objects (`Sam.object_share`), and "none" for others.
 
         Raises:
           ValueError: If an argument is invalid. The message names it.
@@ -140,7 +143,7 @@ class SamAutomaticMaskGenerator:
             output_mode=output_mode,
             max_image_share=max_image_share,
             remove_small_masks=remove_small_masks,
-            tiles=tiles,
+            tiles=resolve_tiles(model, tiles),
         )
         self.point_grids = self.options.make_point_grids()
         self.model = model

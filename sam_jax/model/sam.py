@@ -6,6 +6,7 @@ Differences: images and prompted objects are both batched, in one program; float
 products on every device; preprocessing and postprocessing live in `sam_jax.predict`.
 """
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,11 +40,16 @@ class Sam(nn.Module):
       image_encoder: Encodes images.
       prompt_encoder: Encodes points, boxes and masks.
       mask_decoder: Predicts masks from both.
+      object_share: The smallest and the largest share of the input's side that the longer side of
+        an object took in training on windows around objects; None for training on entire images.
+        Nothing that the model computes depends on it: prediction is in tiles by default if it is
+        set, see `sam_jax.predict.tiles.resolve_tiles`.
     """
 
     image_encoder: ImageEncoder = ImageEncoder()
     prompt_encoder: PromptEncoder = PromptEncoder()
     mask_decoder: MaskDecoder = MaskDecoder()
+    object_share: tuple[float, float] | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -82,6 +88,7 @@ class Sam(nn.Module):
         check_rules(prompts.rules(), "prompt_encoder.")
         check_rules(decoder.rules(), "mask_decoder.")
         dims, dtypes = (prompts.dim, decoder.dim), (prompts.dtype, decoder.dtype)
+        share = self.object_share
         check_rules((
             Rule(
                 "prompt_encoder.dim and mask_decoder.dim",
@@ -94,6 +101,12 @@ class Sam(nn.Module):
                 dtypes,
                 dtypes == (encoder.dtype, encoder.dtype),
                 f"equal to image_encoder.dtype = {encoder.dtype!r}",
+            ),
+            Rule(
+                "object_share",
+                share,
+                share is None or (len(share) == 2 and 0 < share[0] <= share[1] < math.inf),
+                "None, or a smallest and a largest share above 0",
             ),
         ))  # fmt: skip
 
@@ -291,7 +304,7 @@ def normalize_colors(image: Shaped[Array | np.ndarray, "*shape 3"]) -> Float[Arr
     return (image - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
-# Where each flat field of `build_sam` is in a Sam. A field that parts share is set in all of them.
+# Where each flat field of `build_sam` is in a Sam's parts. A field that parts share is set in all.
 FLAT_FIELDS = {
     "image_size": ("image_encoder.image_size",),
     "patch_size": ("image_encoder.patch_size",),
@@ -314,14 +327,15 @@ FLAT_FIELDS = {
     "scan_blocks": ("image_encoder.scan_blocks",),
     "dtype": ("image_encoder.dtype", "prompt_encoder.dtype", "mask_decoder.dtype"),
 }
+OWN_FIELDS = ("object_share",)  # of a Sam, and of none of its parts
 
 
 def replace_fields(model: Sam, **fields: Any) -> Sam:
-    """Replaces fields of a model's parts by their flat names.
+    """Replaces fields of a model and of its parts by their flat names.
 
     Args:
       model: The model.
-      **fields: New values by flat name; see `FLAT_FIELDS`.
+      **fields: New values by flat name, see `FLAT_FIELDS`; and `object_share`.
 
     Returns:
       A model with the new values.
@@ -329,15 +343,17 @@ def replace_fields(model: Sam, **fields: Any) -> Sam:
     Raises:
       TypeError: If there is no such field.
     """
-    if unknown := sorted(fields.keys() - FLAT_FIELDS.keys()):
-        raise TypeError(f"Sam has no field {unknown[0]!r}; its fields are {', '.join(FLAT_FIELDS)}")
+    known = (*FLAT_FIELDS, *OWN_FIELDS)
+    if unknown := sorted(fields.keys() - set(known)):
+        raise TypeError(f"Sam has no field {unknown[0]!r}; its fields are {', '.join(known)}")
+    own = {name: fields[name] for name in OWN_FIELDS if name in fields}
     changes: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
-        for path in FLAT_FIELDS[name]:
+        for path in FLAT_FIELDS.get(name, ()):
             part, field = path.split(".")
             changes.setdefault(part, {})[field] = value
     parts = {part: getattr(model, part).clone(**values) for part, values in changes.items()}
-    return model.clone(**parts)
+    return model.clone(**parts, **own)
 
 
 def build_sam(**fields: Any) -> Sam:
@@ -346,7 +362,7 @@ def build_sam(**fields: Any) -> Sam:
     >>> model = build_sam(depth=2, global_blocks=(1,), dtype="bfloat16")
 
     Args:
-      **fields: Values by flat name, see `FLAT_FIELDS`; the default values are those of ViT-B.
+      **fields: Values by flat name, see `replace_fields`; the default values are those of ViT-B.
 
     Returns:
       The model.

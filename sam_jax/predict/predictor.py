@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, UInt8
 from numpy.typing import ArrayLike
 
 from sam_jax.images.resize import fit_size, postprocess_masks
@@ -22,7 +22,7 @@ from sam_jax.predict.encode import check_image, resize_and_encode
 from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
 from sam_jax.predict.tile_masks import paste
 from sam_jax.predict.tiled_image import TiledImage
-from sam_jax.predict.tiles import Tile, check_tiles
+from sam_jax.predict.tiles import Tile, resolve_tiles
 
 # Masks (logits if asked for), scores and low-resolution logits, of one object and of several.
 ObjectPrediction = tuple[
@@ -105,18 +105,19 @@ class SamPredictor:
         Args:
           image: 'h w 3' uint8, values 0 to 255.
           image_format: The order of its channels, "RGB" or "BGR".
-          tiles: None to see the entire image only; "auto" for tiles of many sizes, the smallest of
-            which the model sees at four times their size; or the longer side of all tiles in
+          tiles: "none" to see the entire image only; "auto" for tiles of many sizes, the smallest
+            of which the model sees at four times their size; or the longer side of all tiles in
             pixels. The entire image is always one of the tiles, and an image that fits into a tile
-            is the only one.
+            is the only one. By default "auto" for a model that was trained on windows around
+            objects (`Sam.object_share`), and "none" for others.
 
         Raises:
           ValueError: If an argument is invalid. The image that was set before stays.
         """
         image = check_image(image, image_format)
-        check_tiles(tiles)
+        resolved = resolve_tiles(self.model, tiles)
         self.reset_image()
-        self._image = TiledImage(self.model, self.variables, image, tiles)
+        self._image = TiledImage(self.model, self.variables, image, resolved)
         self.original_size = image.shape[:2]
         self.input_size = fit_size(image.shape[:2], self.model.image_size)
 
@@ -229,6 +230,7 @@ class SamPredictor:
         *,
         image_format: str = "RGB",
         batch_size: int = 1,
+        tiles: int | str | None = None,
     ) -> list[Prediction]:
         """Predicts masks of any number of objects in each of many images.
 
@@ -241,7 +243,8 @@ class SamPredictor:
           return_logits: Return logits instead of masks.
           image_format: The order of the images' channels, "RGB" or "BGR".
           batch_size: The number of images in one program. More images use an accelerator better and
-            need more memory.
+            need more memory. With tiles, images are seen one after another.
+          tiles: As for `set_image`. With tiles, prompts have no `mask_input`.
 
         Returns:
           For each image, masks, scores and low-resolution logits as of `predict_many`.
@@ -261,6 +264,13 @@ class SamPredictor:
             self._prepare(image_prompts, image.shape[:2])
             for image, image_prompts in zip(images, prompts, strict=True)
         ]
+        resolved = resolve_tiles(self.model, tiles)
+        if resolved is not None:
+            if any(prompt.mask is not None for image in objects for prompt in image):
+                raise ValueError(
+                    'mask_input must be None in a batch with tiles: use set_image, or tiles="none"'
+                )
+            return self._predict_each(images, prompts, multimask_output, return_logits, resolved)
         predictions = []
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)
@@ -274,6 +284,24 @@ class SamPredictor:
                 for i, logits in enumerate(low_res):
                     masks[i] = self._resize(logits, image.shape[:2], return_logits)
                 predictions.append((masks, scores, low_res))
+        return predictions
+
+    def _predict_each(
+        self,
+        images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+        prompts: Sequence[Sequence[Prompt]],
+        multimask_output: bool,
+        return_logits: bool,
+        tiles: int | str,
+    ) -> list[Prediction]:
+        """Predicts on one image after another, in tiles."""
+        predictor = SamPredictor(self.model, self.variables)
+        predictions = []
+        for image, image_prompts in zip(images, prompts, strict=True):
+            predictor.set_image(image, tiles=tiles)
+            predictions.append(
+                predictor.predict_many(image_prompts, multimask_output, return_logits)
+            )
         return predictions
 
     @property

@@ -72,7 +72,7 @@ class TiledImage:
           model: The model.
           variables: Its variables.
           image: RGB pixels.
-          tiles: See `plan_pyramid`.
+          tiles: See `plan_pyramid`; None for no tiles.
 
         Raises:
           ValueError: If `tiles` is wrong.

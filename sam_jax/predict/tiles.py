@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from sam_jax.images.resize import MAX_ZOOM
+from sam_jax.model.sam import Sam
 
 LEVEL_RATIO = math.sqrt(2)  # of the sides of two levels' tiles
 OCTAVE = 2  # levels in which the side doubles
@@ -21,6 +22,11 @@ BOX_SHARE = 1 / 2  # of a tile's side, which the longer side of a box should tak
 KEPT_SHARES = (1 / 4, 4 / 5)  # of a tile's side, for an object that further prompts correct
 MARGIN = 1 / 8  # of a tile's side, which should be left around clicks
 MIN_TILE_SIDE = 16  # pixels of the image
+
+DEFAULT_TILES_HELP = (
+    "default: auto for a model that was trained on windows around objects, such as sam_nuclei, and "
+    "none for others"
+)
 
 
 class Tile(NamedTuple):
@@ -80,8 +86,8 @@ def plan_pyramid(
       image_size: (height, width) of the image.
       canvas: (height, width) of the padded input that the model takes.
       tiles: "auto" for levels whose sides grow by LEVEL_RATIO, up to the image's; a number for a
-        single level of tiles with this longer side, in pixels of the image; None for no tiles. The
-        entire image is always the last level, and the only one if a tile would cover it.
+        single level of tiles with this longer side, in pixels of the image; None or "none" for no
+        tiles. The entire image is always the last level, and the only one if a tile would cover it.
       max_zoom: Canvas pixels per image pixel in the finest level of "auto".
 
     Raises:
@@ -100,30 +106,55 @@ def plan_pyramid(
     return Pyramid(image_size, canvas, (*finer, image_scale))
 
 
+def resolve_tiles(model: Sam, tiles: int | str | None) -> int | Literal["auto"] | None:
+    """Returns the tiles in which a model sees images.
+
+    Args:
+      model: The model.
+      tiles: The side of the tiles in pixels of the image; "auto" for tiles of many sizes; "none"
+        for the entire image; or None for the model's default: "auto" if it was trained on windows
+        around objects, that is if `Sam.object_share` is set, and the entire image otherwise.
+
+    Returns:
+      A side, "auto", or None for the entire image, as `plan_pyramid` takes them.
+
+    Raises:
+      ValueError: If `tiles` is something else.
+    """
+    check_tiles(tiles)
+    if tiles is None and model.object_share is not None:
+        return "auto"
+    if isinstance(tiles, str):
+        return "auto" if tiles == "auto" else None
+    return tiles
+
+
 def check_tiles(tiles: object) -> None:
-    """Raises ValueError unless `tiles` is "auto", None, or an integer from MIN_TILE_SIDE on."""
+    """Raises ValueError unless `tiles` is one of the values that `resolve_tiles` takes."""
     is_side = type(tiles) is int and tiles >= MIN_TILE_SIDE
-    if not (is_side or tiles is None or tiles == "auto"):
+    if not (is_side or tiles in (None, "auto", "none")):
         raise ValueError(
-            f'tiles must be None, "auto", or the side of a tile in pixels, an integer of at least '
-            f"{MIN_TILE_SIDE}; got {tiles!r}"
+            f'tiles must be None, "auto", "none", or the side of a tile in pixels, an integer of '
+            f"at least {MIN_TILE_SIDE}; got {tiles!r}"
         )
 
 
-def parse_tiles(text: str) -> int | Literal["auto"]:
-    """Parses the option --tiles, "auto" or a side in pixels.
+def parse_tiles(text: str) -> int | Literal["auto", "none"]:
+    """Parses the option --tiles: "auto", "none", or a side in pixels.
 
     Args:
       text: The value on the command line.
 
     Raises:
-      ArgumentTypeError: If it is neither.
+      ArgumentTypeError: If it is something else.
     """
     if text == "auto":
         return "auto"
+    if text == "none":
+        return "none"
     if not text.isdecimal() or int(text) < MIN_TILE_SIDE:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not auto or a number of pixels of at least {MIN_TILE_SIDE}"
+            f"{text!r} is not auto, none or a number of pixels of at least {MIN_TILE_SIDE}"
         )
     return int(text)
 

@@ -227,8 +227,7 @@ def save(
     """
     path = Path(path)
     kind = next(kind for kind in KINDS.values() if isinstance(model, kind.model_class))
-    if format is None:
-        format = "official" if path.suffix in OFFICIAL_SUFFIXES else "sam_jax"
+    format = format or _default_format(path)
     if format == "sam_jax" and isinstance(model, Sam):
         directory.write_sam(path, model, variables, storage)
     elif storage != "float32":
@@ -267,14 +266,22 @@ def convert_file(
       storage: The dtype of large arrays, as for `save`.
 
     Returns:
-      Notes on the source that a user should read.
+      Notes on the source and on the conversion that a user should read.
     """
     checkpoint = read(source)
     model, variables = checkpoint.model, checkpoint.variables
     if model is None:
         model, variables = _to_sam(checkpoint)
     save(target, model, variables, format, storage)
-    return checkpoint.notes
+    notes = list(checkpoint.notes)
+    has_share = isinstance(model, Sam) and model.object_share is not None
+    if has_share and (format or _default_format(Path(target))) != "sam_jax":
+        notes.append('object_share is not stored in this format: predict with tiles="auto"')
+    return notes
+
+
+def _default_format(path: Path) -> str:
+    return "official" if path.suffix in OFFICIAL_SUFFIXES else "sam_jax"
 
 
 def _to_sam(checkpoint: Checkpoint) -> tuple[Sam, dict[str, Any]]:

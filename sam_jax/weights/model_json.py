@@ -24,8 +24,11 @@ Validated = TypeVar("Validated", Sam, MaskedAutoencoder)
 
 
 def sam_to_json(model: Sam) -> dict[str, Any]:
-    """Returns a model's fields, part by part, as a JSON object."""
-    return {"version": VERSION, **module_to_dict(model)}
+    """Returns a model's fields, part by part, as a JSON object, without `object_share` if None."""
+    fields = {"version": VERSION, **module_to_dict(model)}
+    if model.object_share is None:
+        del fields["object_share"]
+    return fields
 
 
 def sam_from_json(content: dict[str, Any], source: Path) -> Sam:
@@ -49,13 +52,17 @@ def sam_from_json(content: dict[str, Any], source: Path) -> Sam:
         raise WeightsError(f"{source}: version must be 1 to {VERSION}; got {version!r}")
     if version == 1:
         fields = _nest(fields, source)
-    part_types: dict[str, Any] = {field.name: type(field.default) for field in module_fields(Sam)}
-    _check_known(fields, part_types, source)
+    defaults = {field.name: field.default for field in module_fields(Sam)}
+    _check_known(fields, defaults, source)
+    object_share = _object_share_from_json(fields.get("object_share"), source)
+    part_types: dict[str, Any] = {
+        name: type(part) for name, part in defaults.items() if isinstance(part, nn.Module)
+    }
     parts: dict[str, Any] = {
         name: _module_from_json(part_type, fields.get(name, {}), source, f"{name}.")
         for name, part_type in part_types.items()
     }
-    model = Sam(**parts)
+    model = Sam(**parts, object_share=object_share)
     depths = model.image_encoder.depth, model.mask_decoder.depth
     _check_limits(model.image_size, depths, source)
     return _validated(model, source)
@@ -100,6 +107,15 @@ def _nest(flat: dict[str, Any], source: Path) -> dict[str, Any]:
             part, field = path.split(".")
             nested.setdefault(part, {})[field] = value
     return nested
+
+
+def _object_share_from_json(value: Any, source: Path) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    is_pair = isinstance(value, list) and len(value) == 2
+    if not is_pair or any(type(share) not in (int, float) for share in value):
+        raise WeightsError(f"{source}: object_share must be a list of 2 numbers; got {value!r}")
+    return value[0], value[1]
 
 
 def _module_from_json(

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from sam_jax.data.open import SOURCES
+from sam_jax.weights.formats import load
 from train.config import Interactive
 from train.optimizer import make_optimizer
 from train.overrides import load_config
@@ -50,6 +51,12 @@ def test_the_docstring_contains_the_command(name, monkeypatch):
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python -m train configs/{name}.py --workdir runs/" in text
     assert config.data.source.split(":")[0] in SOURCES
+
+
+def test_the_packaged_model_is_that_of_its_config(monkeypatch):
+    model, _ = load("sam_nuclei")
+    assert model == make_task(config_of("sam_nuclei", monkeypatch)).trained_model
+    assert model.object_share == (0.25, 0.75)
 
 
 @pytest.mark.parametrize("size", ["b", "l", "h"])

@@ -14,7 +14,7 @@ from configs.mae_tiny import config as pretraining
 from sam_jax.data.open import open_source, select
 from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
-from sam_jax.model.sam import sam_tiny
+from sam_jax.model.sam import replace_fields, sam_tiny
 from sam_jax.weights import safetensors_file
 from train.config import ConfigError, Data, TrainConfig
 from train.initialization import parse_init_from, sam_variables
@@ -263,6 +263,13 @@ def test_parts_that_weights_do_not_have_are_errors(trained, dinov2, init_from, m
     init_from = init_from.replace("WEIGHTS", str(trained[0])).replace("ENCODER", str(dinov2[0]))
     with pytest.raises(ConfigError, match=message):
         initial_variables(dataclasses.replace(CONFIG, init_from=init_from))
+
+
+def test_weights_may_be_of_objects_of_another_size(trained, tmp_path):
+    model = replace_fields(MODEL, object_share=(0.25, 0.75))
+    sam_jax.save(tmp_path / "windows", model, trained[1])
+    config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "windows"))
+    assert changed_parts(initial_variables(config), trained[1]) == set()
 
 
 def test_a_part_of_another_size_is_an_error(trained):

@@ -81,6 +81,18 @@ def test_a_setting_replaces_a_field_of_the_image_encoder(field, text, value):
     assert dataclasses.replace(changed, model=MODEL) == CONFIG
 
 
+@pytest.mark.parametrize("text", ["(0.25, 1.0)", "0.25,1"])
+def test_a_setting_replaces_an_optional_field(text):
+    changed = override(CONFIG, [f"model.object_share={text}"])
+    assert changed.model == replace_fields(MODEL, object_share=(0.25, 1.0))
+    assert type(changed.model.object_share[1]) is float
+    assert override(changed, ["model.object_share=None"]) == CONFIG
+    with pytest.raises(ConfigError, match=r"model\.object_share must be of type"):
+        override(CONFIG, ["model.object_share=0.5"])
+    with pytest.raises(ConfigError, match=r"model\.object_share must be None, or"):
+        override(CONFIG, ["model.object_share=0.5,0.25"])
+
+
 def test_later_settings_override_earlier_ones():
     settings = ["num_steps=5", "optimizer.warmup_steps=2", "num_steps=6", "optimizer.b1=0.5"]
     changed = override(CONFIG, settings)
@@ -282,6 +294,7 @@ def test_a_file_that_is_not_python_is_an_error(tmp_path):
 
 def test_json_contains_every_field():
     plain = json.loads(to_json(CONFIG))
+    assert json.dumps(plain, indent=2) + "\n" == to_json(CONFIG)
     assert list(plain) == field_names(TrainConfig)
     assert list(plain["objective"]) == field_names(Interactive)
     assert list(plain["data"]) == field_names(Data)
@@ -289,9 +302,9 @@ def test_json_contains_every_field():
     assert plain["model"]["image_encoder"]["image_size"] == [128, 128]
     assert plain["model"]["mask_decoder"]["dtype"] == "float32"
     assert plain["optimizer"]["lr_boundaries"] == [60_000, 86_666]
+    assert plain["model"].pop("object_share") is None
     for module in (plain["model"], *plain["model"].values()):
         assert not {"name", "parent"} & set(module)
-    assert json.dumps(plain, indent=2) + "\n" == to_json(CONFIG)
 
 
 @pytest.mark.parametrize(

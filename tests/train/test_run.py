@@ -100,11 +100,17 @@ def test_frozen_parts_keep_their_parameters(start, uninterrupted, tmp_path):
         f"init_from={uninterrupted / 'weights'}",
         "trainable=mask_decoder",
         "data.flips=False",
+        "data.jitter=0.3,0.7",
+        "data.jitter_unit=object",
+        "data.views=2",
         f"feature_cache={tmp_path / 'features'}",
     )
     output = finish(start(workdir, *settings, "num_steps=3"))
     assert "resolution: objects are" in output
     assert "hold masks" in output
+    assert sam_jax.load(uninterrupted / "weights")[0].object_share is None
+    assert sam_jax.load(workdir / "weights")[0].object_share == (0.3, 0.7)
+    assert json.loads((workdir / "evaluation.json").read_text())["tiles"]["size"] == "auto"
     before, after = (sam_jax.load(w / "weights")[1]["params"] for w in (uninterrupted, workdir))
     for part, tree in after.items():
         pairs = zip(*map(jax.tree.leaves, (tree, before[part])), strict=True)

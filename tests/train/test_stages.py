@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sam_jax
 from sam_jax.model.sam import sam_tiny
 from tests.train.running import CONFIG, finish, losses, start_run
 from train.config import ConfigError, Data, Interactive, Optimizer, Stage, TrainConfig
+from train.metrics import read_rows
 from train.optimizer import keep_schedule, make_optimizer
 
 STAGES = """
@@ -25,10 +27,11 @@ config = dataclasses.replace(
     data=data,
     trainable=("image_encoder/neck", "mask_decoder"),
     feature_cache="CACHE",
+    evaluate_every=9,
     stages=(
         Stage(start=4, objective=config.objective, batch_size=4),
         Stage(start=6, trainable=("image_encoder", "mask_decoder")),
-        Stage(start=8, data=dataclasses.replace(data, views=0), trainable=()),
+        Stage(start=8, data=dataclasses.replace(data, jitter=(), views=0), trainable=()),
     ),
 )
 """
@@ -97,6 +100,10 @@ def test_a_run_resumes_exactly_inside_and_between_stages(tmp_path):
     for steps in (4, 7, 12):
         finish(start_run(config, resumed, f"num_steps={steps}"))
     assert losses(resumed) == losses(once)
+    # All evaluations are those of the run, whose windows were around objects.
+    (evaluation,) = read_rows(once / "evaluations.jsonl")
+    assert (evaluation["step"], evaluation["tiles"]["size"]) == (9, "auto")
+    assert sam_jax.load(once / "weights")[0].object_share == (0.3, 0.7)
     digests = [
         hashlib.sha256((workdir / "weights" / "weights.safetensors").read_bytes()).hexdigest()
         for workdir in (once, resumed)

@@ -14,6 +14,7 @@ from train.workdir import check_or_create, write_evaluation
 def test_a_config_saved_before_a_field_existed_has_its_default(tmp_path):
     saved = to_dict(tiny)
     del saved["stages"], saved["data"]["jitter"], saved["optimizer"]["cosine_start"]
+    del saved["model"]["object_share"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     check_or_create(tmp_path, tiny, 0, is_writer=False)
     data = dataclasses.replace(tiny.data, jitter=(0.1, 2.0))

@@ -36,7 +36,7 @@ def write_report(
     evaluations = read_rows(workdir / "evaluations.jsonl")
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     evaluations.append({"step": config["num_steps"]} | evaluation)
-    tiles = evaluation["tiles"]["size"] if "tiles" in evaluation else None
+    tiles = evaluation["tiles"]["size"] if "tiles" in evaluation else "none"
     examples = [click_on_object(predictor, *x, tiles) for x in choose_objects(eval_split)]
     boxed_rows = choose_rows(read_rows(workdir / "objects.jsonl"))
     boxed = list(predict_rows(predictor, eval_split, boxed_rows, tiles))

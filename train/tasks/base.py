@@ -41,6 +41,14 @@ class Task(Protocol):
     encoder_depth: int
     flops: float | None
 
+    @property
+    def trained_model(self) -> Sam | MaskedAutoencoder:
+        """The model of the configuration, which also tells the size of the objects in training.
+
+        The weights are saved with it.
+        """
+        ...
+
     def initial_variables(self, train_split: Subset) -> dict[str, Any]:
         """Returns the variables to start from: those of `init_from`, or those of `init_fn`.
 

@@ -45,6 +45,7 @@ class ReconstructionTask:
         model, data = cast(MaskedAutoencoder, config.model), cast(PretrainData, config.data)
         self.config = config
         self.model = model
+        self.trained_model: MaskedAutoencoder = model
         self.objective_config = cast(Reconstruction, config.objective)
         self.transform: Transform = RandomResizedCrop(
             model.image_size, model.patch_size, data.min_area, data.flips, data.rot90

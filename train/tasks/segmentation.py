@@ -16,8 +16,9 @@ from sam_jax.data.segmentation_batch import Batch, SegmentationTransform
 from sam_jax.evaluate.clicks import format_table, measure_objects
 from sam_jax.evaluate.object_scores import object_rows, summarize
 from sam_jax.model.init import init_variables
-from sam_jax.model.sam import UPSCALING, Sam
+from sam_jax.model.sam import UPSCALING, Sam, replace_fields
 from sam_jax.predict.predictor import SamPredictor
+from sam_jax.predict.tiles import resolve_tiles
 from train.config import ConfigError, Data, Interactive, TrainConfig
 from train.feature_cache import FeatureCache, Part, fingerprint
 from train.flops import step_flops
@@ -47,6 +48,7 @@ class SegmentationTask:
         data = cast(Data, config.data)
         self.config = config
         self.model = model
+        self.trained_model = describe_objects(model, data)
         self.transform: Transform = SegmentationTransform(
             model.image_size,
             objective.masks_per_image,
@@ -122,9 +124,10 @@ class SegmentationTask:
 
         A model that is trained on windows of images is also evaluated on tiles.
         """
-        predictor = SamPredictor(self.model, variables)
+        predictor = self._predictor(variables)
         indices = tqdm(range(len(eval_split)), "evaluation", unit="image", leave=False)
-        tiles = "auto" if cast(Data, self.config.data).jitter else None
+        is_jittered = bool(cast(Data, self.config.data).jitter)
+        tiles = resolve_tiles(predictor.model, "auto" if is_jittered else None)
         objects, num_bad = measure_objects(predictor, eval_split, indices, tiles)
         return summarize(objects, tiles, num_bad), object_rows(objects)
 
@@ -136,8 +139,19 @@ class SegmentationTask:
         evaluation: dict[str, Any],
     ) -> None:
         """Writes the report and prints the evaluation."""
-        write_report(workdir, SamPredictor(self.model, variables), eval_split, evaluation)
+        write_report(workdir, self._predictor(variables), eval_split, evaluation)
         print(format_table(evaluation))
+
+    def _predictor(self, variables: dict[str, Any]) -> SamPredictor:
+        return SamPredictor(self.trained_model, variables)
+
+
+def describe_objects(model: Sam, data: Data) -> Sam:
+    """Returns a model that states how large objects were in the windows of its training data."""
+    if not data.jitter or data.jitter_unit != "object":
+        return model
+    low, high = data.jitter
+    return replace_fields(model, object_share=(low, high))
 
 
 def check_config(config: TrainConfig) -> None:

@@ -85,6 +85,19 @@ def test_tiles_are_an_option_of_the_generator(fake_generator, photos, tmp_path):
     assert settings["tiles"] == "auto"
 
 
+def test_default_tiles_depend_on_the_weights(fake_generator, photos, tmp_path):
+    for weights, option, expected in (
+        ("sam_tiny", [], None),
+        ("sam_nuclei", [], "auto"),
+        ("sam_nuclei", ["--tiles", "none"], None),
+    ):
+        out = tmp_path / f"{weights}{len(option)}"
+        assert run(photos, out, "--weights", weights, *option) == 0
+        assert json.loads((out / "everything.json").read_text())["tiles"] == expected
+        explicit = ["--tiles", str(expected).lower()]
+        assert run(photos, out, "--weights", weights, *explicit) == 0
+
+
 def test_bad_images_are_named_and_skipped(fake_generator, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out) == 0

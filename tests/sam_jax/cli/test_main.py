@@ -117,6 +117,24 @@ def test_predict_in_tiles_names_the_tile(weights, tmp_path):
     assert result["tile"] == {"top": 0, "left": 0, "height": 200, "width": 300}
 
 
+def test_a_model_for_windows_around_objects_predicts_in_tiles_by_default(tmp_path):
+    y, x = np.mgrid[:120, :160]
+    centres = [(30, 40), (70, 110), (95, 30)]
+    is_disc = np.any([(y - cy) ** 2 + (x - cx) ** 2 <= 8**2 for cy, cx in centres], axis=0)
+    image = tmp_path / "cells.png"
+    Image.fromarray(np.where(is_disc, 180, 10).astype(np.uint8)).convert("RGB").save(image)
+    command = ["predict", str(image), "--weights", "sam_nuclei", "--box", "101,61,119,79"]
+    results = {}
+    for tiles in ("default", "auto", "none"):
+        option = [] if tiles == "default" else ["--tiles", tiles]
+        assert main([*command, *option, "--out", str(tmp_path / tiles)]) == 0
+        results[tiles] = json.loads((tmp_path / tiles / "masks.json").read_text())
+    assert results["default"] == results["auto"]
+    assert results["default"]["tile"]["height"] < 60
+    assert "tile" not in results["none"]
+    assert results["default"]["masks"] != results["none"]["masks"]
+
+
 @pytest.mark.parametrize(
     ("options", "count"),
     [
@@ -139,7 +157,7 @@ def test_three_masks_for_one_prompt_and_one_for_several(weights, photo, tmp_path
         (["--point", "1;2"], "'1;2' is not a list of numbers separated by commas"),
         (["--box", "1,2,3"], "'1,2,3' is not X0,Y0,X1,Y1"),
         (["--masks", "2"], "invalid choice"),
-        (["--tiles", "x"], "'x' is not auto or a number of pixels of at least 16"),
+        (["--tiles", "x"], "'x' is not auto, none or a number of pixels of at least 16"),
     ],
 )
 def test_wrong_usage_has_exit_code_2(weights, photo, tmp_path, options, message, capsys):

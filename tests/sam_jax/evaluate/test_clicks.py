@@ -1,7 +1,6 @@
 """Tests the evaluation with clicks and boxes, with a predictor whose answers are known."""
 
 import json
-import types
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from sam_jax.data.open import open_source, select
 from sam_jax.evaluate.clicks import evaluate_clicks, format_table, predict_clicks
 from sam_jax.masks import rle
 from sam_jax.masks.overlap import mask_iou
+from sam_jax.model.sam import sam_tiny
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights.formats import load
 from tests.sam_jax.evaluate.toy_sources import ToySource
@@ -22,13 +22,13 @@ SIZE = (40, 50)
 class KnownPredictor(SamPredictor):
     """A predictor that returns known masks for every prompt, and records the prompts."""
 
-    model = types.SimpleNamespace(image_size=(64, 64), low_res=(32, 32))
+    model = sam_tiny()
 
     def __init__(self, answer):
         self.answer, self.calls = answer, []
 
-    def set_image(self, image):
-        self.image = image
+    def set_image(self, image, tiles):
+        self.tiles = tiles
 
     def predict_many(self, prompts, multimask_output=True):
         copies = [{key: np.array(value) for key, value in prompt.items()} for prompt in prompts]
@@ -147,19 +147,19 @@ def test_the_packaged_model_segments_held_out_scenes():
     assert evaluation["box"]["chosen"] > 0.6, evaluation
 
 
-class KnownInTiles(KnownPredictor):
-    """Answers with a mask when the image is in tiles, and with nothing otherwise."""
+def predictor_in_tiles():
+    """Returns a predictor that finds an object only when the image is in tiles."""
 
-    def set_image(self, image, tiles=None):
-        self.tiles = tiles
+    def answer(prompt, multimask):
+        mask = np.zeros(SIZE, bool) if predictor.tiles == "none" else LARGE
+        return np.array([mask] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
+
+    predictor = KnownPredictor(answer)
+    return predictor
 
 
 def test_figures_with_tiles_are_beside_those_of_the_entire_image():
-    def answer(prompt, multimask):
-        mask = LARGE if predictor.tiles else np.zeros(SIZE, bool)
-        return np.array([mask] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
-
-    predictor = KnownInTiles(answer)
+    predictor = predictor_in_tiles()
     images = ToySource([example(LARGE), example(LARGE, LARGE)])
     without = evaluate_clicks(predictor, images, [0, 1])
     scores = evaluate_clicks(predictor, images, [0, 1], tiles=64)
@@ -178,6 +178,16 @@ def test_figures_with_tiles_are_beside_those_of_the_entire_image():
     assert table[8].split() == [*box, "filled", "box:", "1.000"]
     assert table[9].split()[:10] == ["large,", *box, "filled", "box:", "1.000", "(3"]
     assert len(format_table(without).splitlines()) == len(table) - 1
+
+
+def test_a_model_for_windows_around_objects_is_evaluated_on_tiles_by_default():
+    images, predictor = ToySource([example(LARGE)]), predictor_in_tiles()
+    predictor.model = sam_tiny(object_share=(0.25, 0.75))
+    scores = evaluate_clicks(predictor, images, [0])
+    assert (scores["tiles"]["size"], scores["tiles"]["box"]["chosen"]) == ("auto", 1)
+    entire = evaluate_clicks(predictor, images, [0], tiles="none")
+    assert "tiles" not in entire
+    assert {key: scores[key] for key in entire} == entire
 
 
 def test_images_of_one_tile_have_the_same_figures(square):
@@ -231,7 +241,7 @@ def test_the_command_names_wrong_arguments(tmp_path, capsys):
     assert "photos" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "clicks", "--weights", "w", "--source", "scenes", "--tiles", "7"])
-    assert "'7' is not auto or a number of pixels of at least 16" in capsys.readouterr().err
+    assert "'7' is not auto, none or a number of pixels of at least 16" in capsys.readouterr().err
     arguments = ["--weights", "w", "--source", "scenes", "--index", "a"]
     assert main(["evaluate", "clicks", *arguments]) == 1
     assert "0::5" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
 from sam_jax.evaluate.statistics import Measurement, format_table, measure, summarize
 from sam_jax.masks import rle
+from sam_jax.model.sam import replace_fields
 from sam_jax.weights.formats import save
 from tests.sam_jax.evaluate.toy_sources import ToySource
 
@@ -197,5 +198,10 @@ def test_the_command_measures_the_resolution_of_a_model(labels, square, tmp_path
     assert (tiled["size"], tiled["objects"]) == ("auto", 2)
     assert tiled["side"]["50"] > 4 * written["side"]["50"]
     assert tiled["bound"] > written["bound"] + 0.05
+    save(tmp_path / "windows", replace_fields(square[0], object_share=(0.25, 0.75)), square[1])
+    arguments = ["dataset", "stats", source, "--model", str(tmp_path / "windows")]
+    for option in ([], ["--tiles", "none"]):
+        assert main([*arguments, *option]) == 0
+        assert ("resolution, tiles auto" in capsys.readouterr().out) is (option == [])
     assert main(["dataset", "stats", source, "--tiles", "32"]) == 1
     assert "--tiles 32 needs --model" in capsys.readouterr().err

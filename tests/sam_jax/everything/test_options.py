@@ -8,12 +8,21 @@ import pytest
 
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.everything.options import GeneratorOptions, sa1b_preset
+from sam_jax.model.sam import replace_fields
 
 
 def test_options_are_the_arguments_of_the_generator():
     parameters = list(inspect.signature(SamAutomaticMaskGenerator).parameters.values())[2:]
     fields = dataclasses.fields(GeneratorOptions)
     assert [(x.name, x.default) for x in parameters] == [(x.name, x.default) for x in fields]
+
+
+def test_default_tiles_depend_on_the_model(tiny):
+    model = replace_fields(tiny[0], object_share=(0.25, 0.75))
+    for options, expected in (({}, "auto"), ({"tiles": "none"}, None), ({"tiles": 64}, 64)):
+        assert SamAutomaticMaskGenerator(model, tiny[1], **options).options.tiles == expected
+    assert SamAutomaticMaskGenerator(*tiny).options.tiles is None
+    assert SamAutomaticMaskGenerator.sa1b(model, tiny[1]).options.tiles == "auto"
 
 
 def test_thresholds():
@@ -52,7 +61,7 @@ def test_sa1b_has_grids_for_two_layers_of_crops():
             dict(points_per_side=None, point_grids=[np.full((1, 2), 3)]),
             r"must be in \[0, 1\]; got 3.0",
         ),
-        (dict(tiles=7), "tiles must be None, .auto., or the side of a tile in pixels"),
+        (dict(tiles=7), "tiles must be None, .auto., .none., or the side of a tile in pixels"),
         (
             dict(points_per_side=None, point_grids=[np.ones((1, 2))], crop_n_layers=1),
             "a grid for the image and each of 1 layers of crops; got 1",

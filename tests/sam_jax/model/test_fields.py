@@ -10,16 +10,18 @@ from sam_jax.model.sam import Sam, sam_tiny
 
 
 def test_fields_are_listed_without_those_of_flax():
-    names = ["image_encoder", "prompt_encoder", "mask_decoder"]
+    names = ["image_encoder", "prompt_encoder", "mask_decoder", "object_share"]
     assert [field.name for field in module_fields(Sam)] == names
     assert [field.name for field in module_fields(sam_tiny())] == names
     assert not {"parent", "name"} & {field.name for field in module_fields(ImageEncoder)}
 
 
 def test_a_composed_model_as_a_dict():
-    model = sam_tiny()
+    model = sam_tiny(object_share=(0.25, 0.75))
     fields = module_to_dict(model)
-    assert list(fields) == ["image_encoder", "prompt_encoder", "mask_decoder"]
+    assert list(fields) == ["image_encoder", "prompt_encoder", "mask_decoder", "object_share"]
+    share = fields.pop("object_share")
+    assert share == (0.25, 0.75)
     assert fields["prompt_encoder"] == {
         "dim": 64,
         "mask_channels": 16,
@@ -28,7 +30,7 @@ def test_a_composed_model_as_a_dict():
     }
     assert fields["image_encoder"]["image_size"] == (64, 64)
     parts = {name: type(getattr(model, name))(**values) for name, values in fields.items()}
-    assert Sam(**parts) == model
+    assert Sam(**parts, object_share=share) == model
 
 
 def test_a_module_without_parts_as_a_dict():

@@ -98,6 +98,23 @@ def test_models_are_equal_hashable_and_cloned_by_their_fields():
     assert replace_fields(sam_vit_h(dtype="bfloat16"), dtype="float32") == sam_vit_h()
 
 
+def test_the_share_of_objects_changes_no_part():
+    model = sam_tiny(object_share=(0.25, 0.75))
+    assert model == replace_fields(sam_tiny(), object_share=(0.25, 0.75)) != sam_tiny()
+    assert hash(model) != hash(sam_tiny())
+    assert replace_fields(model, object_share=None) == sam_tiny()
+    assert replace_fields(model, depth=3) == sam_tiny(depth=3, object_share=(0.25, 0.75))
+    assert variable_shapes(model) == variable_shapes(sam_tiny())
+    model.validate()
+
+
+@pytest.mark.parametrize("share", [(0.0, 0.5), (0.6, 0.5), (0.1, float("inf"))], ids=str)
+def test_an_invalid_share_of_objects_is_named(share):
+    message = "object_share must be None, or a smallest and a largest share above 0; got "
+    with pytest.raises(ValueError, match=re.escape(f"{message}{share}")):
+        Sam(object_share=share).validate()
+
+
 def test_models_are_composed_of_their_parts():
     model = sam_tiny()
     composed = Sam(
@@ -165,7 +182,7 @@ def other_value(value):
     ids=["build_sam", "sam_tiny", "sam_vit_h", "replace_fields"],
 )
 def test_an_unknown_field_is_an_error_that_lists_the_fields(call):
-    message = f"Sam has no field 'depths'; its fields are {', '.join(FLAT_FIELDS)}"
+    message = f"Sam has no field 'depths'; its fields are {', '.join(FLAT_FIELDS)}, object_share"
     with pytest.raises(TypeError, match=re.escape(message)):
         call(depths=3)
 

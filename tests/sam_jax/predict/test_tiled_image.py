@@ -87,6 +87,36 @@ def test_an_object_in_a_tile_is_that_of_the_tile_as_an_image(predictor, tiled):
     assert_equal(prediction[1:], (scores, low_res))
 
 
+def test_the_default_tiles_depend_on_the_model(predictor, tiled):
+    model = sam_jax.replace_fields(predictor.model, object_share=(0.25, 0.75))
+    windows = sam_jax.SamPredictor(model, predictor.variables)
+    windows.set_image(SCENE)
+    assert_equal(windows.predict_many([BOX, CLICK]), tiled.predict_many([BOX, CLICK]))
+    assert windows.tiles_used == tiled.tiles_used
+    assert windows.tiles_used[0].height < 100
+    windows.set_image(SCENE, tiles="none")
+    entire = windows.predict_many([BOX, CLICK])
+    predictor.set_image(SCENE)
+    assert_equal(entire, predictor.predict_many([BOX, CLICK]))
+    assert [tile.size for tile in windows.tiles_used] == [(160, 200)] * 2
+
+
+def test_batches_of_images_in_tiles_equal_single_ones(predictor):
+    model = sam_jax.replace_fields(predictor.model, object_share=(0.25, 0.75))
+    windows = sam_jax.SamPredictor(model, predictor.variables)
+    images, prompts = [SCENE, SCENE[::-1]], [[BOX, CLICK], [BOX]]
+    batch = windows.predict_batch(images, prompts)
+    for actual, image, image_prompts in zip(batch, images, prompts, strict=True):
+        predictor.set_image(image, tiles="auto")
+        assert_equal(actual, predictor.predict_many(image_prompts))
+    assert not windows.is_image_set
+    (entire,) = windows.predict_batch([SCENE], [[BOX]], tiles="none")
+    assert_equal(entire, predictor.predict_batch([SCENE], [[BOX]])[0])
+    corrected = [BOX | {"mask_input": entire[2][0][:1]}]
+    with pytest.raises(ValueError, match="mask_input must be None in a batch with tiles"):
+        windows.predict_batch([SCENE], [corrected])
+
+
 def test_objects_do_not_depend_on_others(predictor):
     prompts = [CLICK, BOX, CLICKS, LARGE_BOX, CLICKS | BOX, {}]
     predictor.set_image(SCENE, tiles="auto")

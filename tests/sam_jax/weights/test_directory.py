@@ -11,7 +11,7 @@ import pytest
 
 from sam_jax.model.sam import FLAT_FIELDS, Sam, replace_fields, sam_tiny
 from sam_jax.weights import safetensors_file
-from sam_jax.weights.formats import load, save
+from sam_jax.weights.formats import convert_file, load, save
 from sam_jax.weights.model_json import sam_from_json, sam_to_json
 from sam_jax.weights.tensors import WeightsError
 from tests.sam_jax.weights.official_state import assert_same_variables, flatten
@@ -57,6 +57,36 @@ def test_both_versions_of_model_json_are_read(tiny, version):
     loaded, variables = load("w")
     assert loaded == model
     assert_same_variables(variables, tiny[1])
+
+
+def test_the_share_of_objects_is_written_only_if_it_is_known(tiny):
+    save("w", *tiny)
+    assert "object_share" not in json.loads(Path("w/model.json").read_text())
+    assert load("w")[0].object_share is None
+    model = replace_fields(tiny[0], object_share=(0.25, 1.0))
+    save("w", model, tiny[1])
+    assert json.loads(Path("w/model.json").read_text())["object_share"] == [0.25, 1.0]
+    assert load("w")[0] == model
+    convert_file("w", "half", storage="float16")
+    assert load("half")[0] == model
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.5, "a list of 2 numbers; got 0.5"),
+        ([0.5], r"a list of 2 numbers; got \[0.5\]"),
+        ([0.5, "1"], r"a list of 2 numbers; got \[0.5, '1'\]"),
+        ([0.75, 0.25], r"a smallest and a largest share above 0; got \(0.75, 0.25\)"),
+        ([0, 1], r"a smallest and a largest share above 0; got \(0, 1\)"),
+    ],
+)
+def test_a_bad_share_of_objects_is_named(tiny, value, message):
+    save("w", *tiny)
+    content = sam_to_json(tiny[0]) | {"object_share": value}
+    Path("w/model.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=rf"w/model.json: object_share must be .*{message}"):
+        load("w")
 
 
 @pytest.mark.parametrize("version", [0, 3, "2", 2.0, True, None, [2]], ids=repr)

@@ -17,7 +17,7 @@ from sam_jax.model.sam import replace_fields, sam_tiny
 from sam_jax.predict.predictor import SamPredictor
 from sam_jax.weights import download, formats, safetensors_file, torch_file
 from sam_jax.weights.convert import to_huggingface, to_torch
-from sam_jax.weights.formats import load, read, save
+from sam_jax.weights.formats import convert_file, load, read, save
 from sam_jax.weights.tensors import WeightsError
 from tests.sam_jax.weights.official_state import assert_same_variables
 from tests.sam_jax.weights.safetensors_bytes import mutated
@@ -84,6 +84,15 @@ def test_a_weights_directory_keeps_all_fields(tiny):
 def test_safetensors_are_recognized_by_content(square):
     safetensors_file.write("w.bin", to_torch(*square))
     assert_same_variables(load("w.bin")[1], square[1])
+
+
+def test_a_conversion_names_what_its_format_does_not_store(square):
+    save("w", replace_fields(square[0], object_share=(0.25, 0.75)), square[1])
+    assert convert_file("w", "copy") == []
+    for target, format in (("w.pth", None), ("hf", "huggingface")):
+        (note,) = convert_file("w", target, format)
+        assert note.startswith("object_share is not stored in this format")
+        assert load(target)[0].object_share is None
 
 
 def test_files_with_huggingface_names_are_loaded(square):
@@ -279,8 +288,9 @@ def test_the_nuclei_model_comes_with_the_package(tmp_path, monkeypatch):
     disk = (y - 30) ** 2 + (x - 27) ** 2 <= 12**2
     image = np.where(disk[..., None], (150, 150, 150), (10, 10, 10)).astype(np.uint8)
     predictor = SamPredictor(model, variables)
-    predictor.set_image(image, tiles="auto")
+    predictor.set_image(image)
     masks, scores, _ = predictor.predict(box=np.array([15, 18, 39, 42]))
+    assert predictor.tiles_used[0].height < 60
     mask = masks[scores.argmax()]
     assert (mask & disk).sum() / (mask | disk).sum() > 0.8
 

@@ -5,7 +5,6 @@ import html.parser
 import itertools
 import json
 import re
-import types
 
 import matplotlib.image
 import numpy as np
@@ -19,6 +18,7 @@ from sam_jax.data.sources.synthetic import SyntheticScenes
 from sam_jax.evaluate.clicks import measure_objects
 from sam_jax.evaluate.object_scores import object_rows
 from sam_jax.masks import rle
+from sam_jax.model.sam import sam_tiny
 from sam_jax.predict.predictor import SamPredictor
 from tests.sam_jax.evaluate.toy_sources import ToySource
 from train.overrides import to_dict
@@ -70,7 +70,7 @@ class Stub(SamPredictor):
     The number of clicks determines which eighth is missing; with a box, it is the first one.
     """
 
-    model = types.SimpleNamespace(image_size=(64, 64), low_res=(32, 32))
+    model = sam_tiny(object_share=(0.25, 0.75))
 
     def __init__(self):
         self.tiles = []
@@ -123,7 +123,7 @@ def write_report(
 ):
     """Writes a report and returns its folder."""
     indices = range(min(len(source), 5))
-    objects = object_rows(measure_objects(Stub(), source, indices)[0])
+    objects = object_rows(measure_objects(Stub(), source, indices, None)[0])
     run = to_dict(config)
     run["data"]["source"] = name
     run["num_steps"] = rows[-1]["step"]
@@ -190,11 +190,12 @@ def test_report_contains_figures_and_escapes_names(tmp_path, source, steps, eval
     assert examples.count(source.name(0)) == 1
 
 
-def test_pictures_use_the_tiles_of_the_evaluation(tmp_path):
+@pytest.mark.parametrize(("evaluation", "tiles"), [(TILED, "auto"), (EVALUATION, "none")])
+def test_pictures_use_the_tiles_of_the_evaluation(tmp_path, evaluation, tiles):
     predictor = Stub()
     source = select(SyntheticScenes((48, 48)), "7")
-    write_report(tmp_path, source, make_rows(2), evaluation=TILED, predictor=predictor)
-    assert predictor.tiles == ["auto"] * (1 + 9), "an example and the gallery"
+    write_report(tmp_path, source, make_rows(2), evaluation=evaluation, predictor=predictor)
+    assert predictor.tiles == [tiles] * (1 + 9), "an example and the gallery"
 
 
 def test_tables_have_the_entire_image_beside_tiles():
@@ -309,7 +310,7 @@ def scaled(factor, oracle=0.0):
 def boxed_objects():
     """Returns the objects of a gallery of images of unusual sizes."""
     source = UnusualImages()
-    rows = object_rows(measure_objects(Stub(), source, range(len(source)))[0])
+    rows = object_rows(measure_objects(Stub(), source, range(len(source)), None)[0])
     return list(gallery.predict_rows(Stub(), source, gallery.choose_rows(rows), None))
 
 
