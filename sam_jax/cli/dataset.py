@@ -21,7 +21,7 @@ from sam_jax.evaluate.pairs import MASKS_ONLY, read_masks
 from sam_jax.evaluate.resolution import cut_to_tile, format_resolution, summarize_resolution
 from sam_jax.io.atomic import write_json
 from sam_jax.model.sam import Sam
-from sam_jax.predict.tiles import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
+from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.weights.formats import load
 
 AnyFinding = TypeVar("AnyFinding", bound=Finding)

@@ -24,7 +24,7 @@ from sam_jax.engine.instances import write_instances
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.everything.options import sa1b_preset
 from sam_jax.model.sam import Sam, replace_fields
-from sam_jax.predict.tiles import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
+from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.weights.formats import load
 
 # Packages whose version may change the results.

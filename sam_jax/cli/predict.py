@@ -14,7 +14,7 @@ from sam_jax.io.atomic import write_json
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.predict.tiles import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
+from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.visualize.overlay import draw_overlay
 from sam_jax.weights.formats import load
 

@@ -39,7 +39,7 @@ from sam_jax.masks.boxes import box_of_mask
 from sam_jax.masks.clicks import center_click, center_click_on_error
 from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.predict.tiles import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
+from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.weights.formats import load
 
 OBJECTS_PER_CALL = 32  # their masks in full size take memory
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         required=True,
         help="a weights directory, a checkpoint file, or one of sam_vit_b, sam_vit_l, sam_vit_h, "
-        "sam_tiny and sam_nuclei",
+        "sam_tiny, sam_nuclei and sam_photo",
     )
     parser.add_argument(
         "--tiles",

@@ -44,7 +44,7 @@ from sam_jax.images.resize import apply_coords
 from sam_jax.masks import rle
 from sam_jax.model.sam import Sam
 from sam_jax.predict.encode import check_image, resize_and_encode
-from sam_jax.predict.tiles import resolve_tiles
+from sam_jax.predict.tiles_option import resolve_tiles
 
 
 class SamAutomaticMaskGenerator:

@@ -16,7 +16,7 @@ from sam_jax.everything.candidates import Thresholds
 from sam_jax.everything.crops import build_point_grids, check_point_grids
 from sam_jax.everything.filtering import round_down_to_float32
 from sam_jax.everything.records import OUTPUT_MODES
-from sam_jax.predict.tiles import check_tiles
+from sam_jax.predict.tiles_option import check_tiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ class Sam(nn.Module):
       object_share: The smallest and the largest share of the input's side that the longer side of
         an object took in training on windows around objects; None for training on entire images.
         Nothing that the model computes depends on it: prediction is in tiles by default if it is
-        set, see `sam_jax.predict.tiles.resolve_tiles`.
+        set, see `sam_jax.predict.tiles_option.resolve_tiles`.
     """
 
     image_encoder: ImageEncoder = ImageEncoder()

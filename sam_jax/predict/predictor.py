@@ -22,7 +22,8 @@ from sam_jax.predict.encode import check_image, resize_and_encode
 from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
 from sam_jax.predict.tile_masks import paste
 from sam_jax.predict.tiled_image import TiledImage
-from sam_jax.predict.tiles import Tile, resolve_tiles
+from sam_jax.predict.tiles import Tile
+from sam_jax.predict.tiles_option import resolve_tiles
 
 # Masks (logits if asked for), scores and low-resolution logits, of one object and of several.
 ObjectPrediction = tuple[

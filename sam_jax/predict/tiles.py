@@ -5,15 +5,14 @@ in each direction; the last level is the entire image. All choices depend on the
 the prompt alone, except that an object with a `mask_input` may stay in the tile that it comes from.
 """
 
-import argparse
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int64
 
 from sam_jax.images.resize import MAX_ZOOM
-from sam_jax.model.sam import Sam
+from sam_jax.predict.tiles_option import check_tiles
 
 LEVEL_RATIO = math.sqrt(2)  # of the sides of two levels' tiles
 OCTAVE = 2  # levels in which the side doubles
@@ -21,12 +20,6 @@ STRIDE = 1 / 4  # of the tiles of a level, as a fraction of their side
 BOX_SHARE = 1 / 2  # of a tile's side, which the longer side of a box should take
 KEPT_SHARES = (1 / 4, 4 / 5)  # of a tile's side, for an object that further prompts correct
 MARGIN = 1 / 8  # of a tile's side, which should be left around clicks
-MIN_TILE_SIDE = 16  # pixels of the image
-
-DEFAULT_TILES_HELP = (
-    "default: auto for a model that was trained on windows around objects, such as sam_nuclei, and "
-    "none for others"
-)
 
 
 class Tile(NamedTuple):
@@ -104,59 +97,6 @@ def plan_pyramid(
     elif isinstance(tiles, int) and tiles / max(canvas) < image_scale:
         finer.append(tiles / max(canvas))
     return Pyramid(image_size, canvas, (*finer, image_scale))
-
-
-def resolve_tiles(model: Sam, tiles: int | str | None) -> int | Literal["auto"] | None:
-    """Returns the tiles in which a model sees images.
-
-    Args:
-      model: The model.
-      tiles: The side of the tiles in pixels of the image; "auto" for tiles of many sizes; "none"
-        for the entire image; or None for the model's default: "auto" if it was trained on windows
-        around objects, that is if `Sam.object_share` is set, and the entire image otherwise.
-
-    Returns:
-      A side, "auto", or None for the entire image, as `plan_pyramid` takes them.
-
-    Raises:
-      ValueError: If `tiles` is something else.
-    """
-    check_tiles(tiles)
-    if tiles is None and model.object_share is not None:
-        return "auto"
-    if isinstance(tiles, str):
-        return "auto" if tiles == "auto" else None
-    return tiles
-
-
-def check_tiles(tiles: object) -> None:
-    """Raises ValueError unless `tiles` is one of the values that `resolve_tiles` takes."""
-    is_side = type(tiles) is int and tiles >= MIN_TILE_SIDE
-    if not (is_side or tiles in (None, "auto", "none")):
-        raise ValueError(
-            f'tiles must be None, "auto", "none", or the side of a tile in pixels, an integer of '
-            f"at least {MIN_TILE_SIDE}; got {tiles!r}"
-        )
-
-
-def parse_tiles(text: str) -> int | Literal["auto", "none"]:
-    """Parses the option --tiles: "auto", "none", or a side in pixels.
-
-    Args:
-      text: The value on the command line.
-
-    Raises:
-      ArgumentTypeError: If it is something else.
-    """
-    if text == "auto":
-        return "auto"
-    if text == "none":
-        return "none"
-    if not text.isdecimal() or int(text) < MIN_TILE_SIDE:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not auto, none or a number of pixels of at least {MIN_TILE_SIDE}"
-        )
-    return int(text)
 
 
 def tile_for_box(

@@ -53,10 +53,13 @@ def test_the_docstring_contains_the_command(name, monkeypatch):
     assert config.data.source.split(":")[0] in SOURCES
 
 
-def test_the_packaged_model_is_that_of_its_config(monkeypatch):
-    model, _ = load("sam_nuclei")
-    assert model == make_task(config_of("sam_nuclei", monkeypatch)).trained_model
-    assert model.object_share == (0.25, 0.75)
+@pytest.mark.parametrize(
+    ("name", "share"), [("sam_tiny", None), ("sam_nuclei", (0.25, 0.75)), ("sam_photo", (0.3, 1.0))]
+)
+def test_a_packaged_model_is_that_of_its_config(name, share, monkeypatch):
+    model, _ = load(name)
+    assert model == make_task(config_of(name, monkeypatch)).trained_model
+    assert model.object_share == share
 
 
 @pytest.mark.parametrize("size", ["b", "l", "h"])

@@ -18,7 +18,7 @@ from sam_jax.evaluate.object_scores import object_rows, summarize
 from sam_jax.model.init import init_variables
 from sam_jax.model.sam import UPSCALING, Sam, replace_fields
 from sam_jax.predict.predictor import SamPredictor
-from sam_jax.predict.tiles import resolve_tiles
+from sam_jax.predict.tiles_option import resolve_tiles
 from train.config import ConfigError, Data, Interactive, TrainConfig
 from train.feature_cache import FeatureCache, Part, fingerprint
 from train.flops import step_flops
