@@ -12,10 +12,13 @@ it starts from. They already know what points and boxes mean, which a decoder of
 learns slowly from photographs.
 
 The first stage keeps the encoder as it is. It sees six fixed windows of each image, whose features
-are computed once and kept in `feature_cache`, so that a step costs a ninth of a later one. The neck
+are computed once and kept in `feature_cache`, so that a step is several times faster. The neck
 begins as a projection onto the principal components of these features (`fit_neck`). Later stages
 train the upper half of the encoder too, with new windows in every step and a lower learning rate.
 The last stage has eleven rounds.
+
+Cost: 66 minutes for 914 photographs, on two CPU cores that also ran other programs, and a few more
+for the features.
 """
 
 import dataclasses
