@@ -3,7 +3,7 @@
 Source: segment-anything `utils/amg.py` (build_point_grid, build_all_layer_point_grids,
 generate_crop_boxes).
 
-Differences: crops may be tiles of a fixed size too.
+Differences: crops may be tiles of fixed sizes too.
 """
 
 import dataclasses
@@ -147,27 +147,42 @@ def plan_tile_crops(
     tiles: int | str | None,
     overlap_ratio: float,
 ) -> list[Crop]:
-    """Returns overlapping tiles of one size that cover an image.
+    """Returns overlapping tiles that cover an image, of one size or of several.
 
     Args:
       size: (height, width) of the image.
       canvas: (height, width) of the padded input that the model takes.
-      tiles: The longer side of a tile in pixels of the image; "auto" for the canvas's, so that
-        the model sees each pixel at its size; None for no tiles.
+      tiles: The longer side of a tile in pixels of the image; "auto" for tiles of the canvas's
+        size, in which the model sees each pixel at its size, and of 2, 4, ... times that, up to
+        the image's; None for no tiles.
       overlap_ratio: The overlap of tiles as a fraction of their side.
 
     Returns:
-      No crops if one tile would cover the image.
+      The tiles of each size, from small to large, without those that would cover the image.
     """
-    pyramid = plan_pyramid(size, canvas, max(canvas) if tiles == "auto" else tiles)
+    if tiles == "auto":
+        octaves = math.ceil(math.log2(max(1, max(size) / max(canvas))))
+        sides = [max(canvas) << octave for octave in range(octaves)]
+    else:
+        sides = [tiles]
+    return [
+        crop for side in sides for crop in _plan_tiles_of_side(size, canvas, side, overlap_ratio)
+    ]
+
+
+def _plan_tiles_of_side(
+    size: tuple[int, int], canvas: tuple[int, int], side: int | None, overlap_ratio: float
+) -> list[Crop]:
+    """Returns tiles whose longer side is `side`; see `plan_tile_crops`."""
+    pyramid = plan_pyramid(size, canvas, side)
     *finer, _ = pyramid.scales
     if not finer:
         return []
     height, width = tile_size(pyramid, finer[0])
     stride = max(1 - overlap_ratio, MIN_TILE_STRIDE)
     tops, lefts = (
-        tile_starts(image_side, side, max(1, round(stride * side))).tolist()
-        for image_side, side in zip(size, (height, width), strict=True)
+        tile_starts(image_side, tile_side, max(1, round(stride * tile_side))).tolist()
+        for image_side, tile_side in zip(size, (height, width), strict=True)
     )
     return [Crop((x, y, x + width, y + height), 0) for y, x in itertools.product(tops, lefts)]
 

@@ -8,7 +8,7 @@ image. First the device scores all masks (`candidates.py`) by measures of their 
 that remain are decoded once more and leave the device as bits, within their boxes
 (`rasterize.py`). Of equally good duplicates the first one is kept. Images have at most MAX_SIDE
 pixels per side. Masks of more than a share of the image, and masks of small islands only, can be
-dropped. Crops may be tiles of a fixed size.
+dropped. Crops may be tiles of fixed sizes.
 """
 
 import dataclasses
@@ -120,8 +120,8 @@ class SamAutomaticMaskGenerator:
             instead of keeping their largest island.
           tiles: The side in pixels of overlapping tiles that are segmented too, as further crops
             with the grid of points of the image; they overlap by crop_overlap_ratio of their side.
-            "auto" for the side of the model's input. An image that fits into a tile has none.
-            "none" for no tiles. By default "auto" for a model that was trained on windows around
+            "auto" for tiles of the size of the model's input and of 2, 4, ... times that. Tiles that
+            would cover the image are left out. "none" for no tiles. By default "auto" for a model that was trained on windows around
             objects (`Sam.object_share`), and "none" for others.
 
         Raises:

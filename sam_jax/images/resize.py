@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Float64, Int64, Num, UInt8
 from PIL import Image
 
 # The largest number of canvas pixels per image pixel, where parts of an image are enlarged.
-MAX_ZOOM = 4.0
+MAX_ZOOM = 16.0
 
 BAND_PIXELS = 1 << 24  # of a large image that are read at once
 

@@ -14,6 +14,7 @@ from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
 from sam_jax.predict.tile_embedder import TileEmbedder
 from sam_jax.predict.tile_masks import MaskTiles, mask_corners, move_logits, score_masks
 from sam_jax.predict.tiles import (
+    MASK_SHARE,
     Tile,
     plan_pyramid,
     tile_for_box,
@@ -161,7 +162,7 @@ class TiledImage:
         corners = mask_corners(mask, answer.tile, self.pyramid.canvas)
         if not len(corners):
             return answer.tile
-        return tile_for_box(self.pyramid, corners.ravel(), points)
+        return tile_for_box(self.pyramid, corners.ravel(), points, MASK_SHARE)
 
     def _candidates(self, prompt: Prompt) -> list[tuple[Tile, ObjectPrompt]]:
         """Returns the tiles in which a prompt may be answered, and the prompt in each of them."""

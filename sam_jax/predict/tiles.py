@@ -1,6 +1,6 @@
 """Chooses the part of an image, a tile, in which a prompt is answered.
 
-The tiles of an image form a pyramid. A level has tiles of one size, which overlap by three quarters
+The tiles of an image form a pyramid. A level has tiles of one size, which overlap by seven eighths
 in each direction; the last level is the entire image. All choices depend on the image's size and
 the prompt alone, except that an object with a `mask_input` may stay in the tile that it comes from.
 """
@@ -16,9 +16,11 @@ from sam_jax.predict.tiles_option import check_tiles
 
 LEVEL_RATIO = math.sqrt(2)  # of the sides of two levels' tiles
 OCTAVE = 2  # levels in which the side doubles
-STRIDE = 1 / 4  # of the tiles of a level, as a fraction of their side
-BOX_SHARE = 1 / 2  # of a tile's side, which the longer side of a box should take
-KEPT_SHARES = (1 / 4, 4 / 5)  # of a tile's side, for an object that further prompts correct
+STRIDE = 1 / 8  # of the tiles of a level, as a fraction of their side
+POINT_ZOOM = 4.0  # canvas pixels per image pixel in the finest tiles that are tried for points
+BOX_SHARE = 0.7  # of a tile's side, which the longer side of a box should take
+MASK_SHARE = 0.5  # the same for the box of a predicted mask, whose object may be larger
+KEPT_SHARES = (0.3, 0.9)  # of a tile's side, for an object that further prompts correct
 MARGIN = 1 / 8  # of a tile's side, which should be left around clicks
 
 
@@ -100,11 +102,14 @@ def plan_pyramid(
 
 
 def tile_for_box(
-    pyramid: Pyramid, box: Float[np.ndarray, " 4"], points: Float[np.ndarray, "k 2"]
+    pyramid: Pyramid,
+    box: Float[np.ndarray, " 4"],
+    points: Float[np.ndarray, "k 2"],
+    box_share: float = BOX_SHARE,
 ) -> Tile:
     """Returns the tile that shows a box best.
 
-    Its level is the one in which the box's longer side is nearest to BOX_SHARE of a tile's side,
+    Its level is the one in which the box's longer side is nearest to `box_share` of a tile's side,
     and it is the tile of this level whose centre is nearest to the box's. If that does not contain
     the box and the points, the next coarser level is taken.
 
@@ -112,11 +117,12 @@ def tile_for_box(
       pyramid: The tiles of the image.
       box: (x0, y0, x1, y1) in pixels of the image.
       points: (x, y) of the points that come with the box.
+      box_share: The share of a tile's side that the box's longer side should take.
     """
     box = _clip(pyramid, box)
     contents = _bounds(np.concatenate([box.reshape(2, 2), _clip(pyramid, points)]))
     height, width = box[3] - box[1], box[2] - box[0]
-    share = max(height / pyramid.canvas[0], width / pyramid.canvas[1], 1e-9) / BOX_SHARE
+    share = max(height / pyramid.canvas[0], width / pyramid.canvas[1], 1e-9) / box_share
     nearest = int(np.argmin(np.abs(np.log(share / np.array(pyramid.scales)))))
     for scale in pyramid.scales[nearest:-1]:
         tile = nearest_tile(pyramid, scale, box)
@@ -129,14 +135,17 @@ def tiles_for_points(pyramid: Pyramid, points: Float[np.ndarray, "k 2"]) -> list
     """Returns the tiles in which an object under points may be seen best, from fine to coarse.
 
     They are the entire image and a tile of every octave of levels: the one whose centre is nearest
-    to that of the points, if it contains all of them with MARGIN.
+    to that of the points, if it contains all of them with MARGIN. Levels of more than POINT_ZOOM
+    are left out; the predicted mask leads to them if its object is that small.
 
     Args:
       pyramid: The tiles of the image.
       points: (x, y) in pixels of the image, at least one.
     """
     contents = _bounds(_clip(pyramid, points))
-    tiles = [nearest_tile(pyramid, scale, contents) for scale in pyramid.scales[:-1:OCTAVE]]
+    finer = pyramid.scales[:-1]
+    scales = [scale for scale in finer if scale * POINT_ZOOM >= 1] or finer[-1:]
+    tiles = [nearest_tile(pyramid, scale, contents) for scale in scales[::OCTAVE]]
     return [tile for tile in tiles if _contains(pyramid, tile, contents, MARGIN)] + [
         pyramid.image_tile
     ]
@@ -158,14 +167,14 @@ def tile_for_object(
 
     Returns:
       `tile` if it contains the box and the points, and the longer side of the box takes a share of
-      it in KEPT_SHARES; otherwise `tile_for_box`.
+      it in KEPT_SHARES; otherwise `tile_for_box` with MASK_SHARE.
     """
     contents = _bounds(np.concatenate([box.reshape(2, 2), points]))
     share = max((box[2] - box[0]) / tile.width, (box[3] - box[1]) / tile.height)
     is_kept = KEPT_SHARES[0] <= share <= KEPT_SHARES[1]
     if is_kept and _contains(pyramid, tile, _clip(pyramid, contents), margin=0):
         return tile
-    return tile_for_box(pyramid, box, points)
+    return tile_for_box(pyramid, box, points, MASK_SHARE)
 
 
 def nearest_tile(pyramid: Pyramid, scale: float, box: Float[np.ndarray, " 4"]) -> Tile:

@@ -41,7 +41,7 @@ def test_an_image_too_small_for_crops_is_an_error():
 
 @pytest.mark.parametrize(
     ("size", "canvas", "tiles"),
-    [((640, 1000), (64, 64), 100), ((100, 101), (64, 64), "auto"), ((90, 500), (64, 32), 128)],
+    [((640, 1000), (64, 64), 100), ((100, 101), (64, 64), 64), ((90, 500), (64, 32), 128)],
 )
 def test_tiles_of_one_size_cover_the_image(size, canvas, tiles):
     covered = np.zeros(size, bool)
@@ -52,6 +52,27 @@ def test_tiles_of_one_size_cover_the_image(size, canvas, tiles):
         assert crop.layer == 0
         crop.extract(covered)[:] = True
     assert covered.all()
+
+
+@pytest.mark.parametrize(
+    ("size", "sides"),
+    [
+        ((64, 64), []),
+        ((64, 65), [64]),
+        ((40, 128), [64]),
+        ((129, 50), [64, 128]),
+        ((64, 513), [64, 128, 256, 512]),
+    ],
+)
+def test_auto_tiles_double_their_side_until_they_cover_the_image(size, sides):
+    crops = plan_tile_crops(size, (64, 64), "auto", 0.3)
+    assert list(dict.fromkeys(max(crop.size) for crop in crops)) == sides
+    for side in sides:
+        covered = np.zeros(size, bool)
+        for crop in crops:
+            if max(crop.size) == side:
+                crop.extract(covered)[:] = True
+        assert covered.all()
 
 
 def test_tiles_overlap_by_a_part_of_their_side_or_more():

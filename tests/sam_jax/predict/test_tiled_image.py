@@ -13,7 +13,7 @@ from sam_jax.images.resize import fit_size, resize_and_pad
 from sam_jax.masks.overlap import mask_iou
 from sam_jax.predict.tile_embedder import TileEmbedder, read_tile
 from sam_jax.predict.tile_masks import OUTSIDE_LOGIT
-from sam_jax.predict.tiles import Tile, plan_pyramid
+from sam_jax.predict.tiles import MASK_SHARE, Tile, plan_pyramid, tile_for_box
 
 CANVAS = (64, 64)
 CLICK = {"point_coords": np.array([[150.0, 90.0]]), "point_labels": np.array([1])}
@@ -60,7 +60,7 @@ def assert_equal(prediction, expected):
 
 
 @pytest.mark.parametrize(
-    ("image", "tiles"), [(SCENE[:16, :15], "auto"), (SCENE, 200), (SCENE, 1000), (SCENE, None)]
+    ("image", "tiles"), [(SCENE[:4, :3], "auto"), (SCENE, 200), (SCENE, 1000), (SCENE, None)]
 )
 def test_one_tile_equals_no_tiles(predictor, image, tiles):
     inside = {"point_coords": [[11.0, 12]], "point_labels": [1]}
@@ -167,7 +167,7 @@ def test_a_side_gives_tiles_of_this_side_and_the_image(predictor):
 @pytest.mark.parametrize(
     "box", [(20, 30, 29, 42), (90, 70, 115, 85), (100, 60, 145, 100), (15, 20, 120, 140)]
 )
-def test_a_click_is_answered_in_the_tile_of_the_box(predictor, monkeypatch, box):
+def test_a_click_is_answered_in_the_tile_that_fits_its_mask(predictor, monkeypatch, box):
     """Checks it for a decoder that always finds the object in `box`."""
 
     def find_object(model, variables, tile, prompts, multimask_output):
@@ -179,13 +179,14 @@ def test_a_click_is_answered_in_the_tile_of_the_box(predictor, monkeypatch, box)
         return [(logits[None, None], np.ones((1, 1), np.float32))]
 
     predictor.set_image(SCENE, tiles="auto")
-    predictor.predict(box=np.array(box))
-    expected = predictor.tiles_used
     monkeypatch.setattr("sam_jax.predict.tiled_image.decode_objects", find_object)
     monkeypatch.setattr(TileEmbedder, "embed", lambda self, tiles: tiles)
     click = {"point_coords": [[(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]], "point_labels": [1]}
     predictor.predict(**click, multimask_output=False)
-    assert predictor.tiles_used == expected
+    pyramid = plan_pyramid(SCENE.shape[:2], CANVAS, "auto")
+    points = np.array(click["point_coords"])
+    expected = tile_for_box(pyramid, np.array(box, np.float64), points, MASK_SHARE)
+    assert predictor.tiles_used == [expected]
 
 
 def test_a_click_inside_stays_in_the_tile_and_one_outside_leads_to_a_larger_one(tiled):
