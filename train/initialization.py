@@ -22,6 +22,7 @@ from sam_jax.weights.tensors import WeightsError
 from sam_jax.weights.vit import PlainViT, read_plain_vit
 from train.config import ConfigError, TrainConfig
 from train.neck import fit_neck
+from train.widening import widen, widened_fields
 
 # Fields of a model on which no parameter depends.
 NOT_IN_WEIGHTS = (
@@ -56,7 +57,8 @@ def sam_variables(
         another plain vision transformer (DINOv2, timm), which then becomes the image encoder. It
         may also name weights for parts of the model, as
         "image_encoder=PATH,prompt_encoder=PATH,mask_decoder=PATH". A part is the path of a module
-        and stands for all variables below it.
+        and stands for all variables below it. Layers after the encoder are widened if the model's
+        have a multiple of their channels, see `widening.py`.
       init_fn: Initializes the model's variables.
       sample_batch: Returns a batch of images, which `fit_neck` is fitted to.
 
@@ -76,7 +78,7 @@ def sam_variables(
     for part, path in parse_init_from(config.init_from):
         checkpoint = _read_checkpoint(path)
         if isinstance(checkpoint.model, Sam):
-            flat |= _sam_part(model, checkpoint, part, path)
+            flat |= _sam_part(model, flat, checkpoint, part, path, config.seed)
         elif part not in ("", ENCODER):
             raise ConfigError(
                 f"init_from={path!r} holds an encoder alone, which can only be used for {ENCODER}; "
@@ -165,27 +167,33 @@ def _read_encoder(model: Sam, checkpoint: Checkpoint, path: str) -> PlainViT:
     return encoder
 
 
-def _sam_part(model: Sam, checkpoint: Checkpoint, part: str, path: str) -> dict[str, Any]:
-    """Returns the variables of a part of a SAM, by path."""
+def _sam_part(
+    model: Sam, initial: dict[str, Any], checkpoint: Checkpoint, part: str, path: str, seed: int
+) -> dict[str, Any]:
+    """Returns the variables of a part of a SAM, by path, in the shapes of the initial ones."""
     module = part.split("/")[0]
     saved: Any = checkpoint.model
     present: Any = model
     if module:
         saved, present = getattr(saved, module), getattr(model, module)
-    ignored = [name.removeprefix(f"{module}.") for name in NOT_IN_WEIGHTS]
+    names = (*NOT_IN_WEIGHTS, *widened_fields(checkpoint.model, model))
+    ignored = [name.removeprefix(f"{module}.") for name in names]
     changed = differences(module_to_dict(saved), module_to_dict(present), ignored)
     if changed:
         what = f"another {module}" if module else "another model"
         raise ConfigError(f"init_from={path!r} holds {what}: {'; '.join(changed)}")
-    flat = flatten_dict(checkpoint.variables, sep="/")
     found = {
         name: value
-        for name, value in flat.items()
+        for name, value in flatten_dict(checkpoint.variables, sep="/").items()
         if not part or f"{name}/".split("/", 1)[1].startswith(f"{part}/")
     }
     if not found:
         raise ConfigError(f"init_from={path!r} has no variables in {part}")
-    return found
+    widened = widen(found, {name: initial[name].shape for name in found}, seed)
+    num_widened = sum(widened[name].shape != np.shape(found[name]) for name in found)
+    if num_widened:
+        log.warning("%s: %d of %d variables are widened", path, num_widened, len(found))
+    return widened
 
 
 def encode_tokens(

@@ -18,7 +18,15 @@ from train.tasks.base import make_task
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # These configs differ from others only in sizes, or have several stages to trace.
-SLOW = ("mae_vit_b", "mae_vit_l", "sam_nuclei", "sam_photo", "sam_vit_b", "sam_vit_l")
+SLOW = (
+    "mae_vit_b",
+    "mae_vit_l",
+    "sam_nuclei",
+    "sam_photo",
+    "sam_photo_64",
+    "sam_vit_b",
+    "sam_vit_l",
+)
 
 
 def config_of(name, monkeypatch):
