@@ -174,11 +174,14 @@ def _sam_part(
     module = part.split("/")[0]
     saved: Any = checkpoint.model
     present: Any = model
+    multiples = widened_fields(saved, present)
     if module:
         saved, present = getattr(saved, module), getattr(model, module)
-    names = (*NOT_IN_WEIGHTS, *widened_fields(checkpoint.model, model))
-    ignored = [name.removeprefix(f"{module}.") for name in names]
-    changed = differences(module_to_dict(saved), module_to_dict(present), ignored)
+    before, now = module_to_dict(saved), module_to_dict(present)
+    irrelevant, multiples = (
+        [name.removeprefix(f"{module}.") for name in names] for names in (NOT_IN_WEIGHTS, multiples)
+    )
+    changed = differences(before, now, [*irrelevant, *multiples])
     if changed:
         what = f"another {module}" if module else "another model"
         raise ConfigError(f"init_from={path!r} holds {what}: {'; '.join(changed)}")
@@ -190,9 +193,8 @@ def _sam_part(
     if not found:
         raise ConfigError(f"init_from={path!r} has no variables in {part}")
     widened = widen(found, {name: initial[name].shape for name in found}, seed)
-    num_widened = sum(widened[name].shape != np.shape(found[name]) for name in found)
-    if num_widened:
-        log.warning("%s: %d of %d variables are widened", path, num_widened, len(found))
+    if widths := differences(before, now, irrelevant):
+        log.warning("%s: layers are widened: %s", path, "; ".join(widths))
     return widened
 
 

@@ -69,11 +69,14 @@ def _widen_one(
     if value.shape == shape:
         return value
     dtype, input_axis = value.dtype, _input_axis(name, value.ndim)
-    output_factor = shape[-1] // value.shape[-1]
-    for axis in range(value.ndim):
-        factor = shape[axis] // value.shape[axis]
-        shares = _shares(value, axis, factor, rng) if axis == input_axis and factor > 1 else 1.0
-        value = np.repeat(value, factor, axis) * shares
+    factors = [size // old for size, old in zip(shape, value.shape, strict=True)]
+    output_factor = factors[-1]
+    for axis, factor in enumerate(factors):
+        value = np.repeat(value, factor, axis)
+    if input_axis is not None:
+        # Drawn for each copy of an output, too: copies of queries and keys, which are only
+        # multiplied with each other, would otherwise stay equal.
+        value = value * _shares(shape, input_axis, factors[input_axis], rng)
     if "/q/" in name:
         # The product with as many copies of the keys is divided by the root of the channels.
         value = value / math.sqrt(output_factor)
@@ -91,10 +94,10 @@ def _input_axis(name: str, ndim: int) -> int | None:
 
 
 def _shares(
-    value: Float[np.ndarray, "..."], axis: int, factor: int, rng: np.random.Generator
+    shape: tuple[int, ...], axis: int, factor: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "..."]:
-    """Returns the shares of copies along an axis, which sum to 1 for each channel and output."""
-    noise = SHARE_NOISE / factor * rng.standard_normal((*value.shape, factor))
-    shares = 1 / factor + noise - noise.mean(axis=-1, keepdims=True)
-    shares = np.moveaxis(shares, -1, axis + 1)
-    return shares.reshape(*value.shape[:axis], -1, *value.shape[axis + 1 :])
+    """Returns shares that sum to 1 over the copies, neighbours along an axis, of each channel."""
+    split = (*shape[:axis], shape[axis] // factor, factor, *shape[axis + 1 :])
+    noise = rng.standard_normal(split)
+    noise -= noise.mean(axis=axis + 1, keepdims=True)
+    return ((1 + SHARE_NOISE * noise) / factor).reshape(shape)

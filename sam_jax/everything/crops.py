@@ -162,7 +162,7 @@ def plan_tile_crops(
     """
     if tiles == "auto":
         octaves = math.ceil(math.log2(max(1, max(size) / max(canvas))))
-        sides = [max(canvas) << octave for octave in range(octaves)]
+        sides: list[int | str | None] = [max(canvas) << octave for octave in range(octaves)]
     else:
         sides = [tiles]
     return [
@@ -171,7 +171,7 @@ def plan_tile_crops(
 
 
 def _plan_tiles_of_side(
-    size: tuple[int, int], canvas: tuple[int, int], side: int | None, overlap_ratio: float
+    size: tuple[int, int], canvas: tuple[int, int], side: int | str | None, overlap_ratio: float
 ) -> list[Crop]:
     """Returns tiles whose longer side is `side`; see `plan_tile_crops`."""
     pyramid = plan_pyramid(size, canvas, side)

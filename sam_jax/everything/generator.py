@@ -120,9 +120,10 @@ class SamAutomaticMaskGenerator:
             instead of keeping their largest island.
           tiles: The side in pixels of overlapping tiles that are segmented too, as further crops
             with the grid of points of the image; they overlap by crop_overlap_ratio of their side.
-            "auto" for tiles of the size of the model's input and of 2, 4, ... times that. Tiles that
-            would cover the image are left out. "none" for no tiles. By default "auto" for a model that was trained on windows around
-            objects (`Sam.object_share`), and "none" for others.
+            "auto" for tiles of the size of the model's input and of 2, 4, ... times that. Tiles
+            that would cover the image are left out. "none" for no tiles. By default "auto" for a
+            model that was trained on windows around objects (`Sam.object_share`), and "none" for
+            others.
 
         Raises:
           ValueError: If an argument is invalid. The message names it.
