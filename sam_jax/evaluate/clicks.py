@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         required=True,
         help="a weights directory, a checkpoint file, or one of sam_vit_b, sam_vit_l, sam_vit_h, "
-        "sam_tiny and sam_nuclei",
+        "sam_tiny, sam_nuclei and sam_photo",
     )
     parser.add_argument(
         "--tiles",

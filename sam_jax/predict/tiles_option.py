@@ -8,7 +8,7 @@ from sam_jax.model.sam import Sam
 MIN_TILE_SIDE = 16  # pixels of the image
 
 DEFAULT_TILES_HELP = (
-    "default: auto for a model that was trained on windows around objects, such as sam_nuclei, and "
+    "default: auto for a model that was trained on windows around objects, such as sam_photo, and "
     "none for others"
 )
 

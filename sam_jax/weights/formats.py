@@ -28,7 +28,9 @@ from sam_jax.weights.state_dict import take_tensors
 from sam_jax.weights.tensors import WeightsError
 
 # Weights directories that the package contains.
-PACKAGED = {name: Path(__file__).with_name(name) for name in ("sam_tiny", "sam_nuclei")}
+PACKAGED = {
+    name: Path(__file__).with_name(name) for name in ("sam_tiny", "sam_nuclei", "sam_photo")
+}
 FORMATS = ("sam_jax", "official", "huggingface")
 OFFICIAL_SUFFIXES = (".pth", ".pt", ".safetensors")
 

@@ -61,7 +61,9 @@ def test_the_docstring_contains_the_command(name, monkeypatch):
     assert config.data.source.split(":")[0] in SOURCES
 
 
-@pytest.mark.parametrize(("name", "share"), [("sam_tiny", None), ("sam_nuclei", (0.25, 0.75))])
+@pytest.mark.parametrize(
+    ("name", "share"), [("sam_tiny", None), ("sam_nuclei", (0.25, 0.75)), ("sam_photo", (0.4, 1.0))]
+)
 def test_a_packaged_model_is_that_of_its_config(name, share, monkeypatch):
     model, _ = load(name)
     assert model == make_task(config_of(name, monkeypatch)).trained_model

@@ -277,11 +277,12 @@ def test_the_tiny_model_comes_with_the_package(tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in formats.PACKAGED["sam_tiny"].iterdir()) <= 4e6
 
 
-def test_the_nuclei_model_comes_with_the_package(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "max_bytes"), [("sam_nuclei", 2e6), ("sam_photo", 30e6)])
+def test_models_of_real_images_come_with_the_package(tmp_path, monkeypatch, name, max_bytes):
     monkeypatch.chdir(tmp_path)
-    model, variables = load("sam_nuclei")
+    model, variables = load(name)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
-    assert sum(path.stat().st_size for path in formats.PACKAGED["sam_nuclei"].iterdir()) <= 2e6
+    assert sum(path.stat().st_size for path in formats.PACKAGED[name].iterdir()) <= max_bytes
     # A bright disk on a dark ground is segmented from its box.
     y, x = np.mgrid[:60, :60]
     disk = (y - 30) ** 2 + (x - 27) ** 2 <= 12**2
