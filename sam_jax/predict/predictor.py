@@ -95,19 +95,20 @@ class SamPredictor:
         """Encodes an image for the predictions that follow, or plans its tiles.
 
         With tiles, an object is seen in a part of the image, which the model sees enlarged. A box
-        is seen in the tile of which it takes about half. Points are seen in tiles of all sizes, and
-        the best prediction counts: that of the highest predicted IoU times stability score, where
-        masks that are cut off or small in their tile count less. An object with `mask_input`, which
-        must be of an earlier prediction on this image, stays in its tile while it takes a quarter
-        to four fifths of the tile's side and all points are inside. Otherwise it moves, with the
-        logits, to the tile for its box. Tiles are read and encoded when a prompt needs them, so
-        that the image may be a `np.memmap`; it must not change meanwhile.
+        is seen in the tile of which it takes about 0.7. Points are seen in tiles of several sizes,
+        and the best prediction counts: that of the highest predicted IoU times stability score,
+        where masks that are cut off or small in their tile count less. It then moves to a tile of
+        which it takes about half. An object with `mask_input`, which must be of an earlier
+        prediction on this image, stays in its tile while it takes 0.3 to 0.9 of the tile's side and
+        all points are inside. Otherwise it moves, with the logits, to the tile for its box. Tiles
+        are read and encoded when a prompt needs them, so that the image may be a `np.memmap`; it
+        must not change meanwhile.
 
         Args:
           image: 'h w 3' uint8, values 0 to 255.
           image_format: The order of its channels, "RGB" or "BGR".
           tiles: "none" to see the entire image only; "auto" for tiles of many sizes, the smallest
-            of which the model sees at four times their size; or the longer side of all tiles in
+            of which the model sees at 16 times their size; or the longer side of all tiles in
             pixels. The entire image is always one of the tiles, and an image that fits into a tile
             is the only one. By default "auto" for a model that was trained on windows around
             objects (`Sam.object_share`), and "none" for others.
