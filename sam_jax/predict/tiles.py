@@ -136,7 +136,8 @@ def tiles_for_points(pyramid: Pyramid, points: Float[np.ndarray, "k 2"]) -> list
 
     They are the entire image and a tile of every octave of levels: the one whose centre is nearest
     to that of the points, if it contains all of them with MARGIN. Levels of more than POINT_ZOOM
-    are left out; the predicted mask leads to them if its object is that small.
+    are left out, unless there are no others. The predicted mask leads to them if its object is that
+    small.
 
     Args:
       pyramid: The tiles of the image.

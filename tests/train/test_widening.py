@@ -15,7 +15,7 @@ from train.initialization import sam_variables
 from train.widening import widen
 
 
-def build(dim=16, mlp_dim=24, iou_hidden_dim=20):
+def build(dim=16, mask_channels=8, mlp_dim=24, iou_hidden_dim=20):
     return build_sam(
         image_size=(32, 32),
         patch_size=8,
@@ -24,6 +24,7 @@ def build(dim=16, mlp_dim=24, iou_hidden_dim=20):
         num_heads=2,
         global_blocks=(0,),
         prompt_dim=dim,
+        mask_channels=mask_channels,
         decoder_heads=2,
         decoder_mlp_dim=mlp_dim,
         iou_hidden_dim=iou_hidden_dim,
@@ -66,7 +67,12 @@ def predict(model, variables):
 
 
 @pytest.mark.parametrize(
-    "wide", [build(dim=32), build(dim=48, mlp_dim=48, iou_hidden_dim=60), build(mlp_dim=72)]
+    "wide",
+    [
+        build(dim=32),
+        build(dim=48, mlp_dim=48, iou_hidden_dim=60),
+        build(mask_channels=16, mlp_dim=72),
+    ],
 )
 def test_a_widened_model_computes_the_same(narrow_variables, tmp_path, wide, caplog):
     sam_jax.save(tmp_path, NARROW, narrow_variables)
