@@ -13,7 +13,13 @@ from sam_jax.model.init import init_variables, variable_shapes
 from sam_jax.model.mae import MaskedAutoencoder, encode_positions
 from sam_jax.model.sam import Sam, build_sam
 from sam_jax.weights import names, vit
-from sam_jax.weights.tensors import WeightsError, check_names, check_shapes, check_variables
+from sam_jax.weights.tensors import (
+    WeightsError,
+    check_finite,
+    check_names,
+    check_shapes,
+    check_variables,
+)
 
 POSITIONS = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_dim"}  # the field of the width
 SAM_WIDTHS = (768, 1024, 1280)  # of the published sizes
@@ -55,18 +61,21 @@ def from_torch(model: MaskedAutoencoder, tensors: dict[str, np.ndarray]) -> dict
     """
     table = names.mae_names(model.depth, model.decoder_depth)
     check_names("the file", tensors, {*(name for name, _ in table.values()), *POSITIONS})
-    for name, field in POSITIONS.items():
-        expected = _positions(model, field)
-        if tensors[name].shape != expected.shape or abs(tensors[name] - expected).max() > 1e-4:
-            raise WeightsError(f"{name} must be the sines and cosines of the model's grid")
     shapes = variable_shapes(model)
+    expected = {
+        name: layout.torch_shape(shapes[path].shape) for path, (name, layout) in table.items()
+    }
+    expected |= {
+        name: (1, 1 + model.num_patches, getattr(model, field)) for name, field in POSITIONS.items()
+    }
     check_shapes(
         "tensors of wrong shapes",
-        {
-            name: (tensors[name].shape, layout.torch_shape(shapes[path].shape))
-            for path, (name, layout) in table.items()
-        },
+        {name: (tensors[name].shape, shape) for name, shape in expected.items()},
     )
+    check_finite("the file", tensors)
+    for name, field in POSITIONS.items():
+        if abs(tensors[name] - _positions(model, field)).max() > 1e-4:
+            raise WeightsError(f"{name} must be the sines and cosines of the model's grid")
     flat = {
         path: names.from_torch_tensor(layout, tensors[name])
         for path, (name, layout) in table.items()
