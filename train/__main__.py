@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from sam_jax.data.example import SourceError
+from sam_jax.io.console import escape_output
 from train.config import ConfigError
 from train.overrides import load_config, override, to_json
 from train.run import run
@@ -20,6 +21,7 @@ COMPILATION_CACHE = Path.home() / ".cache" / "sam_jax" / "compiled"
 
 def main() -> int:
     """Runs a config and returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    escape_output()
     args = make_parser().parse_args()
     connect(args.coordinator, args.processes, args.process)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

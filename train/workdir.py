@@ -124,32 +124,40 @@ def _replace_nonfinite(value: Any) -> Any:
 class BadSamples:
     """Counts images that could not be used, lists them in a file, and stops a run with too many.
 
+    Images that are used without some of their masks are listed, but do not count as unusable.
+
     Attributes:
       path: A JSON lines file with one image per line. It exists if there is any such image.
       limit: The fraction of the images that may be unusable.
       count: The number of all images.
       known: The unusable images so far, by index.
+      used_in_part: The indices of the images of which some masks are unusable.
     """
 
     def __init__(self, path: Path, limit: float, count: int) -> None:
         self.path, self.limit, self.count = path, limit, count
         self.known: dict[int, SkippedSample] = {}
+        self.used_in_part: set[int] = set()
         path.unlink(missing_ok=True)
 
     def add(self, skipped: list[SkippedSample]) -> None:
         """Adds the samples that were skipped in a step.
 
         Args:
-          skipped: The samples.
+          skipped: The samples; see `Loader.batch`.
 
         Raises:
           ConfigError: If too many images are unusable.
         """
         for sample in skipped:
-            if sample.index not in self.known:
+            if sample.index in (self.used_in_part if sample.skipped_masks else self.known):
+                continue
+            if sample.skipped_masks:
+                self.used_in_part.add(sample.index)
+            else:
                 self.known[sample.index] = sample
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
         if len(self.known) > self.limit * self.count:
             last = list(self.known.values())[-1]
             raise ConfigError(
