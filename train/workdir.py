@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
-from sam_jax.io.atomic import write_json, write_json_lines
+from sam_jax.io.atomic import replace_nonfinite, write_json, write_json_lines
 from sam_jax.io.lock import LockedError, exclusive_lock
 from sam_jax.io.settings_guard import differences
 from sam_jax.model.fields import FLAX_FIELDS
@@ -26,6 +25,7 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint_every",
     "evaluate_every",
+    "max_bad_steps",
     "profile",
     "data.workers",
     "feature_cache",
@@ -141,25 +141,16 @@ def write_evaluation(
 ) -> None:
     """Writes evaluation.json, and objects.jsonl if there are objects.
 
-    NaN and infinity become null, because JSON cannot express them. A run that diverged still gets
-    its evaluation and its report.
+    NaN and infinity become null, because JSON cannot express them.
 
     Args:
       workdir: The folder of the run.
       evaluation: Values by name, which may be nested.
       objects: The rows of objects.jsonl, without NaN and infinity.
     """
-    write_json(workdir / "evaluation.json", _replace_nonfinite(evaluation))
+    write_json(workdir / "evaluation.json", replace_nonfinite(evaluation))
     if objects:
         write_json_lines(workdir / "objects.jsonl", objects)
-
-
-def _replace_nonfinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _replace_nonfinite(item) for name, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class BadSamples:
