@@ -16,7 +16,7 @@ version = release = sam_jax.__version__
 html_title = "sam_jax"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "photos/README.md"]
 
 # Pages: Markdown, whose headings are link targets as on GitHub, and notebooks as they are saved.
 myst_heading_anchors = 3
