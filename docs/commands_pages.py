@@ -12,7 +12,7 @@ from pathlib import Path
 from sam_jax.cli.main import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH = "88"  # characters per line of the help texts
+WIDTH = "84"  # characters per line of the help texts
 TRAIN_MODULES = ("train", "train.compile")
 
 
@@ -60,7 +60,8 @@ def module_help(name: str) -> str:
 def index_page(names: list[str]) -> str:
     """Returns the page that lists all commands."""
     entries = "\n".join(names)
-    return f"# Commands\n\nWhat `--help` prints for each command.\n\n```{{toctree}}\n{entries}\n```\n"
+    toctree = f"```{{toctree}}\n{entries}\n```\n"
+    return f"# Commands\n\nThe text that each command prints with `--help`.\n\n{toctree}"
 
 
 def write_page(path: Path, text: str) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
-import sam_jax  # noqa: E402
 from commands_pages import write_commands  # noqa: E402
+
+import sam_jax  # noqa: E402
 
 project = "sam_jax"
 author = "The sam_jax authors"
@@ -16,7 +17,7 @@ version = release = sam_jax.__version__
 html_title = "sam_jax"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build", "photos/README.md"]
+exclude_patterns = ["_build"]
 
 # Pages: Markdown, whose headings are link targets as on GitHub, and notebooks as they are saved.
 myst_heading_anchors = 3
@@ -27,10 +28,13 @@ nb_output_stderr = "remove-warn"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
+toc_object_entries_show_parents = "hide"
 
 html_theme = "sphinx_book_theme"
-html_theme_options = {"home_page_in_toc": True, "show_navbar_depth": 1}
+html_theme_options = {"home_page_in_toc": True, "show_navbar_depth": 1, "navbar_persistent": []}
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 # `make docs-links` requests external links. A test checks the others.
 linkcheck_ignore = [r"https://github.com/sam-jax/.*", r"https://colab.research.google.com/.*"]
