@@ -28,11 +28,7 @@ install: .venv/test
 train: .venv/test
 	$(BIN)/python -m train configs/sam_tiny.py --workdir runs/sam_tiny
 
-pre.venv/docs: .venv/test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,docs]'
-	touch $@
-
-train: .venv/test
+pretrain: .venv/test
 	$(BIN)/python -m train configs/mae_tiny.py --workdir runs/mae_tiny
 
 test: .venv/test

@@ -130,7 +130,7 @@ def test_the_metadata_lead_to_the_project(wheel):
         path = f"sam_jax-{sam_jax.__version__}.dist-info/METADATA"
         metadata = email.message_from_bytes(archive.read(path))
     assert metadata["Author"] == "The sam_jax authors"
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License"] == "Apache-2.0"
     assert f"Source, {URL}" in metadata.get_all("Project-URL")
     assert metadata["Description-Content-Type"] == "text/markdown"
     description = metadata.get_payload(decode=True).decode()
