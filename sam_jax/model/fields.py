@@ -59,11 +59,11 @@ def multiple_of(field: str, value: int, divisor: int, allowed: str) -> Iterator[
 
 
 def bounds(module: nn.Module) -> Iterator[Rule]:
-    """Yields the rules that no size and no number of blocks of a module is huge."""
+    """Yields the rules that no number of a module, and no number of blocks, is huge."""
     for field in module_fields(module):
         value = getattr(module, field.name)
         limit = MAX_DEPTH if field.name.endswith("depth") else MAX_SIZE
-        if isinstance(value, int):
+        if isinstance(value, int | float):
             yield Rule(field.name, value, value <= limit, f"at most {limit}")
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from sam_jax.model.init import init_variables, variable_shapes
 from sam_jax.model.mae import MaskedAutoencoder, encode_positions
-from sam_jax.model.sam import Sam, build_sam
+from sam_jax.model.sam import Sam, build_sam, replace_fields
 from sam_jax.weights import names, vit
+from sam_jax.weights.model_json import validated
 from sam_jax.weights.tensors import (
     WeightsError,
     check_finite,
@@ -123,18 +124,27 @@ def to_sam(
     model = build_sam(
         embed_dim=width, depth=depth, num_heads=num_heads, global_blocks=global_blocks
     )
+    validated(model, "the encoder is too large")
     encoder = encoder_for(model, tensors, notes)
+    tables = {
+        path: np.zeros(x.shape, np.float32)
+        for path, x in variable_shapes(model).items()
+        if "/rel_pos_" in path
+    }
+    # The other parts do not depend on the number of blocks, each of which takes time to trace.
+    shallow = replace_fields(model, depth=1, global_blocks=(0,))
 
     @jax.jit
     def init_other_parts() -> dict[str, jax.Array]:
-        flat = flax.traverse_util.flatten_dict(init_variables(model, 0), sep="/")
+        flat = flax.traverse_util.flatten_dict(init_variables(shallow, 0), sep="/")
         return {path: value for path, value in flat.items() if path not in encoder}
 
     notes.append(
         "the neck, prompt encoder and mask decoder are untrained (seed 0) and relative positions "
         "zero: train before use"
     )
-    flat = encoder | {path: np.asarray(value) for path, value in init_other_parts().items()}
+    other_parts = {path: np.asarray(value) for path, value in init_other_parts().items()}
+    flat = encoder | tables | other_parts
     check_variables("the checkpoint", model, flat)
     return model, flax.traverse_util.unflatten_dict(flat, sep="/")
 

@@ -119,6 +119,17 @@ def test_shapes_are_those_of_the_initial_variables(model):
     assert list(variable_shapes(model).items()) == list(flat.items())
 
 
+def test_the_number_of_blocks_does_not_change_other_initial_values(jit):
+    def init(**fields):
+        flat = flax.traverse_util.flatten_dict(init_variables(sam_tiny(**fields), 3), sep="/")
+        return {path: x for path, x in flat.items() if "/block_" not in path}
+
+    one, two = jit(lambda: init(depth=1, global_blocks=(0,)))(), jit(init)()
+    assert one.keys() == two.keys()
+    for path, x in one.items():
+        np.testing.assert_array_equal(x, two[path], err_msg=path)
+
+
 def test_shapes_of_many_blocks_are_found_without_tracing_each(monkeypatch):
     calls = []
     block = image_encoder.Block.__call__
@@ -144,6 +155,7 @@ def test_shapes_of_many_blocks_are_found_without_tracing_each(monkeypatch):
             {"image_size": (64, 1 << 15)},
             r"image_encoder.image_size must be at most 16384; got \(64, ",
         ),
+        ({"position_scale": 1e308}, "prompt_encoder.position_scale must be at most 16384; got 1e"),
         ({"mask_channels": 1 << 20}, "prompt_encoder.mask_channels must be at most 16384"),
         (
             {"global_blocks": (0, 2)},
