@@ -129,7 +129,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If the file is damaged, or does not hold exactly the tensors of a SAM.
+      ValueError: If the file is damaged, does not hold exactly the tensors of a SAM, or holds
+        values that are NaN or infinite; `safetensors.numpy.load_file` shows these.
       DownloadError: If an official file cannot be downloaded.
     """
     checkpoint = read(path)
@@ -158,7 +159,8 @@ def load_autoencoder(path: str | os.PathLike[str]) -> tuple[MaskedAutoencoder, d
 
     Raises:
       FileNotFoundError: If there is no such directory.
-      ValueError: If it is damaged, or does not hold a masked autoencoder.
+      ValueError: If it is damaged, does not hold a masked autoencoder, or holds values that are
+        NaN or infinite.
     """
     checkpoint = read(path)
     if not isinstance(checkpoint.model, MaskedAutoencoder):
@@ -183,7 +185,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If the file is damaged, or does not hold exactly the tensors of a model.
+      ValueError: If the file is damaged, does not hold exactly the tensors of a model, or holds
+        values that are NaN or infinite.
       DownloadError: If an official file cannot be downloaded.
     """
     path = _find(path)
@@ -235,7 +238,7 @@ def save(
 
     Raises:
       ValueError: If the format or the storage is unknown, if they do not go together, or if the
-        variables are not those of the model.
+        variables are not those of the model or hold values that are NaN or infinite.
       FileExistsError: If something else than an older directory of the same format is at `path`.
     """
     path = _expand(path)

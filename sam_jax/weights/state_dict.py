@@ -92,7 +92,7 @@ def _find_models(state: dict[Any, Any], path: tuple[Any, ...] = ()) -> Iterator[
 def _prefixes(state: dict[Any, Any]) -> set[str]:
     """Returns what precedes the names that every model has."""
     for marker in _MARKERS:
-        matches = (marker.match(name) for name in state if isinstance(name, str))
+        matches = (marker.match(k) for k, x in state.items() if isinstance(k, str) and _is_float(x))
         if prefixes := {match[0] for match in matches if match}:
             return prefixes
     return set()

@@ -10,10 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.fuzz import weights
 from tests.fuzz.harness import fuzz
+from tests.fuzz.tables import TABLES
 
-TABLES = {"weights": weights.targets}
 MAX_ADDRESS_SPACE = 16 << 30  # bytes, most of which JAX reserves without using them
 
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,8 @@ def fuzz(
       max_memory: Bytes that reading a file may add to the memory of the process.
 
     Returns:
-      The counts, and the faults: executions, hangs, undocumented errors, too much memory.
+      The counts, and the faults: executions, hangs, warnings, undocumented errors, and too much
+      memory.
     """
     target.read(target.seed)  # valid; and loads what is loaded once
     result = Result(target.name)
@@ -89,7 +91,7 @@ def fuzz(
         before, executed = _memory("VmRSS", reset=True), _watch()
         start = time.perf_counter()
         try:
-            with _alarm(max_seconds):
+            with _alarm(max_seconds), warnings.catch_warnings(action="error"):
                 target.read(data)
             result.read += 1
         except target.errors:

@@ -1,5 +1,6 @@
 """Mutations of any bytes; and of JSON, safetensors and PyTorch files by their structure."""
 
+import copy
 import io
 import json
 import random
@@ -63,7 +64,7 @@ def _mutate_value(value: Any, rng: random.Random) -> Any:
     if not isinstance(value, dict | list) or not value or rng.randrange(20) == 0:
         if type(value) is int and rng.randrange(3):
             return rng.choice([value + 1, value - 1, 2 * value, -value, value // 2, *NUMBERS])
-        return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice(VALUES))
     keys = list(value) if isinstance(value, dict) else range(len(value))
     key = rng.choice(keys)
     match rng.randrange(8):

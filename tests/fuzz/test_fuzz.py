@@ -10,25 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.fuzz import weights
 from tests.fuzz.harness import Target, fuzz
+from tests.fuzz.tables import TABLES
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", TABLES)
+def test_mutated_files_are_read_or_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = [fuzz(target, 12) for target in weights.targets(tmp_path)]
+    results = [fuzz(target, 12) for target in TABLES[name](tmp_path)]
     assert [fault for result in results for fault in result.faults] == []
-    assert sum(result.read for result in results) > 5
-    assert sum(result.refused for result in results) > 50
+    assert sum(result.read for result in results)
+    assert sum(result.refused for result in results)
     assert not Path("canary").exists()
     assert "antigravity" not in sys.modules
 
 
 @pytest.mark.slow
-def test_20_000_files_of_weights():
-    command = [sys.executable, "-m", "tests.fuzz", "--count", "20000", "--table", "weights"]
+@pytest.mark.parametrize("name", TABLES)
+def test_20_000_mutated_files_are_read_or_refused(name):
+    command = [sys.executable, "-m", "tests.fuzz", "--count", "20000", "--table", name]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.endswith("\n0 faults\n")

@@ -154,6 +154,8 @@ def test_a_wrapper_in_a_wrapper_is_loaded(tiny, state):
 
 def test_the_likely_one_of_several_models_is_loaded(tiny, state):
     other = {name: np.zeros_like(x) for name, x in state.items()}
+    optimizer = {"state": {name: {"step": 1} for name in state}}
+    assert load({"best": state, "optimizer": optimizer})[0] == tiny[0]
     _, variables, notes = load({"ema": other, "model": state})
     assert_same_arrays(flatten(variables), flatten(tiny[1]))
     assert notes == ["of the checkpoint only 'model' was read, not ema"]

@@ -140,7 +140,7 @@ def mutations(content: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("what", ["archive", "pickle"])
 def test_mutated_files_are_read_or_refused(folder, what):
-    count = 2000
+    count = 500  # `tests.fuzz` reads more
     path = folder / "file.pth"
     path.write_bytes(archive(SEED_PICKLE))
     assert torch_file.read(path)["args"]["names"] == ["os", "system", None, True]
@@ -154,7 +154,7 @@ def test_mutated_files_are_read_or_refused(folder, what):
             path.write_bytes(file)
             with contextlib.suppress(torch_file.TorchFileError):
                 read += isinstance(torch_file.read(path), dict)
-    assert count // 100 < read < count - count // 100  # some are read and some are refused
+    assert 0 < read < count  # some are read and some are refused
 
 
 # Reading.
