@@ -50,21 +50,32 @@ def resize_and_pad(
       The canvas, zero where it is padded, and the (height, width) of the image in it.
     """
     input_size = fit_size((image.shape[0], image.shape[1]), canvas)
-    # Pillow resizes along the rows first and rounds to 8 bits. In bands the result is the same, and
-    # no second copy of a large image is made.
-    rows = max(1, BAND_PIXELS // image.shape[1])
-    if rows < image.shape[0]:
-        bands = [image[top : top + rows] for top in range(0, image.shape[0], rows)]
-        image = np.concatenate([_resize(band, (len(band), input_size[1])) for band in bands])
     padded = np.zeros((*canvas, 3), np.uint8)
-    padded[: input_size[0], : input_size[1]] = _resize(image, input_size)
+    padded[: input_size[0], : input_size[1]] = resize_rgb(
+        image, input_size, Image.Resampling.BILINEAR
+    )
     return padded, input_size
 
 
-def _resize(
-    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
+def resize_rgb(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], resample: Image.Resampling
 ) -> UInt8[np.ndarray, "{size[0]} {size[1]} 3"]:
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    """Resizes an image exactly as Pillow does, without a second copy of a large image.
+
+    Args:
+      image: RGB pixels.
+      size: (height, width) of the result.
+      resample: A filter of Pillow.
+
+    Returns:
+      The resized image.
+    """
+    # Pillow resizes the rows first and rounds them to 8 bits, so they can be resized in bands.
+    rows = max(1, BAND_PIXELS // image.shape[1])
+    if rows < image.shape[0]:
+        bands = [image[top : top + rows] for top in range(0, image.shape[0], rows)]
+        image = np.concatenate([resize_rgb(band, (len(band), size[1]), resample) for band in bands])
+    return np.asarray(Image.fromarray(image).resize(size[::-1], resample))
 
 
 def resize_in_bands(

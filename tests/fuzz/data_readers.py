@@ -140,14 +140,15 @@ def images() -> list[bytes]:
     ]
 
 
-def masks() -> list[bytes]:
+@functools.cache
+def masks() -> tuple[bytes, ...]:
     """Returns PNGs of masks. All but the last one are label maps, too."""
     labels = np.random.default_rng(0).integers(0, 5, SIZE).astype(np.uint8)
     colored = np.zeros((*SIZE, 4), np.uint8)
     colored[..., 3] = 60 * labels
     files = [Image.fromarray(x) for x in (labels, labels > 1, labels.astype(np.uint16) * 900)]
     files += [Image.fromarray(colored).quantize(4), Image.fromarray(colored)]
-    return [encode(image, "PNG") for image in files]
+    return tuple(encode(image, "PNG") for image in files)
 
 
 def boxes(count: int) -> list[dict[str, Any]]:

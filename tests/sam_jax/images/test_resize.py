@@ -74,6 +74,9 @@ def test_bands_give_the_same_pixels(monkeypatch, size, band):
     np.testing.assert_array_equal(expected[: input_size[0], : input_size[1]], resized)
     monkeypatch.setattr(resize, "BAND_PIXELS", band)
     np.testing.assert_array_equal(resize_and_pad(image, (48, 72))[0], expected)
+    for resample in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS):
+        resized = Image.fromarray(image).resize((33, 61), resample)
+        np.testing.assert_array_equal(resize.resize_rgb(image, (61, 33), resample), resized)
     turned = np.rot90(image[:, ::-1])
     np.testing.assert_array_equal(
         resize_and_pad(turned, (72, 48))[0], resize_and_pad(turned.copy(), (72, 48))[0]
