@@ -27,6 +27,7 @@ nb_output_stderr = "remove-warn"
 # The reference: shapes are in the descriptions, so signatures have names and defaults only.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+default_role = "code"  # single backquotes in docstrings
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Attributes", "params_style")]
 toc_object_entries_show_parents = "hide"

@@ -210,7 +210,10 @@ def import_plots() -> SavePlots:
     try:
         from sam_jax.visualize.dataset_plots import save_plots
     except ImportError as error:
-        raise ValueError(f'--out draws plots: {error}; pip install "sam_jax[viz]"') from error
+        raise ValueError(
+            f"--out draws plots: {error}; install the extra viz: pip install '.[viz]' in a "
+            "checkout, otherwise 'sam_jax[viz]'"
+        ) from error
     return save_plots
 
 

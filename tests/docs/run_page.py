@@ -1,6 +1,6 @@
 """Runs the commands and examples of a page in the present folder, which stands for a checkout.
 
-python -m tests.docs.run_page PAGE
+`python -P -m tests.docs.run_page PAGE`; with -P, the folder's stand-ins do not replace modules.
 """
 
 import configparser

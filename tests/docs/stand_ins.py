@@ -13,7 +13,7 @@ from sam_jax.model.mae import MaskedAutoencoder, mae_tiny
 from sam_jax.model.sam import Sam
 from train.config import Optimizer
 
-NUM_IMAGES = 6
+NUM_IMAGES = 5
 SIZE = "64x96"
 
 
@@ -154,7 +154,7 @@ def shorten(config):
         config,
         model=model,
         objective=objective,
-        data=dataclasses.replace(config.data, held_out=held_out),
+        data=dataclasses.replace(config.data, held_out=held_out, workers=0),
         optimizer=Optimizer(warmup_steps=1, lr_boundaries=(), layer_decay=1.0),
         batch_size=2,
         num_steps=2,

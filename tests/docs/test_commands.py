@@ -15,7 +15,7 @@ from tests.docs.pages import PAGES, ROOT, read_blocks
     "path", [path for path in PAGES if read_blocks(path)], ids=lambda path: path.stem
 )
 def test_a_page_runs_from_top_to_bottom(path, tmp_path):
-    command = [sys.executable, "-m", "tests.docs.run_page", str(path)]
+    command = [sys.executable, "-P", "-m", "tests.docs.run_page", str(path)]
     flags = f"{compilation.XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     done = subprocess.run(

@@ -75,11 +75,12 @@ def test_every_command_of_sam_jax_parses(path, capsys):
 
 
 @by_page
-def test_every_training_command_parses_and_its_fields_exist(path, monkeypatch):
+def test_every_training_command_parses_and_its_fields_exist(path, monkeypatch, caplog):
     monkeypatch.chdir(ROOT)
     for arguments in arguments_of(path, "train"):
         args = parse(make_train_parser(), arguments)
         override(load_config(args.config), args.set)
+    assert not caplog.records, "a former name of a field"
 
 
 @by_page
