@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from sam_jax.data.example import SourceError
+from train.checkpoints import CheckpointError
 from train.config import ConfigError
 from train.overrides import load_config, override, to_json
 from train.run import run
@@ -30,7 +31,7 @@ def main() -> int:
             jax_config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
         print(to_json(config), end="", flush=True)
         run(config, args.workdir)
-    except (ConfigError, SourceError, FileNotFoundError) as error:
+    except (CheckpointError, ConfigError, SourceError, FileNotFoundError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     return 0

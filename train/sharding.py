@@ -128,6 +128,13 @@ def sync_hosts(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def max_over_hosts(value: int) -> int:
+    """Returns the largest of the values with which all hosts call this function together."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
 def compile_step(mesh: Mesh, step: Callable[..., Any], state: Any) -> CompiledStep:
     """Compiles a step f(state, batch) -> (state, values); the state is donated.
 
