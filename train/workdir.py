@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from sam_jax.model.fields import FLAX_FIELDS
 from train.config import ConfigError, TrainConfig
 from train.former_names import rename_saved
 from train.overrides import to_dict
+
+log = logging.getLogger("train")
+
+FOLDERS = ("checkpoints", "weights", "report", "tensorboard")  # that a run writes
 
 # Fields that may differ when a run is resumed, because no earlier step depends on them.
 MAY_CHANGE = (
@@ -63,11 +68,15 @@ def check_or_create(
             )
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"{name} is not empty and holds no run: choose another --workdir")
+    for folder in FOLDERS:
+        if (workdir / folder).exists() and not (workdir / folder).is_dir():
+            raise ConfigError(f"{name}/{folder} is a file, and the run needs a folder: rename it")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(parent).free) < num_bytes:
+    # A resumed run replaces the checkpoints and the weights that it has written.
+    needed = num_bytes - sum(size_of(workdir / folder) for folder in FOLDERS)
+    if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(
-            f"{name} needs {num_bytes / 2**20:.0f} MiB of disk space; {free / 2**20:.0f} MiB are "
-            "free"
+            f"{name} needs {needed / 2**20:.0f} MiB of disk space; {free / 2**20:.0f} MiB are free"
         )
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -112,6 +121,11 @@ def write_evaluation(
         write_json_lines(workdir / "objects.jsonl", objects)
 
 
+def size_of(folder: Path) -> int:
+    """Returns the number of bytes of all files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 class BadSamples:
     """Counts images that could not be used, lists them in a file, and stops a run with too many.
 
@@ -139,8 +153,11 @@ class BadSamples:
         for sample in skipped:
             if sample.index not in self.known:
                 self.known[sample.index] = sample
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+                try:
+                    with open(self.path, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+                except OSError as error:
+                    log.warning("%s is unusable, and cannot be listed: %s", sample.name, error)
         if len(self.known) > self.limit * self.count:
             last = list(self.known.values())[-1]
             raise ConfigError(
