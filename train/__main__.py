@@ -28,7 +28,8 @@ def main() -> int:
       0 done, 1 failed, 2 wrong usage, 130 stopped by SIGINT, 143 stopped by SIGTERM.
     """
     args = make_parser().parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Some import has configured the root logger before.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     signals = StopSignals()
     try:
         with signals.installed(), logging_redirect_tqdm():
