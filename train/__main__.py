@@ -31,7 +31,8 @@ def main() -> int:
     """
     escape_output()
     args = make_parser().parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Some import has configured the root logger before.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     signals = StopSignals()
     try:
         with signals.installed(), logging_redirect_tqdm():

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 import jax
@@ -110,6 +111,8 @@ class StopSignals:
         to them as well, and a shutdown SIGTERM, but they are needed until the run has stopped.
         """
         before, self._is_deferred = self._is_deferred, True
+        # When Python starts this process, with the first other process, it unblocks the signals.
+        resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             yield

@@ -20,6 +20,7 @@ from train.run_record import config_changes, newest_config
 
 log = logging.getLogger("train")
 
+FOLDERS = ("checkpoints", "weights", "report", "tensorboard")  # that a run writes
 LOCK_NAME = ".lock"
 # What the lead host has written before config.json, when another host checks the folder.
 BEFORE_CONFIG = re.compile(r"\.lock|\.config\.json\..+\.tmp")
@@ -91,11 +92,15 @@ def check_or_create(
             )
     elif workdir.exists() and not is_free(workdir):
         raise ConfigError(f"{name} is not empty and holds no run: choose another --workdir")
+    for folder in FOLDERS:
+        if (workdir / folder).exists() and not (workdir / folder).is_dir():
+            raise ConfigError(f"{name}/{folder} is a file, and the run needs a folder: rename it")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(parent).free) < num_bytes:
+    # A resumed run replaces the checkpoints and the weights that it has written.
+    needed = num_bytes - sum(size_of(workdir / folder) for folder in FOLDERS)
+    if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(
-            f"{name} needs {num_bytes / 2**20:.0f} MiB of disk space; {free / 2**20:.0f} MiB are "
-            "free"
+            f"{name} needs {needed / 2**20:.0f} MiB of disk space; {free / 2**20:.0f} MiB are free"
         )
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -144,6 +149,11 @@ def write_evaluation(
         write_json_lines(workdir / "objects.jsonl", objects)
 
 
+def size_of(folder: Path) -> int:
+    """Returns the number of bytes of all files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 class BadSamples:
     """Counts images that could not be used, lists them in a file, and stops a run with too many.
 
@@ -179,8 +189,11 @@ class BadSamples:
                 self.used_in_part.add(sample.index)
             else:
                 self.known[sample.index] = sample
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+            except OSError as error:
+                log.warning("%s is unusable, and cannot be listed: %s", sample.name, error)
         if len(self.known) > self.limit * self.count:
             last = list(self.known.values())[-1]
             raise ConfigError(
