@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from sam_jax.data.example import SourceError
+from train import peers
 from train.config import ConfigError
 from train.overrides import load_config, override, to_json
 from train.run import run
@@ -68,11 +69,11 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     """
     has_tpu = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     if coordinator or has_tpu:
-        jax.distributed.initialize(coordinator, processes, process)
+        peers.connect(coordinator, processes, process)
 
 
 if __name__ == "__main__":
     # One XLA device per core: data parallelism uses the cores better than intra-op threads.
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    sys.exit(main())
+    sys.exit(peers.end_together(main))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from train.flops import peak_flops
 from train.mask_summary import print_mask_summary
 from train.metrics import Metrics, summarize
 from train.optimizer import check_trainable, keep_schedule, make_optimizer
+from train.peers import leave, watch_peers
 from train.remote_workdir import RemoteWorkdir
 from train.sharding import (
     infer_sharding,
@@ -36,6 +38,7 @@ from train.sharding import (
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.tasks.base import Task, make_task
+from train.watchdog import Watchdog
 from train.workdir import BadSamples, check_or_create, lock, write_evaluation
 
 
@@ -133,18 +136,21 @@ def train_loop(
         folder / per_host_name("bad_samples.jsonl"), config.data.max_bad, len(train_split)
     )
     metrics = Metrics(folder, done, config.num_steps) if is_lead_host() else None
+    watchdog = Watchdog(folder / per_host_name("stacks.txt"), leave)
     context = Context(
-        task, mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split
+        task, mesh, remote, checkpoints, metrics, bad_samples, watchdog, train_split, eval_split
     )
     trainable = stages[0][2].trainable
-    for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
-        if done == start and stage.trainable != trainable:
-            state = change_optimizer(mesh, state, optimizer)
-        trainable = stage.trainable
-        if done < stop:
-            state = train_stage(stage, optimizer, state, done, stop, context)
-            done = stop
-    checkpoints.close()
+    with watch_peers(), watchdog:
+        for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
+            if done == start and stage.trainable != trainable:
+                state = change_optimizer(mesh, state, optimizer)
+            trainable = stage.trainable
+            if done < stop:
+                state = train_stage(stage, optimizer, state, done, stop, context)
+                done = stop
+        watchdog.begin("save")
+        checkpoints.close()
     if metrics:
         metrics.close()
     return state
@@ -160,6 +166,7 @@ class Context(NamedTuple):
       checkpoints: Its checkpoints.
       metrics: Its metrics; None on hosts that do not write.
       bad_samples: The images that could not be used.
+      watchdog: Ends the run if no step finishes.
       train_split: The images to train on.
       eval_split: The images to evaluate on.
     """
@@ -170,6 +177,7 @@ class Context(NamedTuple):
     checkpoints: Checkpoints
     metrics: Metrics | None
     bad_samples: BadSamples
+    watchdog: Watchdog
     train_split: Subset
     eval_split: Subset
 
@@ -195,7 +203,9 @@ def train_stage(
     Returns:
       The last state.
     """
-    run_task, mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split = context
+    run_task, mesh, remote, checkpoints, metrics, bad_samples, watchdog, *splits = context
+    train_split, eval_split = splits
+    watchdog.begin("compilation")
     task = make_task(config)
     step = make_step(
         task.objective,
@@ -212,35 +222,41 @@ def train_stage(
         functools.partial(gather_variables, mesh, state), train_split, per_host_name("host")
     )
     loader = make_loader(config, task, train_split)
-    batches = loader.batches(start, stop, config.data.workers)
+    loaded = loader.batches(start, stop, config.data.workers)
+    watchdog.describe = loaded.describe
+    batches: Iterator[Any] = loaded
     if metrics:
         metrics.begin_stage(config.batch_size, peak_step_seconds(config, task, mesh))
         batches = metrics.timed(batches)
 
     def evaluate(done: int, state: TrainState) -> None:
+        watchdog.begin("evaluation")
         variables = gather_variables(mesh, state)
         if metrics:
             metrics.log_evaluation(done, run_task.evaluate(variables, eval_split)[0])
 
-    for done, (batch, skipped) in enumerate(batches, start=start + 1):
-        bad_samples.add(skipped)
-        if metrics and done in config.profile[:1]:
-            jax.profiler.start_trace(remote.folder / "profile")
-        state, values = step(state, shard_batch(mesh, batch_transform(batch)))
-        if metrics and done in config.profile[1:]:
-            jax.block_until_ready(values)
-            jax.profiler.stop_trace()
-        if metrics:
-            metrics.advance()
-        # Everything is due by step and never by the clock, so that all hosts do it together.
-        is_last = done == config.num_steps
-        if metrics and (is_last or done % config.log_every == 0):
-            metrics.log(done, summarize(jax.device_get(values)))
-        if not is_last and config.evaluate_every and done % config.evaluate_every == 0:
-            evaluate(done, state)
-        if is_last or done % config.checkpoint_every == 0:
-            remote.push()
-            checkpoints.save(done, state)
+    with contextlib.closing(loaded):
+        for done, (batch, skipped) in enumerate(batches, start=start + 1):
+            bad_samples.add(skipped)
+            if metrics and done in config.profile[:1]:
+                jax.profiler.start_trace(remote.folder / "profile")
+            state, values = step(state, shard_batch(mesh, batch_transform(batch)))
+            if metrics and done in config.profile[1:]:
+                jax.block_until_ready(values)
+                jax.profiler.stop_trace()
+            watchdog.advance(values["loss"])
+            if metrics:
+                metrics.advance()
+            # Everything is due by step and never by the clock, so that all hosts do it together.
+            is_last = done == config.num_steps
+            if metrics and (is_last or done % config.log_every == 0):
+                metrics.log(done, summarize(jax.device_get(values)))
+            if not is_last and config.evaluate_every and done % config.evaluate_every == 0:
+                evaluate(done, state)
+            if is_last or done % config.checkpoint_every == 0:
+                watchdog.begin("save")
+                remote.push()
+                checkpoints.save(done, state)
     return state
 
 
