@@ -26,6 +26,7 @@ from train.flops import peak_flops
 from train.mask_summary import print_mask_summary
 from train.metrics import Metrics, summarize
 from train.optimizer import check_trainable, keep_schedule, make_optimizer
+from train.peers import leave, watch_peers
 from train.preemption import Stopped, StopSignals
 from train.remote_workdir import RemoteWorkdir
 from train.run_record import describe_data
@@ -40,6 +41,7 @@ from train.sharding import (
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.tasks.base import Task, make_task
+from train.watchdog import Watchdog
 from train.workdir import BadSamples, check_or_create, lock, write_evaluation
 
 
@@ -164,21 +166,22 @@ def train_loop(
         folder / per_host_name("bad_samples.jsonl"), config.data.max_bad, len(train_split)
     )
     metrics = Metrics(folder, done, config.num_steps) if is_lead_host() else None
-    bad_steps = BadSteps(config.max_bad_steps)
+    watchdog = Watchdog(folder / per_host_name("stacks.txt"), leave)
     context = Context(
-        task,
-        mesh,
-        remote,
-        checkpoints,
-        metrics,
-        bad_samples,
-        bad_steps,
-        train_split,
-        eval_split,
-        signals,
+        run_task=task,
+        mesh=mesh,
+        remote=remote,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        bad_samples=bad_samples,
+        bad_steps=BadSteps(config.max_bad_steps),
+        watchdog=watchdog,
+        train_split=train_split,
+        eval_split=eval_split,
+        signals=signals,
     )
     trainable = stages[0][2].trainable
-    with signals.deferred(), contextlib.ExitStack() as stack:
+    with signals.deferred(), watch_peers(), watchdog, contextlib.ExitStack() as stack:
         if metrics:
             stack.callback(metrics.close)
         stack.callback(checkpoints.close)
@@ -189,6 +192,7 @@ def train_loop(
             if done < stop:
                 state = train_stage(stage, optimizer, state, done, stop, context)
                 done = stop
+        watchdog.begin("save")
     return state
 
 
@@ -203,6 +207,7 @@ class Context(NamedTuple):
       metrics: Its metrics; None on hosts that do not write.
       bad_samples: The images that could not be used.
       bad_steps: The steps that changed nothing.
+      watchdog: Ends the run if no step finishes.
       train_split: The images to train on.
       eval_split: The images to evaluate on.
       signals: The signals that stop the run.
@@ -215,6 +220,7 @@ class Context(NamedTuple):
     metrics: Metrics | None
     bad_samples: BadSamples
     bad_steps: BadSteps
+    watchdog: Watchdog
     train_split: Subset
     eval_split: Subset
     signals: StopSignals
@@ -241,12 +247,8 @@ def train_stage(
     Returns:
       The last state.
     """
-    mesh, metrics, bad_steps, signals = (
-        context.mesh,
-        context.metrics,
-        context.bad_steps,
-        context.signals,
-    )
+    mesh, metrics, watchdog = context.mesh, context.metrics, context.watchdog
+    watchdog.begin("compilation")
     task = make_task(config)
     step = make_step(
         task.objective,
@@ -272,17 +274,19 @@ def train_stage(
         return every > 0 and done % every == 0
 
     def evaluate(done: int, state: TrainState) -> None:
+        watchdog.begin("evaluation")
         variables = gather_variables(mesh, state)
         if metrics and not metrics.has_evaluation(done):
             # A signal ends the evaluation, and then the run after a step that all hosts agree on.
-            with contextlib.suppress(Stopped), signals.interruptible():
+            with contextlib.suppress(Stopped), context.signals.interruptible():
                 metrics.log_evaluation(
                     done, context.run_task.evaluate(variables, context.eval_split)[0]
                 )
 
     if start and is_due(start, config.evaluate_every):
         evaluate(start, state)  # unless it was evaluated before the run was stopped
-    loaded: Any = loader.batches(start, stop, config.data.workers)
+    loaded = loader.batches(start, stop, config.data.workers)
+    watchdog.describe = loaded.describe
     with contextlib.closing(loaded):
         batches = metrics.timed(loaded) if metrics else loaded
         for done, (batch, skipped) in enumerate(batches, start=start + 1):
@@ -292,7 +296,8 @@ def train_stage(
             batch = batch_transform(batch)
             with jax.transfer_guard("disallow"):
                 state, values = step(state, shard_batch(mesh, batch))
-            bad_steps.add(done, values.pop("is_finite"))
+            context.bad_steps.add(done, values.pop("is_finite"))
+            watchdog.advance(values["loss"])
             if metrics and done in config.profile[1:]:
                 jax.block_until_ready(values)
                 jax.profiler.stop_trace()
@@ -301,19 +306,19 @@ def train_stage(
             # Everything is due by step and never by the clock, so that all hosts do it together.
             is_last = done == config.num_steps
             if is_last or is_due(done, config.log_every):
-                bad_steps.read()
+                context.bad_steps.read()
                 if metrics:
                     row = summarize(jax.device_get(values))
-                    metrics.log(done, row | {"bad_steps": bad_steps.take_count()})
+                    metrics.log(done, row | {"bad_steps": context.bad_steps.take_count()})
             if not is_last and is_due(done, config.evaluate_every):
                 evaluate(done, state)
-            is_stopped = signals.reached(done)
+            is_stopped = context.signals.reached(done)
             if is_last or is_stopped or is_due(done, config.checkpoint_every):
-                bad_steps.read()
+                context.bad_steps.read()
                 check_finite(state, done)
                 save(done, state, context)
             if is_stopped:
-                raise signals.stopped(done)
+                raise context.signals.stopped(done)
     return state
 
 
@@ -325,6 +330,7 @@ def save(done: int, state: TrainState, context: Context) -> None:
     """
     if is_lead_host() and not (context.remote.folder / "config.json").exists():
         raise FileNotFoundError(f"{context.remote.address} was removed while the run went on")
+    context.watchdog.begin("save")
     context.remote.push()
     context.checkpoints.save(done, state)
 
