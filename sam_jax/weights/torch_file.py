@@ -52,7 +52,7 @@ _READ |= {f"torch._utils _rebuild_{x}" for x in ("tensor_v2", "parameter", "para
 # Globals whose values are skipped. Those of PyTorch are in `torch/_weights_only_unpickler.py`.
 _SKIPPED = re.compile(
     r"collections Counter|_codecs encode|(__builtin__|builtins) (set|bytes|bytearray|complex)"
-    r"|torch (Size|device|bool|(u?int|b?float|complex|q?u?int|bits)\d\w*|per_(tensor|channel)_\w+)"
+    r"|torch (Size|device|bool|(q?u?int|b?float|complex|bits)\d\w*|per_(tensor|channel)_\w+)"
     r"|torch(\.\w+)? (\w*Tensor|\w+Storage)|torch\.nn\.parameter Parameter"
     r"|torch\._utils _rebuild_\w+|torch\.serialization _get_layout"
     r"|numpy(\._?core\.multiarray)? (scalar|dtype|_reconstruct|ndarray)"
