@@ -195,16 +195,17 @@ class Loader:
                 view = {"view": np.int32(rng.integers(self.views))}
                 view_rng = np.random.default_rng((index, int(view["view"])))
             try:
-                with decoding_budget.hold():  # of the decoded image, until it has been resized
+                with decoding_budget.hold():  # while the decoded image is in memory
                     example = self.source[index]
-                    row = self.transform(example, rng, view_rng)
+                    row, unusable = self.transform(example, rng, view_rng), example.skipped
+                    del example
             except BadSample as error:
                 name = self.source.name(index)
                 skipped.append(SkippedSample(index, name, error.reason, error.detail))
                 continue
-            if example.skipped:
-                name, first = self.source.name(index), example.skipped[0]
-                counts = count_reasons(example.skipped)
+            if unusable:
+                name, first = self.source.name(index), unusable[0]
+                counts = count_reasons(unusable)
                 skipped.append(SkippedSample(index, name, first.reason, first.detail, counts))
             return row | {"image_id": np.int32(index)} | view, skipped
         raise SourceError(
