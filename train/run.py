@@ -1,5 +1,6 @@
 """A training run from top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -35,7 +36,7 @@ from train.sharding import (
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.tasks.base import Task, make_task
-from train.workdir import BadSamples, check_or_create, write_evaluation
+from train.workdir import BadSamples, check_or_create, lock, write_evaluation
 
 
 def run(config: TrainConfig, workdir: str | Path) -> None:
@@ -67,9 +68,11 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
         make_task(stage)  # raises ConfigError if the stage is not possible
         check_trainable(variables["params"], stage.trainable)
 
-    with RemoteWorkdir(workdir) as remote:
+    with RemoteWorkdir(workdir) as remote, contextlib.ExitStack() as stack:
         remote.pull()
         num_bytes = bytes_on_disk(variables, remote.is_remote)
+        if is_lead_host():
+            stack.enter_context(lock(remote.folder, config, num_bytes, remote.address))
         check_or_create(remote.folder, config, num_bytes, is_lead_host(), remote.address)
         remote.push()
         if is_lead_host() and isinstance(config.model, Sam):

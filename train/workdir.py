@@ -1,14 +1,18 @@
-"""The folder of a run: its config.json, and the list of images that could not be used."""
+"""The folder of a run: its lock, its config.json, and the images that could not be used."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
 from sam_jax.io.atomic import write_json, write_json_lines
+from sam_jax.io.lock import LockedError, exclusive_lock
 from sam_jax.io.settings_guard import differences
 from sam_jax.model.fields import FLAX_FIELDS
 from train.config import ConfigError, TrainConfig
@@ -26,6 +30,36 @@ MAY_CHANGE = (
     "data.workers",
     "feature_cache",
 )
+
+LOCK_NAME = ".lock"
+# What the lead host has written before config.json, when another host checks the folder.
+BEFORE_CONFIG = re.compile(r"\.lock|\.config\.json\..+\.tmp")
+
+
+@contextlib.contextmanager
+def lock(workdir: Path, config: TrainConfig, num_bytes: int, name: str) -> Iterator[None]:
+    """Holds the folder of a run, so that no other run writes to it.
+
+    Nothing is written to a folder that this run must not use. The lock ends with the process, also
+    if it is killed; see `sam_jax.io.lock`.
+
+    Args:
+      workdir: The folder, which is created if it is missing.
+      config: The configuration.
+      num_bytes: The size of the files that the run will write.
+      name: The name of the folder in error messages.
+
+    Raises:
+      ConfigError: If another run holds the folder, or for the reasons of `check_or_create`.
+    """
+    check_or_create(workdir, config, num_bytes, is_writer=False, name=name)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_lock(workdir / LOCK_NAME, name))
+        except LockedError as error:
+            raise ConfigError(f"{error}; choose another --workdir, or wait for it") from error
+        yield
 
 
 def check_or_create(
@@ -61,7 +95,7 @@ def check_or_create(
                 f"{name} holds a run with another config: {'; '.join(changed)}. Choose another "
                 "--workdir, or the same values"
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and not is_free(workdir):
         raise ConfigError(f"{name} is not empty and holds no run: choose another --workdir")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(parent).free) < num_bytes:
@@ -72,6 +106,13 @@ def check_or_create(
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))
+
+
+def is_free(workdir: Path) -> bool:
+    """Returns True for a folder that holds nothing, or only the beginning of a run."""
+    if not workdir.is_dir():
+        return False
+    return all(BEFORE_CONFIG.fullmatch(path.name) for path in workdir.iterdir())
 
 
 def _default_values(value: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sam_jax.engine.folder import (
     acquire,
     find_results,
     finished_ids,
+    hold_number,
     skipped_ids,
     write_json,
     write_names,
@@ -162,6 +163,18 @@ def run(args: argparse.Namespace) -> int:
         software_settings() | image_settings(args, images) | model_settings(args, model, variables)
     )
     settings |= {"overlays": args.overlays} | generator_settings(model, options)
+    with hold_number(folder, args.process):
+        return label_share(args, folder, settings, images, generators)
+
+
+def label_share(
+    args: argparse.Namespace,
+    folder: Path,
+    settings: dict[str, Any],
+    images: Subset,
+    generators: list[SamAutomaticMaskGenerator],
+) -> int:
+    """Segments the images of this process and returns the exit code."""
     acquire(folder, settings, process=args.process, processes=args.processes)
 
     write_names(folder, image_names(args, images), process=args.process)
