@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
-from sam_jax.io.atomic import write_json, write_json_lines
+from sam_jax.io.atomic import replace_nonfinite, write_json, write_json_lines
 from sam_jax.io.lock import LockedError, exclusive_lock
 from sam_jax.io.settings_guard import differences
 from sam_jax.model.fields import FLAX_FIELDS
@@ -26,6 +25,7 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint_every",
     "evaluate_every",
+    "max_bad_steps",
     "profile",
     "data.workers",
     "feature_cache",
@@ -141,56 +141,55 @@ def write_evaluation(
 ) -> None:
     """Writes evaluation.json, and objects.jsonl if there are objects.
 
-    NaN and infinity become null, because JSON cannot express them. A run that diverged still gets
-    its evaluation and its report.
+    NaN and infinity become null, because JSON cannot express them.
 
     Args:
       workdir: The folder of the run.
       evaluation: Values by name, which may be nested.
       objects: The rows of objects.jsonl, without NaN and infinity.
     """
-    write_json(workdir / "evaluation.json", _replace_nonfinite(evaluation))
+    write_json(workdir / "evaluation.json", replace_nonfinite(evaluation))
     if objects:
         write_json_lines(workdir / "objects.jsonl", objects)
 
 
-def _replace_nonfinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _replace_nonfinite(item) for name, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 class BadSamples:
     """Counts images that could not be used, lists them in a file, and stops a run with too many.
+
+    Images that are used without some of their masks are listed, but do not count as unusable.
 
     Attributes:
       path: A JSON lines file with one image per line. It exists if there is any such image.
       limit: The fraction of the images that may be unusable.
       count: The number of all images.
       known: The unusable images so far, by index.
+      used_in_part: The indices of the images of which some masks are unusable.
     """
 
     def __init__(self, path: Path, limit: float, count: int) -> None:
         self.path, self.limit, self.count = path, limit, count
         self.known: dict[int, SkippedSample] = {}
+        self.used_in_part: set[int] = set()
         path.unlink(missing_ok=True)
 
     def add(self, skipped: list[SkippedSample]) -> None:
         """Adds the samples that were skipped in a step.
 
         Args:
-          skipped: The samples.
+          skipped: The samples; see `Loader.batch`.
 
         Raises:
           ConfigError: If too many images are unusable.
         """
         for sample in skipped:
-            if sample.index not in self.known:
+            if sample.index in (self.used_in_part if sample.skipped_masks else self.known):
+                continue
+            if sample.skipped_masks:
+                self.used_in_part.add(sample.index)
+            else:
                 self.known[sample.index] = sample
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
         if len(self.known) > self.limit * self.count:
             last = list(self.known.values())[-1]
             raise ConfigError(

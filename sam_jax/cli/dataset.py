@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _declare_check(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reads all images and masks of a source and lists those that cannot be used. The exit code "
-        "is 1 if there are any."
+        "is 1 if there is an image that cannot be used."
     )
     parser.epilog = "example: sam-jax dataset check sa1b:images/ --json report.json"
     parser.set_defaults(run_action=run_check)
@@ -114,6 +114,8 @@ def run_check(args: argparse.Namespace) -> int:
     result = {"source": args.source, **validate.summarize(findings)}
     for reason, count in result["reasons"].items():
         print(f"{count:7d}  {reason}")
+    for reason, count in result["skipped_masks"].items():
+        print(f"{count:7d}  {reason}, masks of usable samples that are skipped")
     usable, samples, masks = result["usable"], result["samples"], result["masks"]
     print(f"{usable} of {samples} samples are usable, {masks} masks")
     if args.json:
@@ -215,7 +217,7 @@ def import_plots() -> SavePlots:
 def show_findings(
     findings: Iterable[AnyFinding], total: int, known: Collection[str] = ()
 ) -> Iterator[AnyFinding]:
-    """Passes findings on, with a progress bar and a line for each sample that cannot be used.
+    """Passes findings on, with a progress bar and a line for each sample with a problem.
 
     Args:
       findings: One for each sample.
@@ -226,6 +228,7 @@ def show_findings(
       The findings.
     """
     for finding in tqdm(findings, total=total, unit=" samples", disable=None):
-        if finding.reason is not None and finding.name not in known:
+        has_problem = finding.reason is not None or finding.skipped_masks
+        if has_problem and finding.name not in known:
             tqdm.write(str(finding))
         yield finding

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from sam_jax.cli.former_spellings import translate
 from sam_jax.cli.lazy_parser import LazyParser
+from sam_jax.io.console import escape_output
 
 # The help text of each verb, and the module that defines its add_arguments(parser) and run(args).
 VERBS = {
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: With exit code 2 after wrong usage, and 0 after --help.
     """
+    escape_output()
     args = make_parser().parse_args(translate(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args) or 0

@@ -279,14 +279,15 @@ class SamAutomaticMaskGenerator:
           A record for each mask. Masks from smaller crops come first, and those of a crop by
           falling predicted IoU. With min_mask_region_area, masks without small regions come before
           all others. A record holds:
-          segmentation: The mask in the form of `output_mode`.
-          area: Its area in pixels.
-          bbox: [x, y, w, h], where w is the last column minus the first one, so one less than the
+
+          - segmentation: The mask in the form of `output_mode`.
+          - area: Its area in pixels.
+          - bbox: [x, y, w, h], where w is the last column minus the first one, so one less than the
             number of columns, and h likewise, as in the reference.
-          predicted_iou: The predicted IoU.
-          point_coords: [[x, y]], the point that prompted it.
-          stability_score: The stability score.
-          crop_box: [x, y, w, h] of the crop that it was found in.
+          - predicted_iou: The predicted IoU.
+          - point_coords: [[x, y]], the point that prompted it.
+          - stability_score: The stability score.
+          - crop_box: [x, y, w, h] of the crop that it was found in.
 
         Raises:
           ValueError: If the image has another shape or type.

@@ -6,6 +6,7 @@ it is complete even after a power cut. A directory is filled under a temporary n
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -123,3 +124,14 @@ def write_json_lines(path: str | os.PathLike[str], values: Iterable[Any]) -> Non
     """
     lines = [json.dumps(value, allow_nan=False) + "\n" for value in values]
     write_bytes(path, "".join(lines).encode())
+
+
+def replace_nonfinite(value: Any) -> Any:
+    """Replaces NaN and infinity, also in nested dicts and lists, by None, which JSON calls null."""
+    if isinstance(value, dict):
+        return {name: replace_nonfinite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [replace_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from sam_jax.model.fields import Rule, check_rules
+from sam_jax.model.fields import Rule, bounds, check_rules
 from sam_jax.model.layers import PatchConv, Projection, fan_in_uniform, gelu, layer_norm
 
 FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3  # labels of points
@@ -81,6 +81,7 @@ class PromptEncoder(nn.Module):
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
+        yield from bounds(self)
         channels = self.mask_channels
         yield Rule("dim", self.dim, self.dim > 0 and self.dim % 2 == 0, "a positive multiple of 2")
         allowed = "a positive multiple of 4"

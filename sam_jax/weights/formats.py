@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,9 +187,19 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
       DownloadError: If an official file cannot be downloaded.
     """
     path = _find(path)
-    for kind in KINDS.values():
-        if (path / kind.marker).is_file():
-            return kind.read_directory(path)
+    try:
+        for kind in KINDS.values():
+            if (path / kind.marker).is_file():
+                return kind.read_directory(path)
+        return _read_tensors(path)
+    except WeightsError as error:
+        if re.match(rf"{re.escape(str(path))}\b", str(error)):
+            raise
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _read_tensors(path: Path) -> Checkpoint:
+    """Reads a file or a folder of PyTorch's tensors."""
     notes: list[str] = []
     tensors = take_tensors(_read_state(path), notes)
     if vit.is_plain_vit(tensors):
@@ -227,7 +238,7 @@ def save(
         variables are not those of the model.
       FileExistsError: If something else than an older directory of the same format is at `path`.
     """
-    path = Path(path)
+    path = _expand(path)
     kind = next(kind for kind in KINDS.values() if isinstance(model, kind.model_class))
     format = format or _default_format(path)
     if format == "sam_jax" and isinstance(model, Sam):
@@ -296,7 +307,12 @@ def _find(path: str | os.PathLike[str]) -> Path:
         return Path(download.fetch(str(path)))
     if str(path) in PACKAGED and not Path(path).exists():
         return PACKAGED[str(path)]
-    return Path(path)
+    return _expand(path)
+
+
+def _expand(path: str | os.PathLike[str]) -> Path:
+    """Returns a path in which ~ and ~user stand for a home folder, as in a shell."""
+    return Path(os.path.expanduser(path))  # unlike Path.expanduser, keeps the name of no user
 
 
 def _read_state(path: Path) -> dict[Any, Any]:

@@ -7,9 +7,10 @@ import os
 import pytest
 
 from configs.sam_tiny import config as tiny
+from sam_jax.data.loader import SkippedSample
 from train.config import ConfigError
 from train.overrides import to_dict
-from train.workdir import check_or_create, lock, write_evaluation
+from train.workdir import BadSamples, check_or_create, lock, write_evaluation
 
 
 def test_a_config_saved_before_a_field_existed_has_its_default(tmp_path):
@@ -38,6 +39,20 @@ def test_values_that_are_not_finite_are_written_as_null(tmp_path):
         "images": 3,
         "index": ":",
     }
+
+
+def test_images_used_in_part_are_listed_and_not_counted(tmp_path):
+    bad_samples = BadSamples(tmp_path / "bad_samples.jsonl", 0.1, 10)
+    partial = [
+        SkippedSample(i, f"{i}.jpg", "empty mask", "mask 0", {"empty mask": 1}) for i in (0, 1)
+    ]
+    bad_samples.add([*partial, *partial])
+    bad_samples.add([SkippedSample(3, "3.jpg", "broken image", "cut")])
+    rows = [json.loads(row) for row in bad_samples.path.read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["0.jpg", "1.jpg", "3.jpg"]
+    assert [row["skipped_masks"] for row in rows] == [{"empty mask": 1}, {"empty mask": 1}, {}]
+    with pytest.raises(ConfigError, match="2 of 10 images are unusable"):
+        bad_samples.add([SkippedSample(4, "4.jpg", "broken image", "cut")])
 
 
 def hold(workdir, config=tiny, num_bytes=0):

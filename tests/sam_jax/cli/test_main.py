@@ -318,6 +318,7 @@ def test_dataset_check_of_a_source_without_errors(labels, tmp_path, capsys):
     assert capsys.readouterr().out == "2 of 2 samples are usable, 2 masks\n"
     result = json.loads(report.read_text())
     expected = {"samples": 2, "usable": 2, "masks": 2, "reasons": {}, "bad": []}
+    expected |= {"skipped_masks": {}, "used_in_part": []}
     assert result == {"source": f"labels:{labels}", **expected}
 
 
