@@ -3,7 +3,6 @@
 import argparse
 import functools
 import importlib
-import re
 import sys
 from collections.abc import Sequence
 
@@ -35,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: With exit code 2 after wrong usage, and 0 after --help.
     """
     escape_output()
-    words = translate(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(join_negative_values(words))
+    args = make_parser().parse_args(translate(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args) or 0
     except (OSError, ValueError) as error:
@@ -45,24 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sam-jax {args.verb}: interrupted", file=sys.stderr)
         return 130
-
-
-def join_negative_values(words: Sequence[str]) -> list[str]:
-    """Writes options whose values begin with a minus sign and a digit as "--option=value".
-
-    `argparse` takes a value such as "-5,10" or "-3:" for an option.
-
-    Args:
-      words: A command line without the name of the program.
-    """
-    joined: list[str] = []
-    for word in words:
-        is_value = re.match(r"-\.?[0-9]", word) and joined and joined[-1].startswith("--")
-        if is_value and "=" not in joined[-1]:
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
 
 
 def make_parser() -> argparse.ArgumentParser:

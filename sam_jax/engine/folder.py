@@ -83,8 +83,9 @@ class Results(NamedTuple):
     """The ids of the images that have a JSON file.
 
     Attributes:
-      finished: Both files begin and end as they were written.
-      damaged: A file is missing, empty, cut off or another one, as after a defect of the disk.
+      finished: All files of the image begin as they were written, and the JSON file ends so.
+      damaged: A file is missing, unreadable, empty, cut off or another one, as after a defect of
+        the disk.
     """
 
     finished: set[int]
@@ -168,18 +169,31 @@ def write_file(path: Path, chunks: Iterable[bytes], *, process: int) -> None:
 
 
 def _is_complete(folder: Path, image_id: int) -> bool:
-    """Returns True if the JSON of an image has its first and last bytes, and its JPEG the first."""
-    json_start = json.dumps({"image": {"image_id": image_id}})[:-2].encode() + b","
-    with open(folder / f"sa_{image_id}.json", "rb") as file:
-        start = file.read(len(json_start))
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 2))
-        end = file.read()
+    """Returns True if the files of an image have their first bytes, and the JSON file its last."""
+    start = json.dumps({"image": {"image_id": image_id}})[:-2].encode() + b","
+    starts = {f"sa_{image_id}.json": start, f"sa_{image_id}.jpg": b"\xff\xd8"}
+    if (folder / OVERLAYS_NAME).is_dir():
+        starts[f"{OVERLAYS_NAME}/sa_{image_id}.png"] = b"\x89PNG"
     try:
-        with open(folder / f"sa_{image_id}.jpg", "rb") as file:
-            jpeg_start = file.read(2)
-    except FileNotFoundError:
+        contents = [(_ends_of(folder / name, len(start)), start) for name, start in starts.items()]
+    except OSError:
         return False
-    return (start, end, jpeg_start) == (json_start, b"}\n", b"\xff\xd8")
+    (_, json_end), _ = contents[0]
+    return json_end == b"}\n" and all(found == start for (found, _), start in contents)
+
+
+def _ends_of(path: Path, count: int) -> tuple[bytes, bytes]:
+    """Returns the first `count` bytes of a file, and the last two.
+
+    Raises:
+      OSError: If it is not a regular file, or cannot be read.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        first = file.read(count)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2))
+        return first, file.read()
 
 
 def _remove_leftovers(directory: Path, folder: Path, process: int, processes: int) -> None:

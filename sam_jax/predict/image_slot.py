@@ -19,6 +19,7 @@ class SetImage:
       original_size: (height, width) of the image, or None if it is unknown.
       input_size: (height, width) of the resized image on the canvas, or None if it is unknown.
       thread: The name of the thread that set it; empty if none did.
+      token: Differs from that of every other image.
     """
 
     image: TiledImage | None = None
@@ -26,6 +27,7 @@ class SetImage:
     original_size: tuple[int, int] | None = None
     input_size: tuple[int, int] | None = None
     thread: str = ""
+    token: object = dataclasses.field(default_factory=object)
 
 
 class ImageSlot:
@@ -41,12 +43,13 @@ class ImageSlot:
     def __init__(self) -> None:
         """Makes an empty slot."""
         self.content = SetImage()
-        self._own = threading.local()  # `image`: what this thread put into the slot last
+        self._own = threading.local()  # `token`: of the image that this thread set last
 
     def change(self, **values: Any) -> None:
         """Replaces attributes of the image."""
-        thread = threading.current_thread().name
-        self._own.image = self.content = dataclasses.replace(self.content, thread=thread, **values)
+        thread, token = threading.current_thread().name, object()
+        self.content = dataclasses.replace(self.content, thread=thread, token=token, **values)
+        self._own.token = token
 
     def get(self) -> SetImage:
         """Returns the image.
@@ -55,7 +58,7 @@ class ImageSlot:
           RuntimeError: If this thread set an image, and another thread has set one since.
         """
         content = self.content
-        if getattr(self._own, "image", content) is not content:
+        if getattr(self._own, "token", content.token) is not content.token:
             raise RuntimeError(
                 f"the image that this thread ({threading.current_thread().name}) set was replaced "
                 f"by thread {content.thread}: a predictor has one image at a time. Make a "

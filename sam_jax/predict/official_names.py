@@ -19,6 +19,7 @@ from sam_jax.images.resize import apply_coords, fit_size, resize_and_pad
 from sam_jax.model.sam import Sam
 from sam_jax.predict.image_slot import ImageSlot, SetImage
 from sam_jax.predict.tiled_image import TiledImage
+from sam_jax.predict.tiles import Tile
 
 
 class ResizeLongestSide:
@@ -72,10 +73,12 @@ class OfficialNames:
     Attributes:
       model: The model.
       variables: Its variables.
+      tiles_used: The tile in which each object of the latest prediction on the image was seen.
     """
 
     model: Sam
     variables: dict[str, Any]
+    tiles_used: list[Tile]
     _slot: ImageSlot
 
     @property
@@ -178,6 +181,7 @@ class OfficialNames:
 
     def reset_image(self) -> None:
         """Forgets the image."""
+        self.tiles_used = []
         self._slot.change(image=None, features=None, original_size=None, input_size=None)
 
     def _require_image(self) -> TiledImage:

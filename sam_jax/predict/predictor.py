@@ -120,9 +120,9 @@ class SamPredictor(OfficialNames):
         image = check_image(image, image_format)
         resolved = resolve_tiles(self.model, tiles)
         self.reset_image()  # its memory is free before the next image needs it
-        self.tiles_used = []
         self._slot.change(
             image=TiledImage(self.model, self.variables, image, resolved),
+            features=None,
             original_size=image.shape[:2],
             input_size=fit_size(image.shape[:2], self.model.image_size),
         )

@@ -185,24 +185,31 @@ def test_the_index_of_a_file_is_its_name(fake_generator, photos, tmp_path, monke
 
 def test_damaged_results_are_named_and_made_again(fake_generator, photos, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run(photos, out) == 0
+    assert run(photos, out, "--overlays") == 0
     json_file, jpeg_file = out / "sa_2.json", out / "sa_2.jpg"
     text, jpeg = json_file.read_bytes(), jpeg_file.read_bytes()
     other = (out / "sa_4.json").read_bytes()
     for damaged in (b"", b"{", bytes(len(text)), text[:-40], text[: len(text) // 2] * 2, other):
         json_file.write_bytes(damaged)
         capsys.readouterr()
-        assert run(photos, out) == 0
+        assert run(photos, out, "--overlays") == 0
         printed = capsys.readouterr().out
         assert f"{out}/sa_2.json or its image is damaged: it is made again" in printed
         assert "segmented 3 of 5 images, 1 of them in this run: " in printed
         assert json_file.read_bytes() == text
-    for damage in (jpeg_file.unlink, lambda: jpeg_file.write_bytes(b"")):
+    overlay = out / "overlays" / "sa_2.png"
+    for damage in (
+        jpeg_file.unlink,
+        lambda: jpeg_file.write_bytes(b""),
+        overlay.unlink,
+        lambda: (json_file.unlink(), os.mkfifo(json_file)),
+    ):
         damage()
-        assert run(photos, out) == 0
-        assert jpeg_file.read_bytes() == jpeg
-    assert "is damaged: " in capsys.readouterr().out
-    assert run(photos, out) == 0
+        assert run(photos, out, "--overlays") == 0
+        assert (jpeg_file.read_bytes(), json_file.read_bytes()) == (jpeg, text)
+        assert overlay.is_file()
+        assert "is damaged: " in capsys.readouterr().out
+    assert run(photos, out, "--overlays") == 0
     assert "is damaged: " not in capsys.readouterr().out
 
 
