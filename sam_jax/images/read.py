@@ -16,6 +16,8 @@ from sam_jax.io import storage
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_PIXELS = 1 << 26  # checked in the header, before an image is decoded
 WEBP_COST = 2  # the memory of the WebP decoder, relative to that of the others
+MAX_SCANNED_PIXELS = MAX_IMAGE_PIXELS << 6  # of a progressive JPEG, each pixel once in each scan
+MAX_JPEG_BYTES = 1 << 28  # in which scans are counted
 STRIP_PIXELS = 1 << 22  # that are converted at once
 
 # Many images of an ordinary size are decoded at the same time, but only one of the largest size.
@@ -91,6 +93,7 @@ def decode_file(
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             check_pixels(image, name)
+            _check_scans(image, file, name)
             return _decode(image, decode_size)
     except (ImageError, MemoryError):
         raise
@@ -133,6 +136,20 @@ def convert_in_strips(
         bottom = min(top + rows, image.height)
         pixels[top:bottom] = convert(image.crop((0, top, image.width, bottom)))
     return pixels
+
+
+def _check_scans(image: Image.Image, file: io.BytesIO | io.BufferedReader, name: str) -> None:
+    """Raises ImageError if a JPEG has so many scans that it would be decoded for minutes.
+
+    Encoders make some ten scans. A scan may have 30 bytes, and goes through all pixels.
+    """
+    if "progressive" in image.info:
+        position = file.tell()
+        file.seek(0)
+        scans = file.read(MAX_JPEG_BYTES).count(b"\xff\xda")
+        file.seek(position)
+        if scans * image.width * image.height > MAX_SCANNED_PIXELS:
+            raise ImageError(f"{name} has {scans} scans of {image.width} x {image.height} pixels")
 
 
 def _decode(image: Image.Image, decode_size: tuple[int, int] | None) -> DecodedImage:

@@ -145,6 +145,16 @@ def test_images_of_too_many_pixels_are_rejected_before_they_are_decoded(size):
         read_image(png_header(*size))
 
 
+def test_a_jpeg_of_many_scans_is_rejected(monkeypatch):
+    data = encode(COLOR, "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    many = data[:-2] + 2000 * last + data[-2:]
+    monkeypatch.setattr(read, "MAX_SCANNED_PIXELS", 20 * SIZE[0] * SIZE[1])
+    np.testing.assert_array_equal(read_image(data), by_pillow(data))
+    with pytest.raises(ImageError, match="the image has 2010 scans of 70 x 45 pixels"):
+        read_image(many)
+
+
 BOMBS = """
 import resource, sys, warnings
 from sam_jax.images.read import read_image
