@@ -1,10 +1,7 @@
 """`sam-jax everything`: all masks of many images, in the format of SA-1B."""
 
 import argparse
-import importlib.metadata
-import inspect
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-import sam_jax
+from sam_jax.cli.everything_settings import image_names, run_settings
 from sam_jax.cli.help_texts import SLICE_HELP, WEIGHTS_HELP
 from sam_jax.data.example import Source
 from sam_jax.data.open import Subset, open_image_source, select
@@ -34,11 +31,8 @@ from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.everything.options import sa1b_preset
 from sam_jax.io.output import check_folder
 from sam_jax.model.sam import Sam, replace_fields
-from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
+from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles
 from sam_jax.weights.formats import load
-
-# Packages whose version may change the results.
-RESULT_PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "pillow")
 
 # Options that are arguments of `SamAutomaticMaskGenerator`, with the names of the official amg.py.
 GENERATOR_OPTIONS = {
@@ -159,10 +153,7 @@ def run(args: argparse.Namespace) -> int:
     options = generator_options(args)
     generators = make_generators(model, variables, options)
 
-    settings = (
-        software_settings() | image_settings(args, images) | model_settings(args, model, variables)
-    )
-    settings |= {"overlays": args.overlays} | generator_settings(model, options)
+    settings = run_settings(args, images, model, variables, options)
     with hold_number(folder, args.process):
         return label_share(args, folder, settings, images, generators)
 
@@ -255,20 +246,6 @@ def make_generators(
     ]
 
 
-def image_names(args: argparse.Namespace, images: Subset) -> dict[int, str]:
-    """Returns the names of the selected images by their indices.
-
-    They are relative to the folder of the images, so that they do not depend on how it is spelled.
-    """
-    folder = os.path.expanduser(args.images)
-    if os.path.isfile(folder):
-        folder = os.path.dirname(folder)
-    elif not os.path.exists(folder):  # KIND:FOLDER
-        folder = os.path.expanduser(args.images.partition(":")[2])
-    prefix = os.path.join(folder, "")
-    return {i: images.source.name(i).removeprefix(prefix) for i in images.indices.tolist()}
-
-
 def explain_no_masks(generator: SamAutomaticMaskGenerator, source: Source, index: int) -> str:
     """Says which thresholds to lower if no mask passed them, from the best scores of an image."""
     best = generator.best_scores(source.image(index))
@@ -283,61 +260,6 @@ def explain_no_masks(generator: SamAutomaticMaskGenerator, source: Source, index
         f"{printable(source.name(index))} are {best.predicted_iou:.3f} for the predicted IoU and "
         f"{best.stability_score:.3f} for the stability"
     )
-
-
-def software_settings() -> dict[str, Any]:
-    """Returns the versions and the device, on which the results depend."""
-    return {
-        "sam_jax": sam_jax.__version__,
-        **{package: importlib.metadata.version(package) for package in RESULT_PACKAGES},
-        "device": jax.local_devices()[0].device_kind,
-    }
-
-
-def image_settings(args: argparse.Namespace, images: Subset) -> dict[str, Any]:
-    """Returns which images are segmented.
-
-    The names of all files matter: one more or less would change the indices of others.
-    """
-    checksum = 0
-    for index in range(len(images.source)):
-        name = os.path.basename(images.source.name(index))
-        checksum = zlib.crc32(name.encode("utf-8", "surrogatepass"), checksum)
-    return {
-        "images": _resolve(args.images),
-        "index": args.index,
-        "number of images": len(images.source),
-        "checksum of their names": checksum,
-    }
-
-
-def model_settings(
-    args: argparse.Namespace, model: Sam, variables: dict[str, Any]
-) -> dict[str, Any]:
-    """Returns which model is used, by its values: the file at a path may change."""
-    checksum = 0
-    for leaf in jax.tree.leaves(variables):
-        checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
-    return {
-        "weights": args.weights,
-        "checksum of the weights": checksum,
-        "dtype": model.dtype,
-    }
-
-
-def generator_settings(model: Sam, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns all arguments of the generator on which the results depend, with defaults."""
-    bound = inspect.signature(SamAutomaticMaskGenerator).bind_partial(**options)
-    bound.apply_defaults()
-    settings = {k: value for k, value in bound.arguments.items() if k != "points_per_batch"}
-    return settings | {"tiles": resolve_tiles(model, settings["tiles"])}
-
-
-def _resolve(images: str) -> str:
-    """Resolves the path in FOLDER or KIND:FOLDER, so that one folder has one name."""
-    kind, colon, name = images.rpartition(":")
-    path = Path(name).expanduser()
-    return f"{kind}{colon}{path.resolve()}" if path.exists() else images
 
 
 def follow(
