@@ -11,6 +11,7 @@ import jax
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sam_jax.data.example import SourceError
+from train.checkpoints import CheckpointError
 from train.config import ConfigError
 from train.divergence import DivergedError
 from train.overrides import load_config, override, to_json
@@ -39,7 +40,7 @@ def main() -> int:
     except Stopped as stop:
         print(f"train: {stop}", file=sys.stderr)
         return stop.exit_code
-    except (ConfigError, SourceError, DivergedError, OSError) as error:
+    except (CheckpointError, ConfigError, DivergedError, SourceError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     finally:

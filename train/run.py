@@ -28,6 +28,7 @@ from train.metrics import Metrics, summarize
 from train.optimizer import check_trainable, keep_schedule, make_optimizer
 from train.preemption import Stopped, StopSignals
 from train.remote_workdir import RemoteWorkdir
+from train.run_record import describe_data
 from train.sharding import (
     broadcast_from_lead_host,
     infer_sharding,
@@ -79,7 +80,9 @@ def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = 
     with RemoteWorkdir(workdir) as remote:
         remote.pull()
         num_bytes = bytes_on_disk(variables, remote.is_remote)
-        check_or_create(remote.folder, config, num_bytes, is_lead_host(), remote.address)
+        check_or_create(
+            remote.folder, config, num_bytes, is_lead_host(), remote.address, remote.checkpoints
+        )
         remote.push()
         if is_lead_host() and isinstance(config.model, Sam):
             print_mask_summary(config.model, make_loader(config, task, train_split))
@@ -148,7 +151,8 @@ def train_loop(
         optimizer = make_optimizer(config.optimizer, task.encoder_depth, trainable)
         return init_sharded(mesh, lambda v: init_state(v, optimizer), variables)
 
-    checkpoints = Checkpoints(remote.checkpoints)
+    data = describe_data(train_split, eval_split)
+    checkpoints = Checkpoints(remote.checkpoints, mesh, config, data)
     state = checkpoints.restore(make_state) or make_state(0)
     done = int(state.step)
 

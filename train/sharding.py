@@ -129,6 +129,13 @@ def broadcast_from_lead_host(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def max_over_hosts(value: int) -> int:
+    """Returns the largest of the values with which all hosts call this function together."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
 def compile_step(mesh: Mesh, step: Callable[..., Any], state: Any) -> CompiledStep:
     """Compiles a step f(state, batch) -> (state, values); the state is donated.
 

@@ -3,34 +3,20 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
 from sam_jax.io.atomic import replace_nonfinite, write_json, write_json_lines
-from sam_jax.io.settings_guard import differences
-from sam_jax.model.fields import FLAX_FIELDS
 from train.config import ConfigError, TrainConfig
-from train.former_names import rename_saved
 from train.overrides import to_dict
+from train.run_record import config_changes, newest_config
 
 log = logging.getLogger("train")
 
 FOLDERS = ("checkpoints", "weights", "report", "tensorboard")  # that a run writes
-
-# Fields that may differ when a run is resumed, because no earlier step depends on them.
-MAY_CHANGE = (
-    "num_steps",
-    "fsdp",
-    "log_every",
-    "checkpoint_every",
-    "evaluate_every",
-    "max_bad_steps",
-    "profile",
-    "data.workers",
-    "feature_cache",
-)
 
 
 def check_or_create(
@@ -39,6 +25,7 @@ def check_or_create(
     num_bytes: int,
     is_writer: bool = True,
     name: str | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
 ) -> None:
     """Checks that a folder is free or belongs to this run, and writes its config.json.
 
@@ -48,6 +35,8 @@ def check_or_create(
       num_bytes: The size of the files that the run will write.
       is_writer: True on the host that writes. Other hosts only check the folder.
       name: The name of the folder in error messages; by default its path.
+      checkpoints: The folder of the checkpoints, which may be in an object store; by default that
+        in the folder.
 
     Raises:
       ConfigError: If the folder belongs to another run, or the disk has too little space.
@@ -55,13 +44,8 @@ def check_or_create(
     name = name or str(workdir)
     path = workdir / "config.json"
     if path.exists():
-        before = rename_saved(json.loads(path.read_text(encoding="utf-8")))
-        before = _add_missing(before, _default_values(config))
-        pairs = zip(before["stages"], config.stages, strict=False)
-        before["stages"][: len(config.stages)] = [
-            _add_missing(saved, _default_values(stage)) for saved, stage in pairs
-        ]
-        if changed := differences(before, to_dict(config), ignore=MAY_CHANGE):
+        before = _read_config(path, str(checkpoints or workdir / "checkpoints"))
+        if changed := config_changes(before, config):
             raise ConfigError(
                 f"{name} holds a run with another config: {'; '.join(changed)}. Choose another "
                 "--workdir, or the same values"
@@ -83,25 +67,22 @@ def check_or_create(
         write_json(path, to_dict(config))
 
 
-def _default_values(value: Any) -> dict[str, Any]:
-    """Returns the default values of the fields of a config, as nested dicts."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(value):
-        if dataclasses.is_dataclass(part := getattr(value, field.name)):
-            values[field.name] = _default_values(part)
-        elif field.default is not dataclasses.MISSING and field.name not in FLAX_FIELDS:
-            values[field.name] = to_dict(field.default)
-    return values
-
-
-def _add_missing(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Adds fields that did not exist when a config was saved. Their defaults change nothing."""
-    added = {
-        name: _add_missing(saved.get(name, {}), value) if isinstance(value, dict) else value
-        for name, value in defaults.items()
-        if isinstance(value, dict) or name not in saved
-    }
-    return saved | added
+def _read_config(path: Path, checkpoints: str) -> dict[str, Any]:
+    """Reads config.json. If it is damaged, its values are those in the newest checkpoint."""
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError:
+        config = None
+    if isinstance(config, dict):
+        return config
+    config = newest_config(checkpoints)
+    if config is None:
+        raise ConfigError(
+            f"{path} is damaged, and no checkpoint holds its values: choose another --workdir, or "
+            "restore the file from the output of the run, which begins with it"
+        )
+    log.warning("%s is damaged; its values are taken from the newest checkpoint", path)
+    return config
 
 
 def write_evaluation(

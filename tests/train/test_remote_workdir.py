@@ -150,9 +150,9 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
     config.write_text(CONFIG)
 
     class StoredOnDisk(Checkpoints):
-        def __init__(self, folder):
+        def __init__(self, folder, *args):
             assert str(folder) == f"{RUN}/checkpoints"
-            super().__init__(tmp_path / "checkpoints")
+            super().__init__(tmp_path / "checkpoints", *args)
 
     def next_step(state, batch):
         if state.step == 3 and failures:
