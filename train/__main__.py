@@ -11,6 +11,7 @@ import jax
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sam_jax.data.example import SourceError
+from train import peers
 from train.checkpoints import CheckpointError
 from train.config import ConfigError
 from train.divergence import DivergedError
@@ -94,7 +95,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     has_tpu = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     if not coordinator and not has_tpu:
         return False
-    jax.distributed.initialize(coordinator, processes, process)
+    peers.connect(coordinator, processes, process)
     return True
 
 
@@ -102,4 +103,4 @@ if __name__ == "__main__":
     # One XLA device per core: data parallelism uses the cores better than intra-op threads.
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    sys.exit(main())
+    sys.exit(peers.end_together(main))

@@ -26,6 +26,7 @@ from train.flops import peak_flops
 from train.mask_summary import print_mask_summary
 from train.metrics import Metrics, summarize
 from train.optimizer import check_trainable, keep_schedule, make_optimizer
+from train.peers import leave, watch_peers
 from train.preemption import Stopped, StopSignals
 from train.remote_workdir import RemoteWorkdir
 from train.run_record import describe_data
@@ -40,7 +41,8 @@ from train.sharding import (
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.tasks.base import Task, make_task
-from train.workdir import BadSamples, check_or_create, write_evaluation
+from train.watchdog import Watchdog
+from train.workdir import BadSamples, check_or_create, lock, write_evaluation
 
 
 def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = None) -> None:
@@ -77,9 +79,13 @@ def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = 
         make_task(stage)  # raises ConfigError if the stage is not possible
         check_trainable(variables["params"], stage.trainable)
 
-    with RemoteWorkdir(workdir) as remote:
+    with RemoteWorkdir(workdir) as remote, contextlib.ExitStack() as stack:
         remote.pull()
         num_bytes = bytes_on_disk(variables, remote.is_remote)
+        if is_lead_host():
+            stack.enter_context(
+                lock(remote.folder, config, num_bytes, remote.address, remote.checkpoints)
+            )
         check_or_create(
             remote.folder, config, num_bytes, is_lead_host(), remote.address, remote.checkpoints
         )
@@ -162,6 +168,7 @@ def train_loop(
     )
     metrics = Metrics(folder, done, config.num_steps) if is_lead_host() else None
     bad_steps = BadSteps(config.max_bad_steps)
+    watchdog = Watchdog(folder / per_host_name("stacks.txt"), leave)
     context = Context(
         task,
         mesh,
@@ -170,15 +177,17 @@ def train_loop(
         metrics,
         bad_samples,
         bad_steps,
+        watchdog,
         train_split,
         eval_split,
         signals,
     )
     trainable = stages[0][2].trainable
-    with signals.deferred(), contextlib.ExitStack() as stack:
+    with signals.deferred(), watch_peers(), watchdog, contextlib.ExitStack() as stack:
         if metrics:
             stack.callback(metrics.close)
         stack.callback(checkpoints.close)
+        stack.callback(watchdog.begin, "save")
         for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
             if done == start and stage.trainable != trainable:
                 state = change_optimizer(mesh, state, optimizer)
@@ -200,6 +209,7 @@ class Context(NamedTuple):
       metrics: Its metrics; None on hosts that do not write.
       bad_samples: The images that could not be used.
       bad_steps: The steps that changed nothing.
+      watchdog: Ends the run if no step finishes.
       train_split: The images to train on.
       eval_split: The images to evaluate on.
       signals: The signals that stop the run.
@@ -212,6 +222,7 @@ class Context(NamedTuple):
     metrics: Metrics | None
     bad_samples: BadSamples
     bad_steps: BadSteps
+    watchdog: Watchdog
     train_split: Subset
     eval_split: Subset
     signals: StopSignals
@@ -238,12 +249,14 @@ def train_stage(
     Returns:
       The last state.
     """
-    mesh, metrics, bad_steps, signals = (
+    mesh, metrics, bad_steps, watchdog, signals = (
         context.mesh,
         context.metrics,
         context.bad_steps,
+        context.watchdog,
         context.signals,
     )
+    watchdog.begin("compilation")
     task = make_task(config)
     step = make_step(
         task.objective,
@@ -269,6 +282,7 @@ def train_stage(
         return every > 0 and done % every == 0
 
     def evaluate(done: int, state: TrainState) -> None:
+        watchdog.begin("evaluation")
         variables = gather_variables(mesh, state)
         if metrics and not metrics.has_evaluation(done):
             # A signal ends the evaluation, and then the run after a step that all hosts agree on.
@@ -279,7 +293,8 @@ def train_stage(
 
     if start and is_due(start, config.evaluate_every):
         evaluate(start, state)  # unless it was evaluated before the run was stopped
-    loaded: Any = loader.batches(start, stop, config.data.workers)
+    loaded = loader.batches(start, stop, config.data.workers)
+    watchdog.describe = loaded.describe
     with contextlib.closing(loaded):
         batches = metrics.timed(loaded) if metrics else loaded
         for done, (batch, skipped) in enumerate(batches, start=start + 1):
@@ -293,6 +308,7 @@ def train_stage(
             if metrics and done in config.profile[1:]:
                 jax.block_until_ready(values)
                 jax.profiler.stop_trace()
+            watchdog.advance(values["loss"])
             if metrics:
                 metrics.advance()
             # Everything is due by step and never by the clock, so that all hosts do it together.
@@ -308,6 +324,7 @@ def train_stage(
             if is_last or is_stopped or is_due(done, config.checkpoint_every):
                 bad_steps.read()
                 check_finite(state, done)
+                watchdog.begin("save")
                 save(done, state, context)
             if is_stopped:
                 raise signals.stopped(done)

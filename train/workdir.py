@@ -1,15 +1,19 @@
-"""The folder of a run: its config.json, and the list of images that could not be used."""
+"""The folder of a run: its lock, its config.json, and the images that could not be used."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
 from sam_jax.io.atomic import replace_nonfinite, write_json, write_json_lines
+from sam_jax.io.lock import LockedError, exclusive_lock
 from train.config import ConfigError, TrainConfig
 from train.overrides import to_dict
 from train.run_record import config_changes, newest_config
@@ -17,6 +21,43 @@ from train.run_record import config_changes, newest_config
 log = logging.getLogger("train")
 
 FOLDERS = ("checkpoints", "weights", "report", "tensorboard")  # that a run writes
+
+LOCK_NAME = ".lock"
+# What the lead host has written before config.json, when another host checks the folder.
+BEFORE_CONFIG = re.compile(r"\.lock|\.config\.json\..+\.tmp")
+
+
+@contextlib.contextmanager
+def lock(
+    workdir: Path,
+    config: TrainConfig,
+    num_bytes: int,
+    name: str,
+    checkpoints: str | os.PathLike[str] | None = None,
+) -> Iterator[None]:
+    """Holds the folder of a run, so that no other run writes to it.
+
+    Nothing is written to a folder that this run must not use. The lock ends with the process, also
+    if it is killed; see `sam_jax.io.lock`.
+
+    Args:
+      workdir: The folder, which is created if it is missing.
+      config: The configuration.
+      num_bytes: The size of the files that the run will write.
+      name: The name of the folder in error messages.
+      checkpoints: The folder of the checkpoints, see `check_or_create`.
+
+    Raises:
+      ConfigError: If another run holds the folder, or for the reasons of `check_or_create`.
+    """
+    check_or_create(workdir, config, num_bytes, False, name, checkpoints)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_lock(workdir / LOCK_NAME, name))
+        except LockedError as error:
+            raise ConfigError(f"{error}; choose another --workdir, or wait for it") from error
+        yield
 
 
 def check_or_create(
@@ -50,7 +91,7 @@ def check_or_create(
                 f"{name} holds a run with another config: {'; '.join(changed)}. Choose another "
                 "--workdir, or the same values"
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and not is_free(workdir):
         raise ConfigError(f"{name} is not empty and holds no run: choose another --workdir")
     for folder in FOLDERS:
         if (workdir / folder).exists() and not (workdir / folder).is_dir():
@@ -83,6 +124,13 @@ def _read_config(path: Path, checkpoints: str) -> dict[str, Any]:
         )
     log.warning("%s is damaged; its values are taken from the newest checkpoint", path)
     return config
+
+
+def is_free(workdir: Path) -> bool:
+    """Returns True for a folder that holds nothing, or only the beginning of a run."""
+    if not workdir.is_dir():
+        return False
+    return all(BEFORE_CONFIG.fullmatch(path.name) for path in workdir.iterdir())
 
 
 def write_evaluation(

@@ -19,7 +19,7 @@ from sam_jax.cli.help_texts import SLICE_HELP, WEIGHTS_HELP
 from sam_jax.data.open import Subset, open_image_source, select
 from sam_jax.data.validate import Finding
 from sam_jax.engine.automatic import Generate, label_images
-from sam_jax.engine.folder import acquire, finished_ids, skipped_ids, write_json
+from sam_jax.engine.folder import acquire, finished_ids, hold_number, skipped_ids, write_json
 from sam_jax.engine.instances import write_instances
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.everything.options import sa1b_preset
@@ -147,6 +147,18 @@ def run(args: argparse.Namespace) -> int:
         software_settings() | image_settings(args, images) | model_settings(args, model, variables)
     )
     settings |= {"overlays": args.overlays} | generator_settings(model, options)
+    with hold_number(folder, args.process):
+        return label_share(args, folder, settings, images, generators)
+
+
+def label_share(
+    args: argparse.Namespace,
+    folder: Path,
+    settings: dict[str, Any],
+    images: Subset,
+    generators: list[Generate],
+) -> int:
+    """Segments the images of this process and returns the exit code."""
     acquire(folder, settings, process=args.process, processes=args.processes)
 
     assigned = images.indices[args.process :: args.processes]

@@ -8,17 +8,20 @@
 
 Files are written atomically, under a temporary name that contains the number of the process.
 Several processes, on one host or on several hosts that share the folder, can therefore fill it
-without communicating. A restarted process removes only its unfinished files, see `acquire`.
+without communicating. A restarted process removes only its unfinished files, see `acquire`. While
+a process runs, it holds a lock, so that no other one works under its number; see `hold_number`.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sam_jax.io.atomic import atomic_path
+from sam_jax.io.lock import exclusive_lock, is_locked
 from sam_jax.io.settings_guard import check_settings
 
 SETTINGS_NAME = "everything.json"
@@ -31,6 +34,24 @@ UNFINISHED = re.compile(
 )
 
 
+@contextlib.contextmanager
+def hold_number(folder: Path, process: int) -> Iterator[None]:
+    """Reserves the number of a process in a folder while the block runs.
+
+    Args:
+      folder: The folder, which is created if it is missing.
+      process: The number of this process.
+
+    Raises:
+      LockedError: If another process works in the folder under this number.
+      OSError: If the folder cannot be created or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"process number {process} of {folder}"
+    with exclusive_lock(folder / _lock_name(process), name):
+        yield
+
+
 def acquire(
     folder: Path, settings: Mapping[str, Any], *, process: int = 0, processes: int = 1
 ) -> None:
@@ -41,7 +62,7 @@ def acquire(
       settings: Everything that the results depend on, as JSON values.
       process: The number of this process, from 0.
       processes: The number of processes. If an earlier run had more, each process also removes
-        the leftovers of those whose number modulo `processes` is `process`.
+        the leftovers of those whose number modulo `processes` is `process`, unless they still run.
 
     Raises:
       SettingsError: If the folder was started with other settings, or has files but no settings.
@@ -51,7 +72,7 @@ def acquire(
     has_settings = check_settings(folder / SETTINGS_NAME, settings, option="--out")
     for directory in (folder, folder / OVERLAYS_NAME):
         if directory.is_dir():
-            _remove_leftovers(directory, process, processes)
+            _remove_leftovers(directory, folder, process, processes)
     if not has_settings:
         write_json(folder / SETTINGS_NAME, settings, process=process, indent=1)
 
@@ -88,9 +109,15 @@ def write_file(path: Path, chunks: Iterable[bytes], *, process: int) -> None:
         file.writelines(chunks)
 
 
-def _remove_leftovers(directory: Path, process: int, processes: int) -> None:
+def _remove_leftovers(directory: Path, folder: Path, process: int, processes: int) -> None:
     """Removes unfinished files and lists of skipped images. The run writes them again."""
     for name in os.listdir(directory):
         match = UNFINISHED.fullmatch(name) or SKIPPED.fullmatch(name)
         if match and int(match[1]) % processes == process:
-            (directory / name).unlink()
+            writer = int(match[1])
+            if writer == process or not is_locked(folder / _lock_name(writer)):
+                (directory / name).unlink()
+
+
+def _lock_name(process: int) -> str:
+    return f".process{process}.lock"

@@ -12,6 +12,7 @@ from PIL import Image
 from sam_jax.cli import everything
 from sam_jax.cli.main import main
 from sam_jax.data.open import open_source
+from sam_jax.engine.folder import hold_number
 from sam_jax.everything import generator
 from sam_jax.masks import rle
 from tests.sam_jax.engine import bright
@@ -211,3 +212,30 @@ def test_wrong_arguments_are_reported_in_one_line(
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert len(os.listdir(photos)) == 5
+
+
+def test_a_second_process_of_the_same_number_is_rejected(fake_generator, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    unfinished = out / ".sa_0.jpg.process0.ab12.tmp"
+    with hold_number(out, 0):
+        unfinished.touch()
+        assert run(photos, out) == 1
+        message = f"process number 0 of {out} is in use by process {os.getpid()} on "
+        assert message in capsys.readouterr().err
+        assert sorted(os.listdir(out)) == [".process0.lock", unfinished.name]
+        # Another number may work in the folder at the same time.
+        assert run(photos, out, "--process", "1", "--processes", "3") == 0
+        assert unfinished.exists()
+    assert run(photos, out) == 0
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+
+
+def test_unfinished_files_of_a_process_that_runs_are_kept(fake_generator, photos, tmp_path):
+    out = tmp_path / "out"
+    unfinished = out / ".sa_9.jpg.process3.ab12.tmp"
+    with hold_number(out, 3):
+        unfinished.touch()
+        assert run(photos, out) == 0
+        assert unfinished.exists()
+    assert run(photos, out) == 0
+    assert not unfinished.exists()
