@@ -11,6 +11,7 @@ import jax
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sam_jax.data.example import SourceError
+from sam_jax.io.console import escape_output
 from train import peers
 from train.checkpoints import CheckpointError
 from train.config import ConfigError
@@ -29,6 +30,7 @@ def main() -> int:
     Returns:
       0 done, 1 failed, 2 wrong usage, 130 stopped by SIGINT, 143 stopped by SIGTERM.
     """
+    escape_output()
     args = make_parser().parse_args()
     # Some import has configured the root logger before.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
@@ -41,7 +43,7 @@ def main() -> int:
     except Stopped as stop:
         print(f"train: {stop}", file=sys.stderr)
         return stop.exit_code
-    except (CheckpointError, ConfigError, DivergedError, SourceError, OSError) as error:
+    except (CheckpointError, ConfigError, SourceError, DivergedError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     finally:

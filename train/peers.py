@@ -28,6 +28,7 @@ import jax
 from jax._src import distributed
 
 from sam_jax.data.example import SourceError
+from train.checkpoints import CheckpointError
 from train.config import ConfigError
 from train.divergence import DivergedError
 from train.preemption import Stopped
@@ -173,13 +174,13 @@ def watch_peers() -> Iterator[None]:
     _current.start()
     try:
         yield
-    except Stopped:  # as all other processes
-        _current.finish()
-        raise
-    except (ConfigError, SourceError, DivergedError, OSError):
+    except (CheckpointError, ConfigError, DivergedError, OSError, SourceError):
         raise
     except Exception:
         time.sleep(HEARTBEAT_TIMEOUT + 2 * INTERVAL)  # until a thread or JAX ends this process
+        raise
+    except Stopped:
+        _current.finish()
         raise
     _current.finish()
     _current = None

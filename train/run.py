@@ -83,9 +83,8 @@ def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = 
         remote.pull()
         num_bytes = bytes_on_disk(variables, remote.is_remote)
         if is_lead_host():
-            stack.enter_context(
-                lock(remote.folder, config, num_bytes, remote.address, remote.checkpoints)
-            )
+            hold = lock(remote.folder, config, num_bytes, remote.address, remote.checkpoints)
+            stack.enter_context(hold)
         check_or_create(
             remote.folder, config, num_bytes, is_lead_host(), remote.address, remote.checkpoints
         )
@@ -167,27 +166,25 @@ def train_loop(
         folder / per_host_name("bad_samples.jsonl"), config.data.max_bad, len(train_split)
     )
     metrics = Metrics(folder, done, config.num_steps) if is_lead_host() else None
-    bad_steps = BadSteps(config.max_bad_steps)
     watchdog = Watchdog(folder / per_host_name("stacks.txt"), leave)
     context = Context(
-        task,
-        mesh,
-        remote,
-        checkpoints,
-        metrics,
-        bad_samples,
-        bad_steps,
-        watchdog,
-        train_split,
-        eval_split,
-        signals,
+        run_task=task,
+        mesh=mesh,
+        remote=remote,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        bad_samples=bad_samples,
+        bad_steps=BadSteps(config.max_bad_steps),
+        watchdog=watchdog,
+        train_split=train_split,
+        eval_split=eval_split,
+        signals=signals,
     )
     trainable = stages[0][2].trainable
     with signals.deferred(), watch_peers(), watchdog, contextlib.ExitStack() as stack:
         if metrics:
             stack.callback(metrics.close)
         stack.callback(checkpoints.close)
-        stack.callback(watchdog.begin, "save")
         for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
             if done == start and stage.trainable != trainable:
                 state = change_optimizer(mesh, state, optimizer)
@@ -195,6 +192,7 @@ def train_loop(
             if done < stop:
                 state = train_stage(stage, optimizer, state, done, stop, context)
                 done = stop
+        watchdog.begin("save")
     return state
 
 
@@ -249,13 +247,7 @@ def train_stage(
     Returns:
       The last state.
     """
-    mesh, metrics, bad_steps, watchdog, signals = (
-        context.mesh,
-        context.metrics,
-        context.bad_steps,
-        context.watchdog,
-        context.signals,
-    )
+    mesh, metrics, watchdog = context.mesh, context.metrics, context.watchdog
     watchdog.begin("compilation")
     task = make_task(config)
     step = make_step(
@@ -286,7 +278,7 @@ def train_stage(
         variables = gather_variables(mesh, state)
         if metrics and not metrics.has_evaluation(done):
             # A signal ends the evaluation, and then the run after a step that all hosts agree on.
-            with contextlib.suppress(Stopped), signals.interruptible():
+            with contextlib.suppress(Stopped), context.signals.interruptible():
                 metrics.log_evaluation(
                     done, context.run_task.evaluate(variables, context.eval_split)[0]
                 )
@@ -304,30 +296,29 @@ def train_stage(
             batch = batch_transform(batch)
             with jax.transfer_guard("disallow"):
                 state, values = step(state, shard_batch(mesh, batch))
-            bad_steps.add(done, values.pop("is_finite"))
+            context.bad_steps.add(done, values.pop("is_finite"))
+            watchdog.advance(values["loss"])
             if metrics and done in config.profile[1:]:
                 jax.block_until_ready(values)
                 jax.profiler.stop_trace()
-            watchdog.advance(values["loss"])
             if metrics:
                 metrics.advance()
             # Everything is due by step and never by the clock, so that all hosts do it together.
             is_last = done == config.num_steps
             if is_last or is_due(done, config.log_every):
-                bad_steps.read()
+                context.bad_steps.read()
                 if metrics:
                     row = summarize(jax.device_get(values))
-                    metrics.log(done, row | {"bad_steps": bad_steps.take_count()})
+                    metrics.log(done, row | {"bad_steps": context.bad_steps.take_count()})
             if not is_last and is_due(done, config.evaluate_every):
                 evaluate(done, state)
-            is_stopped = signals.reached(done)
+            is_stopped = context.signals.reached(done)
             if is_last or is_stopped or is_due(done, config.checkpoint_every):
-                bad_steps.read()
+                context.bad_steps.read()
                 check_finite(state, done)
-                watchdog.begin("save")
                 save(done, state, context)
             if is_stopped:
-                raise signals.stopped(done)
+                raise context.signals.stopped(done)
     return state
 
 
@@ -339,6 +330,7 @@ def save(done: int, state: TrainState, context: Context) -> None:
     """
     if is_lead_host() and not (context.remote.folder / "config.json").exists():
         raise FileNotFoundError(f"{context.remote.address} was removed while the run went on")
+    context.watchdog.begin("save")
     context.remote.push()
     context.checkpoints.save(done, state)
 

@@ -21,7 +21,6 @@ from train.run_record import config_changes, newest_config
 log = logging.getLogger("train")
 
 FOLDERS = ("checkpoints", "weights", "report", "tensorboard")  # that a run writes
-
 LOCK_NAME = ".lock"
 # What the lead host has written before config.json, when another host checks the folder.
 BEFORE_CONFIG = re.compile(r"\.lock|\.config\.json\..+\.tmp")
@@ -45,12 +44,12 @@ def lock(
       config: The configuration.
       num_bytes: The size of the files that the run will write.
       name: The name of the folder in error messages.
-      checkpoints: The folder of the checkpoints, see `check_or_create`.
+      checkpoints: As for `check_or_create`.
 
     Raises:
       ConfigError: If another run holds the folder, or for the reasons of `check_or_create`.
     """
-    check_or_create(workdir, config, num_bytes, False, name, checkpoints)
+    check_or_create(workdir, config, num_bytes, is_writer=False, name=name, checkpoints=checkpoints)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -108,6 +107,13 @@ def check_or_create(
         write_json(path, to_dict(config))
 
 
+def is_free(workdir: Path) -> bool:
+    """Returns True for a folder that holds nothing, or only the beginning of a run."""
+    if not workdir.is_dir():
+        return False
+    return all(BEFORE_CONFIG.fullmatch(path.name) for path in workdir.iterdir())
+
+
 def _read_config(path: Path, checkpoints: str) -> dict[str, Any]:
     """Reads config.json. If it is damaged, its values are those in the newest checkpoint."""
     try:
@@ -124,13 +130,6 @@ def _read_config(path: Path, checkpoints: str) -> dict[str, Any]:
         )
     log.warning("%s is damaged; its values are taken from the newest checkpoint", path)
     return config
-
-
-def is_free(workdir: Path) -> bool:
-    """Returns True for a folder that holds nothing, or only the beginning of a run."""
-    if not workdir.is_dir():
-        return False
-    return all(BEFORE_CONFIG.fullmatch(path.name) for path in workdir.iterdir())
 
 
 def write_evaluation(
@@ -158,35 +157,43 @@ def size_of(folder: Path) -> int:
 class BadSamples:
     """Counts images that could not be used, lists them in a file, and stops a run with too many.
 
+    Images that are used without some of their masks are listed, but do not count as unusable.
+
     Attributes:
       path: A JSON lines file with one image per line. It exists if there is any such image.
       limit: The fraction of the images that may be unusable.
       count: The number of all images.
       known: The unusable images so far, by index.
+      used_in_part: The indices of the images of which some masks are unusable.
     """
 
     def __init__(self, path: Path, limit: float, count: int) -> None:
         self.path, self.limit, self.count = path, limit, count
         self.known: dict[int, SkippedSample] = {}
+        self.used_in_part: set[int] = set()
         path.unlink(missing_ok=True)
 
     def add(self, skipped: list[SkippedSample]) -> None:
         """Adds the samples that were skipped in a step.
 
         Args:
-          skipped: The samples.
+          skipped: The samples; see `Loader.batch`.
 
         Raises:
           ConfigError: If too many images are unusable.
         """
         for sample in skipped:
-            if sample.index not in self.known:
+            if sample.index in (self.used_in_part if sample.skipped_masks else self.known):
+                continue
+            if sample.skipped_masks:
+                self.used_in_part.add(sample.index)
+            else:
                 self.known[sample.index] = sample
-                try:
-                    with open(self.path, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
-                except OSError as error:
-                    log.warning("%s is unusable, and cannot be listed: %s", sample.name, error)
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+            except OSError as error:
+                log.warning("%s is unusable, and cannot be listed: %s", sample.name, error)
         if len(self.known) > self.limit * self.count:
             last = list(self.known.values())[-1]
             raise ConfigError(

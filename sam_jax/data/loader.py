@@ -13,27 +13,31 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from sam_jax.data.example import BadSample, Example, Source, SourceError
+from sam_jax.data.example import BadSample, Example, Source, SourceError, count_reasons
 from sam_jax.data.workers import Batches, SamplesInProgress, end_with_parent, reporting
+from sam_jax.images.read import decoding_budget
 
 MAX_ATTEMPTS = 100  # to find a usable image for one position, before loading fails
 
 
 @dataclasses.dataclass(frozen=True)
 class SkippedSample:
-    """A sample that could not be used.
+    """A sample that could not be used, or not all of whose masks could be used.
 
     Attributes:
       index: Its index in the source.
       name: Its name in the source.
-      reason: The reason of its `BadSample`.
-      detail: The detail of its `BadSample`.
+      reason: The reason of its `BadSample`, or of that of its first unusable mask.
+      detail: The detail of the same `BadSample`.
+      skipped_masks: Number of its unusable masks by reason, if the sample is used without them.
+        Empty if the sample was replaced by another one.
     """
 
     index: int
     name: str
     reason: str
     detail: str
+    skipped_masks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable
@@ -115,7 +119,7 @@ class Loader:
           step: The step, from 0.
 
         Returns:
-          The batch, and the samples that were skipped for it.
+          The batch, and the samples that were skipped for it, entirely or in part.
 
         Raises:
           SourceError: If no usable image is found.
@@ -176,7 +180,7 @@ class Loader:
           report: Is called with the index of each image before it is loaded.
 
         Returns:
-          The row, and the samples that it replaces.
+          The row, the samples that it replaces, and the sample itself if masks were skipped.
 
         Raises:
           SourceError: If no usable image is found.
@@ -191,12 +195,19 @@ class Loader:
                 view = {"view": np.int32(rng.integers(self.views))}
                 view_rng = np.random.default_rng((index, int(view["view"])))
             try:
-                row = self.transform(self.source[index], rng, view_rng)
+                with decoding_budget.hold():  # while the decoded image is in memory
+                    example = self.source[index]
+                    row, unusable = self.transform(example, rng, view_rng), example.skipped
+                    del example
             except BadSample as error:
                 name = self.source.name(index)
                 skipped.append(SkippedSample(index, name, error.reason, error.detail))
-            else:
-                return row | {"image_id": np.int32(index)} | view, skipped
+                continue
+            if unusable:
+                name, first = self.source.name(index), unusable[0]
+                counts = count_reasons(unusable)
+                skipped.append(SkippedSample(index, name, first.reason, first.detail, counts))
+            return row | {"image_id": np.int32(index)} | view, skipped
         raise SourceError(
             f"no usable image among {MAX_ATTEMPTS} of {len(self.indices)} drawn; the last was "
             f"{skipped[-1].name}: {skipped[-1].detail}"

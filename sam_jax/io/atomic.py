@@ -30,7 +30,7 @@ def atomic_path(path: str | os.PathLike[str], *, writer: str = "") -> Iterator[P
       raises, the file is removed and `path` keeps its former content.
 
     Raises:
-      OSError: If the file cannot be written or renamed.
+      OSError: If the file cannot be written or renamed. It names `path`.
     """
     path = Path(path)
     prefix = f".{path.name}.{writer}." if writer else f".{path.name}."
@@ -40,8 +40,13 @@ def atomic_path(path: str | os.PathLike[str], *, writer: str = "") -> Iterator[P
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # missing, or the disk became read-only
+            temporary.unlink()
 
 
 @contextlib.contextmanager
