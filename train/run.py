@@ -26,7 +26,7 @@ from train.flops import peak_flops
 from train.mask_summary import print_mask_summary
 from train.metrics import Metrics, summarize
 from train.optimizer import check_trainable, keep_schedule, make_optimizer
-from train.peers import leave, watch_peers
+from train.peers import leave, meet, watch_peers
 from train.preemption import Stopped, StopSignals
 from train.remote_workdir import RemoteWorkdir
 from train.run_record import describe_data
@@ -91,6 +91,7 @@ def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = 
         remote.push()
         if is_lead_host() and isinstance(config.model, Sam):
             print_mask_summary(config.model, make_loader(config, task, train_split))
+        meet("start of the training")
         state = train_loop(config, task, remote, mesh, variables, train_split, eval_split, signals)
         variables = gather_variables(mesh, state)
         failure: BaseException | None = None

@@ -60,6 +60,7 @@ def start_run(
     hosts: Sequence[str] = (),
     quick: bool = True,
     new_session: bool = False,
+    module: str = "train",
 ) -> subprocess.Popen:
     """Starts `python -m train`.
 
@@ -73,6 +74,7 @@ def start_run(
         runs.
       new_session: Whether the process leads a group of processes of its own, which can be sent a
         signal as a terminal does.
+      module: The module to run, "train" or "train.supervise".
 
     Returns:
       The process. It does not compile programs again that another process of the test session has
@@ -83,7 +85,7 @@ def start_run(
         environment["JAX_NUM_CPU_DEVICES"] = str(devices)
     arguments = [*hosts, *(["--set", *settings] if settings else [])]
     return subprocess.Popen(
-        [sys.executable, "-m", "train", str(config), "--workdir", str(workdir), *arguments],
+        [sys.executable, "-m", module, str(config), "--workdir", str(workdir), *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
