@@ -30,7 +30,7 @@ def test_intact_files_are_read_and_mutated_ones_raise_known_errors(readers, tmp_
 @pytest.mark.slow
 def test_thousands_of_mutated_files_with_a_limit_of_memory():
     result = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.data_readers", "--count", "1500", "--seed", "1"],
+        [sys.executable, "-m", "tests.fuzz.data_readers", "--count", "2000", "--seed", "1"],
         capture_output=True,
         text=True,
         timeout=1200,
