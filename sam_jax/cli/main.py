@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: The command line without the name of the program; by default that of the process.
 
     Returns:
-      The exit code: 0 if the verb succeeded, 1 if it failed.
+      The exit code: 0 if the verb succeeded, 1 if it failed, 130 if it was interrupted.
 
     Raises:
       SystemExit: With exit code 2 after wrong usage, and 0 after --help.
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"sam-jax {args.verb}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"sam-jax {args.verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -179,6 +179,26 @@ def remove(url: str) -> None:
         store.rm_file(name)
 
 
+def rename_folder(folder: str, new: str) -> None:
+    """Renames a folder.
+
+    In a store, its objects are copied before they are removed, so each of them exists all the time.
+
+    Args:
+      folder: The folder.
+      new: Its new path or URL, at which there is nothing.
+
+    Raises:
+      OSError: If the folder cannot be renamed.
+    """
+    if not is_url(folder):
+        os.rename(folder, new)
+        return
+    with _open_store(folder) as (store, name):
+        store.copy(name, store._strip_protocol(new), recursive=True)
+        store.rm(name, recursive=True)
+
+
 def _object_type(url: str) -> str | None:
     with _open_store(url) as (store, name):
         try:
