@@ -114,7 +114,7 @@ def run_check(args: argparse.Namespace) -> int:
     result = {"source": args.source, **validate.summarize(findings)}
     for reason, count in result["reasons"].items():
         print(f"{count:7d}  {reason}")
-    for reason, count in result["skipped_masks"].items():
+    for reason, count in result.get("skipped_masks", {}).items():
         print(f"{count:7d}  {reason}, masks of usable samples that are skipped")
     usable, samples, masks = result["usable"], result["samples"], result["masks"]
     print(f"{usable} of {samples} samples are usable, {masks} masks")

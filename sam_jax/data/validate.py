@@ -76,10 +76,10 @@ def summarize(findings: Iterable[Finding]) -> dict[str, Any]:
       findings: One finding a sample.
 
     Returns:
-      {"samples", "usable", "masks", "reasons", "bad", "skipped_masks", "used_in_part"}, ready for
-      JSON. "reasons" are counts of samples by reason, most frequent first, and "skipped_masks"
-      those of masks of usable samples. "bad" lists the samples that cannot be used, "used_in_part"
-      those that can be used without some of their masks.
+      {"samples", "usable", "masks", "reasons", "bad"}, ready for JSON. "reasons" are counts by
+      reason, most frequent first. "bad" lists the samples that cannot be used. If samples can be
+      used without some of their masks, also "skipped_masks", counts of these masks by reason, and
+      "used_in_part", a list of these samples.
     """
     samples = masks = 0
     bad, used_in_part = [], []
@@ -96,15 +96,17 @@ def summarize(findings: Iterable[Finding]) -> dict[str, Any]:
             fields = ("index", "name", "skipped_masks", "detail")
             used_in_part.append({name: getattr(finding, name) for name in fields})
     reasons = collections.Counter(entry["reason"] for entry in bad)
-    return {
+    summary = {
         "samples": samples,
         "usable": samples - len(bad),
         "masks": masks,
         "reasons": dict(reasons.most_common()),
         "bad": bad,
-        "skipped_masks": dict(skipped_masks.most_common()),
-        "used_in_part": used_in_part,
     }
+    if used_in_part:
+        summary["skipped_masks"] = dict(skipped_masks.most_common())
+        summary["used_in_part"] = used_in_part
+    return summary
 
 
 def printable(text: str) -> str:

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 TRIMMED_SHARE = 1 / 8  # of the limit, for which the time to trim the heaps does not matter
 
+# The C library of Linux has a heap for each thread, and would keep the blocks in which Pillow
+# decoded a large image. Other C libraries have no such function, or another allocator.
+malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
 
 class PixelBudget:
     """A number of pixels that threads share.
@@ -32,8 +36,8 @@ class PixelBudget:
         try:
             yield
         finally:
-            if self._thread.held > self._limit * TRIMMED_SHARE:
-                _trim_heaps()
+            if malloc_trim is not None and self._thread.held > self._limit * TRIMMED_SHARE:
+                malloc_trim(0)
             with self._changed:
                 self._used -= self._thread.held
                 self._changed.notify_all()
@@ -65,14 +69,3 @@ class PixelBudget:
     def _take(self, pixels: int) -> None:
         self._used += pixels
         self._thread.held += pixels
-
-
-def _trim_heaps() -> None:
-    """Returns free memory to the operating system.
-
-    The C library of Linux has a heap for each thread, and would keep the blocks in which Pillow
-    decoded a large image. Other C libraries have no such function, or another allocator.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -7,7 +7,10 @@ folder.
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import weights
+from tests.fuzz import data, weights
 from tests.fuzz.harness import Target
 
-TABLES: dict[str, Callable[[Path], list[Target]]] = {"weights": weights.targets}
+TABLES: dict[str, Callable[[Path], list[Target]]] = {
+    "data": data.targets,
+    "weights": weights.targets,
+}

@@ -195,7 +195,8 @@ def _load_index(path: str, stamp: Int64[np.ndarray, "3"]) -> Int64[np.ndarray, "
         if is_compressed:  # `_save_index` does not compress, and a few bytes may become gigabytes
             return None
         with np.load(io.BytesIO(data), allow_pickle=False) as saved:
-            rows, saved_stamp = saved["rows"], saved["stamp"]
+            # Entries that are not arrays would be bytes.
+            rows, saved_stamp = np.asarray(saved["rows"]), np.asarray(saved["stamp"])
     except Exception:  # a broken file may raise anything; the index is then written again
         return None
     # A store has no modification times: an index that was written on a disk is valid there.

@@ -318,8 +318,19 @@ def test_dataset_check_of_a_source_without_errors(labels, tmp_path, capsys):
     assert capsys.readouterr().out == "2 of 2 samples are usable, 2 masks\n"
     result = json.loads(report.read_text())
     expected = {"samples": 2, "usable": 2, "masks": 2, "reasons": {}, "bad": []}
-    expected |= {"skipped_masks": {}, "used_in_part": []}
     assert result == {"source": f"labels:{labels}", **expected}
+
+
+def test_dataset_check_counts_unusable_masks_of_usable_samples(labels, capsys):
+    for name in ("c", "d"):
+        Image.new("L", (8, 6)).save(labels / "b" / "masks" / f"{name}.png")
+    assert main(["dataset", "check", f"labels:{labels}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{labels}/b/images/b.png: usable: 1 masks without 2 empty mask: mask 1: it has no pixels "
+        "of 6 x 8",
+        "      2  empty mask, masks of usable samples that are skipped",
+        "2 of 2 samples are usable, 2 masks",
+    ]
 
 
 def test_dataset_check_names_unusable_samples(labels, tmp_path, capsys):

@@ -73,7 +73,7 @@ def test_reasons_come_most_frequent_first():
     reasons = ["no masks", "empty mask", "empty mask"]
     findings = [Finding(i, "x", reason=reason) for i, reason in enumerate(reasons)]
     assert list(summarize(findings)["reasons"].items()) == [("empty mask", 2), ("no masks", 1)]
-    assert set(map(str, summarize([]).values())) == {"0", "{}", "[]"}
+    assert summarize([]) == {"samples": 0, "usable": 0, "masks": 0, "reasons": {}, "bad": []}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import zipfile
 import zlib
 
 import numpy as np
@@ -367,7 +368,19 @@ def test_headers_are_read_once(packed, monkeypatch):
     ]
 
 
-DAMAGES = ("cut", "flip", "text", "empty", "folder", "pipe", "values", "sizes", "shape", "deflated")
+DAMAGES = (
+    "cut",
+    "flip",
+    "text",
+    "empty",
+    "folder",
+    "pipe",
+    "values",
+    "sizes",
+    "shape",
+    "deflated",
+    "bytes",
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -385,6 +398,10 @@ def test_a_damaged_index_is_rewritten(packed, monkeypatch, damage):
         os.mkfifo(path)
     elif damage == "deflated":
         np.savez_compressed(path, stamp=stamp, rows=rows)
+    elif damage == "bytes":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in ("stamp", "rows"):
+                archive.writestr(f"{name}.npy", b"no array")
     elif damage in ("values", "sizes", "shape"):
         changed = {
             "values": -rows,
