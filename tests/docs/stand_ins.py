@@ -101,11 +101,9 @@ def write_autoencoder(path):
 
 
 def write_encoder(path):
-    """Writes a random vision transformer, as a file that PyTorch reads."""
-    model = MaskedAutoencoder(
-        image_size=(224, 224), patch_size=16, embed_dim=64, depth=1, num_heads=1, decoder_dim=16,
-        decoder_depth=1, decoder_heads=2,
-    )  # fmt: skip
+    """Writes a random vision transformer of a published width, as a file that PyTorch reads."""
+    encoder = {"image_size": (32, 32), "embed_dim": 192, "depth": 1, "num_heads": 3}
+    model = MaskedAutoencoder(**encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2)
     variables = jax.jit(lambda: sam_jax.init_variables(model, 0))()
     sam_jax.save(path, model, variables, format="official")
 
