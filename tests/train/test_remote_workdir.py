@@ -150,9 +150,9 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
     config.write_text(CONFIG)
 
     class StoredOnDisk(Checkpoints):
-        def __init__(self, folder):
+        def __init__(self, folder, *args):
             assert str(folder) == f"{RUN}/checkpoints"
-            super().__init__(tmp_path / "checkpoints")
+            super().__init__(tmp_path / "checkpoints", *args)
 
     def next_step(state, batch):
         if state.step == 3 and failures:
@@ -187,6 +187,6 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
     files = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
     assert {path for path in files if not path.startswith("tensorboard/")} == {
         *("config.json", "metrics.jsonl", "report/index.html"),
-        *("weights/model.json", "weights/weights.safetensors"),
+        *("weights/SHA256SUMS", "weights/model.json", "weights/weights.safetensors"),
     }
     assert any(path.startswith("tensorboard/") for path in files)
