@@ -11,7 +11,7 @@ import sam_jax
 from sam_jax.masks import rle
 from sam_jax.model.mae import MaskedAutoencoder, mae_tiny
 from sam_jax.model.sam import Sam
-from train.config import Optimizer
+from train.config import Interactive, Optimizer
 
 NUM_IMAGES = 5
 SIZE = "64x96"
@@ -141,9 +141,11 @@ def write_configs(folder, names):
 def shorten(config):
     """Returns the configuration of a run of two steps of a tiny model."""
     if isinstance(config.model, Sam):
+        # The same for all configs, so that their programs are compiled once.
         model = sam_jax.sam_tiny()
-        rounds = {"num_clicks": 1, "num_extra_rounds": 0, "masks_per_image": 1}
-        objective = dataclasses.replace(config.objective, **rounds, masks_per_chunk=1)
+        objective = Interactive(
+            num_clicks=1, num_extra_rounds=0, masks_per_image=1, masks_per_chunk=1
+        )
     else:
         model, objective = mae_tiny(), config.objective
     is_generated = config.data.source.startswith("scenes")
