@@ -60,8 +60,8 @@ def read_blocks(path):
     for match in PARTS.finditer(text):
         if match["comment"] is not None:
             for line in filter(None, map(str.strip, match["comment"].splitlines())):
-                if " -> " in line:
-                    old, new = line.split(" -> ", 1)
+                if " ->" in line:
+                    old, new = map(str.strip, line.split(" ->", 1))
                     replacements = [*replacements, (old, new)]
                 elif ": " in line:
                     name, kind = line.split(": ")

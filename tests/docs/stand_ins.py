@@ -11,7 +11,7 @@ import sam_jax
 from sam_jax.masks import rle
 from sam_jax.model.mae import MaskedAutoencoder, mae_tiny
 from sam_jax.model.sam import Sam
-from train.config import Optimizer
+from train.config import Interactive, Optimizer
 
 NUM_IMAGES = 5
 SIZE = "64x96"
@@ -101,11 +101,9 @@ def write_autoencoder(path):
 
 
 def write_encoder(path):
-    """Writes a random vision transformer, as a file that PyTorch reads."""
-    model = MaskedAutoencoder(
-        image_size=(224, 224), patch_size=16, embed_dim=64, depth=1, num_heads=1, decoder_dim=16,
-        decoder_depth=1, decoder_heads=2,
-    )  # fmt: skip
+    """Writes a random vision transformer of a published width, as a file that PyTorch reads."""
+    encoder = {"image_size": (32, 32), "embed_dim": 192, "depth": 1, "num_heads": 3}
+    model = MaskedAutoencoder(**encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2)
     variables = jax.jit(lambda: sam_jax.init_variables(model, 0))()
     sam_jax.save(path, model, variables, format="official")
 
@@ -143,9 +141,11 @@ def write_configs(folder, names):
 def shorten(config):
     """Returns the configuration of a run of two steps of a tiny model."""
     if isinstance(config.model, Sam):
+        # The same for all configs, so that their programs are compiled once.
         model = sam_jax.sam_tiny()
-        rounds = {"num_clicks": 1, "num_extra_rounds": 0, "masks_per_image": 1}
-        objective = dataclasses.replace(config.objective, **rounds, masks_per_chunk=1)
+        objective = Interactive(
+            num_clicks=1, num_extra_rounds=0, masks_per_image=1, masks_per_chunk=1
+        )
     else:
         model, objective = mae_tiny(), config.objective
     is_generated = config.data.source.startswith("scenes")

@@ -1,31 +1,40 @@
-"""Runs the commands and examples of a page in the present folder, which stands for a checkout.
+"""Runs the commands and examples of pages, each in a new folder that stands for a checkout.
 
-`python -P -m tests.docs.run_page PAGE`; with -P, the folder's stand-ins do not replace modules.
+`python -m tests.docs.run_pages FOLDER [PAGE ...]`. One process runs all pages, because compiled
+programs are then shared.
 """
 
 import configparser
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from sam_jax.cli.main import main as sam_jax_main
 from tests.docs import stand_ins
-from tests.docs.pages import ROOT, program_of, read_blocks, split_commands
+from tests.docs.pages import PAGES, ROOT, program_of, read_blocks, split_commands
 from train.__main__ import main as train_main
 
 # What a checkout contains and the pages use.
 CHECKOUT = ("configs", "docs", "tests", "Makefile", "setup.cfg")
 
 
-def run_page(path):
-    """Runs a page in the present folder, which must be empty."""
+def run_page(path, folder):
+    """Runs a page in a new folder.
+
+    Args:
+      path: The page.
+      folder: The folder, which is created.
+    """
     blocks = read_blocks(path)
+    folder.mkdir()
+    os.chdir(folder)
     make_checkout(any("short training" in block.switches for block in blocks))
     made = {*CHECKOUT}
     namespace = {"__name__": "__main__"}
     for block in blocks:
-        print(f"{path.name}:{block.line}", flush=True)
+        print(f"--- {path.name}:{block.line}", flush=True)
         for name, kind in block.files.items():
             made.add(Path(name).parts[0])
             stand_ins.MAKERS[kind](Path(name))
@@ -84,4 +93,6 @@ def recipe(targets):
 
 
 if __name__ == "__main__":
-    run_page(Path(sys.argv[1]))
+    root, *pages = (Path(argument).resolve() for argument in sys.argv[1:])
+    for page in pages or PAGES:
+        run_page(page, root / page.stem)
