@@ -7,12 +7,13 @@ checkpoint that cannot be read for any other reason stops the run, and nothing i
 """
 
 import contextlib
+import functools
 import gc
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -105,12 +106,12 @@ class Checkpoints:
             be damaged cannot be read.
           ConfigError: If that one is of a run with another configuration or other images.
         """
-        with ignore_background_errors():
-            for step in sorted(self.manager.all_steps(), reverse=True):
-                try:
-                    return self._restore_step(step, make_state)
-                except DamagedError as damage:
-                    self._set_aside(step, str(damage))
+        hide_remaining_reads()
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                return self._restore_step(step, make_state)
+            except DamagedError as damage:
+                self._set_aside(step, str(damage))
         if damaged := sorted(path.name for path in self.folder.glob("*.damaged*")):
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is intact; damaged are {', '.join(damaged)}. To "
@@ -312,15 +313,20 @@ def on_all_hosts(action: Callable[[], Result]) -> Result:
     return result
 
 
-@contextlib.contextmanager
-def ignore_background_errors() -> Iterator[None]:
-    """Hides errors of orbax's remaining reads, which go on when one of its reads has failed."""
+@functools.cache
+def hide_remaining_reads() -> None:
+    """Hides errors of orbax's other reads, which it leaves behind when one of them has failed.
+
+    They would be printed with their tracebacks, perhaps much later.
+    """
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
+
+    def hide(unraisable: Any) -> None:
+        text = str(unraisable.exc_value)
+        if not text.startswith(("Encountered error while reading array", "Event loop is closed")):
+            hook(unraisable)
+
+    sys.unraisablehook = hide
 
 
 def _read_record(folder: epath.Path) -> dict[str, Any] | None:
@@ -362,7 +368,6 @@ def _read_state(folder: epath.Path, target: Any, record: dict[str, Any] | None) 
                     f"{folder} needs more memory than there is: {reason}. Use more devices, or a "
                     "larger fsdp"
                 ) from error
-        gc.collect()  # the remaining reads
         try:
             _read_all_bytes(str(folder))
         except OSError as error:

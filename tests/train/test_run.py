@@ -89,7 +89,9 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(start, uninterru
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
     output = finish(start(workdir))
-    assert "checkpoint 10 cannot be read" in output
+    assert "checkpoint 10 is damaged: " in output
+    assert "Traceback" not in output
+    assert newest.with_name("10.damaged").is_dir()
     assert losses(workdir) == losses(uninterrupted)
     assert digest(workdir) == digest(uninterrupted)
 

@@ -11,6 +11,7 @@ from configs.sam_tiny import config as tiny
 from sam_jax.data.loader import SkippedSample
 from train.config import ConfigError
 from train.overrides import to_dict
+from train.run_record import make_record
 from train.workdir import BadSamples, check_or_create, lock, write_evaluation
 
 
@@ -118,3 +119,21 @@ def test_a_list_of_bad_samples_that_cannot_be_written_does_not_end_a_run(tmp_pat
     assert "one.jpg is unusable, and cannot be listed: [Errno 2]" in caplog.text
     with pytest.raises(ConfigError, match="3 of 4 images are unusable"):
         samples.add([SkippedSample(i, f"{i}.jpg", "broken image", "") for i in (2, 3)])
+
+
+@pytest.mark.parametrize("content", ["", '{"model": {"image_', "[]", "\0\0\0\0"])
+def test_a_damaged_config_is_repaired_from_a_checkpoint(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"config.json is damaged, and no checkpoint holds"):
+        check_or_create(tmp_path, tiny, 0)
+    assert (tmp_path / "config.json").read_text() == content
+    for step in (2, 4, 10):
+        folder = tmp_path / "checkpoints" / str(step) / "record"
+        folder.mkdir(parents=True)
+        config = tiny if step == 4 else dataclasses.replace(tiny, seed=step)
+        record = json.dumps(make_record(step, config, {}, {}))
+        (folder / "metadata").write_text(record if step < 10 else record[:99])
+    with pytest.raises(ConfigError, match="seed was 0, is 3"):
+        check_or_create(tmp_path, dataclasses.replace(tiny, seed=3), 0)
+    check_or_create(tmp_path, tiny, 0)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(tiny)
