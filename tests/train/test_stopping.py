@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +47,7 @@ def children(pid):
         return {
             int(child)
             for task in os.listdir(f"/proc/{pid}/task")
-            for child in open(f"/proc/{pid}/task/{task}/children").read().split()
+            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()
         }
     return set()
 
@@ -84,7 +86,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(start, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     step = end(process, signal.SIGINT)
     assert step in saved_steps(workdir)
-    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    wait_for(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
 
     finish(start(workdir, *settings))
     assert losses(workdir) == losses(tmp_path / "once")
@@ -154,3 +156,64 @@ def test_a_diverged_run_keeps_its_last_finite_checkpoint(start, tmp_path):
     assert rows
     assert not (tmp_path / "run" / "weights").exists()
     assert saved_steps(tmp_path / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path):
+    """Fills a disk with a file."""
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_a_run_on_a_full_disk_ends_clearly_and_goes_on_when_there_is_room(start, small_disk):
+    workdir, filler = small_disk / "run", small_disk / "filler"
+    process = start(workdir, "num_steps=1000")
+    wait_for(lambda: workdir.exists() and len(losses(workdir)) >= 4, process)
+    fill(filler)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert output.count("metrics cannot be written, the run goes on: [Errno 28]") == 1
+    assert re.search(r"^train: the last \d checkpoints could not be saved", output, re.M)
+    assert len(output.splitlines()) < 200  # of which the config has some 80
+    last = losses(workdir)[-1][0]
+    assert saved_steps(workdir)
+
+    filler.unlink()
+    finish(start(workdir, f"num_steps={last + 4}"))
+    steps = [step for step, *_ in losses(workdir)]
+    assert steps[-1] == last + 4
+    assert len({*steps}) == len(steps)
+    assert (workdir / "weights").is_dir()
+
+
+def test_a_run_whose_workdir_cannot_be_written_is_rejected(start, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    process = start(small_disk / "run")
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert re.search(r"^train: .*Read-only file system: .*run", output, re.M)
+
+
+def test_a_run_whose_workdir_is_removed_ends_clearly(start, tmp_path):
+    process = start(tmp_path / "run", "num_steps=1000")
+    wait_for_rows(tmp_path / "run", 3, process)
+    # Under another name, as the files of a save in progress could appear while they are removed.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert re.search(r"^train: .*/run was removed while the run went on", output, re.M)
