@@ -17,7 +17,7 @@ BATCH = 20
 def corpus(tmp_path_factory):
     """Returns a source with damaged samples, and their reasons."""
     folder = tmp_path_factory.mktemp("corpus")
-    bad, partial = damaged.write_corpus(folder)
+    bad, partial = damaged.write_corpus(folder, count=100)
     return open_coco(str(folder)), bad, partial
 
 
@@ -47,12 +47,10 @@ def test_training_meets_every_damage_in_the_same_order(corpus):
     assert found == bad
     found = {s.index: s.skipped_masks for s in skipped if s.skipped_masks}
     assert found == {i: {reason: 1} for i, reason in partial.items()}
-    for prefetch in (0, 3):
-        for (batch, samples), (right, in_order) in zip(
-            load(source).batches(0, steps, prefetch=prefetch), expected, strict=True
-        ):
-            jax.tree.map(np.testing.assert_array_equal, batch, right)
-            assert samples == in_order
+    ahead = load(source).batches(0, steps, prefetch=3)
+    for (batch, samples), (right, in_order) in zip(ahead, expected, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, batch, right)
+        assert samples == in_order
     for step, (right, in_order) in enumerate(expected):
         hosts = [load(source, host=host, hosts=2).batch(step) for host in range(2)]
         np.testing.assert_array_equal(np.concatenate([b.image for b, _ in hosts]), right.image)

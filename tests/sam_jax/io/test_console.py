@@ -58,6 +58,7 @@ def test_a_check_names_every_file(folder, run):
     assert ("\\u0444" in out) != ("фото" in out)
 
 
+@pytest.mark.parametrize("run", ["ascii"], indirect=True)
 def test_everything_names_every_file(folder, run, monkeypatch, tmp_path):
     class Bright(everything.SamAutomaticMaskGenerator):
         generate = staticmethod(bright.generate)
