@@ -27,4 +27,7 @@ if __name__ == "__main__":
     config = configparser.ConfigParser(interpolation=None)
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    setup(long_description=absolute_links(readme, config["metadata"]["url"]))
+    setup(
+        long_description=absolute_links(readme, config["metadata"]["url"]),
+        long_description_content_type="text/markdown",
+    )
