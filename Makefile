@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train pretrain test test-slow test-colabs test-reference test-tpu lint bench clean
+.PHONY: install train pretrain test test-slow test-colabs test-reference test-tpu lint docs docs-links bench clean
 
 install: .venv/test
 
@@ -19,6 +19,10 @@ install: .venv/test
 
 .venv/tpu: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,tpu]'
+	touch $@
+
+.venv/docs: .venv/test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,docs]'
 	touch $@
 
 train: .venv/test
@@ -49,6 +53,12 @@ lint: .venv/test
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going --quiet docs docs/_build/html
+
+docs-links: .venv/docs
+	$(BIN)/python -m sphinx --quiet -b linkcheck docs docs/_build/links
+
 bench: .venv/reference
 	$(BIN)/python -m tests.benchmarks.predict
 	$(BIN)/python -m tests.benchmarks.train
@@ -56,4 +66,4 @@ bench: .venv/reference
 	$(BIN)/python -m tests.benchmarks.everything
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist docs/_build docs/commands *.egg-info

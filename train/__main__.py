@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sam_jax.data.example import SourceError
+from sam_jax.io.console import escape_output
+from train import peers
 from train.checkpoints import CheckpointError
 from train.config import ConfigError
+from train.divergence import DivergedError
 from train.overrides import load_config, override, to_json
+from train.preemption import Stopped, StopSignals, kill_children
 from train.run import run
 
 # Programs for accelerators take minutes to compile. The next run finds them here.
@@ -20,21 +25,40 @@ COMPILATION_CACHE = Path.home() / ".cache" / "sam_jax" / "compiled"
 
 
 def main() -> int:
-    """Runs a config and returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Runs a config and returns the exit code.
+
+    Returns:
+      0 done, 1 failed, 2 wrong usage, 130 stopped by SIGINT, 143 stopped by SIGTERM.
+    """
+    escape_output()
     args = make_parser().parse_args()
-    connect(args.coordinator, args.processes, args.process)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    jax_config: Any = jax.config  # whose options are not known to type checkers
+    # Some import has configured the root logger before.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    signals = StopSignals()
     try:
-        config = override(load_config(args.config), args.set)
-        if jax.default_backend() != "cpu" and not jax_config.jax_compilation_cache_dir:
-            jax_config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
-        print(to_json(config), end="", flush=True)
-        run(config, args.workdir)
-    except (CheckpointError, ConfigError, SourceError, FileNotFoundError) as error:
+        with signals.installed(), logging_redirect_tqdm():
+            if connect(args.coordinator, args.processes, args.process):
+                signals.connect()
+            train(args, signals)
+    except Stopped as stop:
+        print(f"train: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except (CheckpointError, ConfigError, SourceError, DivergedError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
+    finally:
+        kill_children()
     return 0
+
+
+def train(args: argparse.Namespace, signals: StopSignals) -> None:
+    """Runs the config of the command line."""
+    jax_config: Any = jax.config  # whose options are not known to type checkers
+    config = override(load_config(args.config), args.set)
+    if jax.default_backend() != "cpu" and not jax_config.jax_compilation_cache_dir:
+        jax_config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
+    print(to_json(config), end="", flush=True)
+    run(config, args.workdir, signals)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,21 +83,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def connect(coordinator: str | None, processes: int | None, process: int | None) -> bool:
     """Connects to the other hosts: those of the coordinator, or those of a TPU pod.
 
     Args:
       coordinator: The address of process 0; None on TPU pods and single machines.
       processes: The number of processes.
       process: The index of this process.
+
+    Returns:
+      Whether there are other hosts to connect to.
     """
     has_tpu = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    if coordinator or has_tpu:
-        jax.distributed.initialize(coordinator, processes, process)
+    if not coordinator and not has_tpu:
+        return False
+    peers.connect(coordinator, processes, process)
+    return True
 
 
 if __name__ == "__main__":
     # One XLA device per core: data parallelism uses the cores better than intra-op threads.
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    sys.exit(main())
+    sys.exit(peers.end_together(main))

@@ -167,6 +167,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps
     evaluate_every: int = 0  # steps; 0: only at the end
     feature_cache: str = "~/.cache/sam_jax/features"  # folder for features of frozen encoders
+    max_bad_steps: int = 10  # steps in a row with a non-finite loss or gradient that stop the run
     profile: tuple[int, ...] = ()  # first and last step of a profiler's trace; empty: no trace
     seed: int = 0
 
@@ -223,6 +224,7 @@ class TrainConfig:
         """Yields the rules that the fields must obey."""
         for name in ("batch_size", "fsdp", "num_steps", "log_every", "checkpoint_every"):
             yield at_least(name, getattr(self, name), 1)
+        yield at_least("max_bad_steps", self.max_bad_steps, 1)
         yield at_least("evaluate_every", self.evaluate_every, 0)
         yield at_least("mimetic_init_scale", self.mimetic_init_scale, 0)
         is_range = len(self.profile) in (0, 2) and list(self.profile) == sorted(self.profile)

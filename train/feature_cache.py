@@ -164,7 +164,7 @@ def fingerprint(source: Source) -> str:
     """
     total = hashlib.sha256(str(len(source)).encode())
     for index in np.linspace(0, len(source) - 1, min(len(source), FINGERPRINTED)).astype(int):
-        total.update(source.name(int(index)).encode())
+        total.update(source.name(int(index)).encode("utf-8", "surrogatepass"))
         try:
             example = source[int(index)]
         except BadSample:

@@ -1,6 +1,10 @@
 """The log of a run: JSON lines, TensorBoard events and a progress bar."""
 
+import contextlib
 import json
+import logging
+import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,9 +14,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from sam_jax.io.atomic import write_bytes
+from sam_jax.io.atomic import replace_nonfinite, write_json_lines
 
 T = TypeVar("T")
+
+log = logging.getLogger("train")
 
 
 class Metrics:
@@ -20,6 +26,9 @@ class Metrics:
 
     `metrics.jsonl` has one object per logged step, `evaluations.jsonl` one per evaluation. A
     resumed run first drops the rows after its checkpoint, so that no step occurs twice.
+
+    If values cannot be written, for instance because the disk is full, they are lost, but the run
+    goes on.
     """
 
     def __init__(
@@ -35,18 +44,17 @@ class Metrics:
           start: The number of steps done.
           stop: The number of steps of the run.
         """
-        from tensorboardX import SummaryWriter
-
         self.path = workdir / "metrics.jsonl"
         self.evaluations = workdir / "evaluations.jsonl"
         for path in (self.path, self.evaluations):
             drop_rows_after(path, start)
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.board = Board(workdir / "tensorboard", start)
         self.bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
         self.batch_size = 1
         self.peak_step_seconds: float | None = None
         self._last_log = (time.perf_counter(), start)
         self._waited = 0.0
+        self._is_failing = False
 
     def begin_stage(self, batch_size: int, peak_step_seconds: float | None = None) -> None:
         """Sets what the speed is measured by.
@@ -94,12 +102,12 @@ class Metrics:
             speed["mfu"] = round(self.peak_step_seconds / step_seconds, 4)
             bar["MFU"] = speed["mfu"]
         self._last_log, self._waited = (now, step), 0.0
-        append_row(self.path, {"step": step} | values | speed)
-        for name, value in (values | speed).items():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, step)
-        self.board.flush()
+        self._write(self.path, step, values | speed, values | speed)
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in bar.items() if v is not None})
+
+    def has_evaluation(self, step: int) -> bool:
+        """Returns whether the evaluation after a step was written."""
+        return any(row["step"] == step for row in read_rows(self.evaluations))
 
     def log_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
         """Writes an evaluation.
@@ -108,38 +116,143 @@ class Metrics:
           step: The number of steps done.
           evaluation: Values by name, which may be nested. TensorBoard gets the floats.
         """
-        append_row(self.evaluations, {"step": step} | evaluation)
-        for name, value in flatten_dict(evaluation, sep="/").items():
-            if isinstance(value, float):
-                self.board.add_scalar(f"evaluation/{name}", value, step)
+        scalars = flatten_dict({"evaluation": evaluation}, sep="/")
+        self._write(self.evaluations, step, evaluation, scalars)
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
         self.board.close()
         self.bar.close()
 
+    def _write(self, path: Path, step: int, row: dict[str, Any], scalars: dict[str, Any]) -> None:
+        """Writes a row to a JSON lines file and scalars to TensorBoard, if that is possible."""
+        was_failing, self._is_failing = self._is_failing, False
+        for write in (
+            lambda: append_row(path, {"step": step} | row),
+            lambda: self.board.write(step, scalars),
+        ):
+            try:
+                write()
+            except OSError as error:
+                if not was_failing and not self._is_failing:
+                    log.warning("metrics cannot be written, the run goes on: %s", error)
+                self._is_failing = True
+
+
+class Board:
+    """TensorBoard's event files.
+
+    Each write reaches the disk before it returns. TensorBoard reads a file up to the first damaged
+    event, so that a new file follows a failed write.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        """Opens the first file, if that is possible.
+
+        Args:
+          folder: The folder.
+          start: The number of steps done. TensorBoard drops events of later steps, which a killed
+            run has left.
+        """
+        self.folder, self.next_step = folder, start + 1
+        self.writer: Any = None
+        with contextlib.suppress(OSError):  # `write` tries again, and raises
+            self.writer = self._open()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes the finite floats among some values.
+
+        Args:
+          step: The number of steps done.
+          values: Values by name.
+
+        Raises:
+          OSError: If they cannot be written.
+        """
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        try:
+            self.writer = self.writer or self._open()
+            for name, value in values.items():
+                if isinstance(value, float) and math.isfinite(value):
+                    summary = scalar(name, value)
+                    event = Event(wall_time=time.time(), step=step, summary=summary)
+                    self.writer.write_event(event)
+            self.writer.flush()
+        except OSError:
+            self.close()
+            raise
+        finally:
+            self.next_step = step + 1
+
+    def close(self) -> None:
+        """Closes the current file, which was flushed after the last successful write."""
+        if self.writer:
+            with contextlib.suppress(OSError):
+                self.writer.close()
+        self.writer = None
+
+    def _open(self) -> Any:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        writer = EventsWriter(str(self.folder / "events"), f".{self.next_step}")
+        session = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(step=self.next_step, session_log=session))
+        return writer
+
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Appends a row to a JSON lines file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Appends a row to a JSON lines file.
+
+    Args:
+      path: The file.
+      row: Values by name, of which NaN and infinity are written as null.
+
+    Raises:
+      OSError: If the row cannot be written. The file then has its former content.
+    """
+    line = json.dumps(replace_nonfinite(row), allow_nan=False) + "\n"
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Removes the rows of later steps from a JSON lines file, if there is one."""
+    """Removes the rows of later steps, and damaged ones, from a JSON lines file, if it exists."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
     if rows:
-        write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_json_lines(path, map(replace_nonfinite, rows))
     else:
         path.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads a JSON lines file; a missing file has no rows, and a truncated last row is skipped."""
+    """Reads a JSON lines file.
+
+    A missing file has no rows. Text after the last line break, which was not written to the end, is
+    skipped. Other lines that are no JSON objects are skipped and reported.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            log.warning("%s: line %d is damaged and left out: %.60r", path, number, line)
+    return rows
 
 
 def summarize(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """A training run from top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,27 +21,31 @@ from sam_jax.data.sources.mixed import Mixture
 from sam_jax.model.sam import Sam
 from train.checkpoints import MAX_TO_KEEP, Checkpoints
 from train.config import TrainConfig
+from train.divergence import BadSteps, check_finite
 from train.flops import peak_flops
 from train.mask_summary import print_mask_summary
 from train.metrics import Metrics, summarize
 from train.optimizer import check_trainable, keep_schedule, make_optimizer
+from train.peers import leave, watch_peers
+from train.preemption import Stopped, StopSignals
 from train.remote_workdir import RemoteWorkdir
 from train.run_record import describe_data
 from train.sharding import (
+    broadcast_from_lead_host,
     infer_sharding,
     init_sharded,
     make_mesh,
     process_allgather,
     shard_batch,
-    sync_hosts,
 )
 from train.state import TrainState, init_state
 from train.step import make_step
 from train.tasks.base import Task, make_task
-from train.workdir import BadSamples, check_or_create, write_evaluation
+from train.watchdog import Watchdog
+from train.workdir import BadSamples, check_or_create, lock, write_evaluation
 
 
-def run(config: TrainConfig, workdir: str | Path) -> None:
+def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = None) -> None:
     """Trains, or resumes the run in the workdir; then evaluates and reports.
 
     Afterwards the workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/, weights/
@@ -53,11 +59,16 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
     Args:
       config: The run.
       workdir: A new folder, or that of a run with the same configuration.
+      signals: The signals that stop the run; by default, none do on a single host.
 
     Raises:
       ConfigError: If the run is not possible. Nothing is written then.
       SourceError: If the images cannot be opened. Nothing is written then.
+      DivergedError: If too many steps in a row are bad. No weights are written then.
+      OSError: If something else than metrics cannot be written.
+      Stopped: If a signal stops the run.
     """
+    signals = signals or StopSignals()
     # The task, the images, the devices and the initial variables.
     task = make_task(config)
     train_split, eval_split = open_data(config, task)
@@ -68,23 +79,38 @@ def run(config: TrainConfig, workdir: str | Path) -> None:
         make_task(stage)  # raises ConfigError if the stage is not possible
         check_trainable(variables["params"], stage.trainable)
 
-    with RemoteWorkdir(workdir) as remote:
+    with RemoteWorkdir(workdir) as remote, contextlib.ExitStack() as stack:
         remote.pull()
         num_bytes = bytes_on_disk(variables, remote.is_remote)
+        if is_lead_host():
+            hold = lock(remote.folder, config, num_bytes, remote.address, remote.checkpoints)
+            stack.enter_context(hold)
         check_or_create(
             remote.folder, config, num_bytes, is_lead_host(), remote.address, remote.checkpoints
         )
         remote.push()
         if is_lead_host() and isinstance(config.model, Sam):
             print_mask_summary(config.model, make_loader(config, task, train_split))
-        state = train_loop(config, task, remote, mesh, variables, train_split, eval_split)
+        state = train_loop(config, task, remote, mesh, variables, train_split, eval_split, signals)
         variables = gather_variables(mesh, state)
+        failure: BaseException | None = None
         if is_lead_host():
-            finalize(config, task, remote.folder, variables, eval_split)
+            try:
+                with signals.interruptible():
+                    finalize(config, task, remote.folder, variables, eval_split)
+            except BaseException as error:
+                failure = error
+        # The other hosts end with the lead host, which tells them how.
+        exit_code = broadcast_from_lead_host(
+            getattr(failure, "exit_code", int(failure is not None))
+        )
+        if failure:
+            raise failure
+    if exit_code:
+        sys.exit(exit_code)
     if is_lead_host():
         print(f"report: {remote.address}/report/index.html")
         print(f"weights: {remote.address}/weights")
-    sync_hosts("end of the run")
 
 
 def train_loop(
@@ -95,6 +121,7 @@ def train_loop(
     variables: dict[str, Any],
     train_split: Subset,
     eval_split: Subset,
+    signals: StopSignals,
 ) -> TrainState:
     """Trains from the newest checkpoint, or from the given variables.
 
@@ -106,9 +133,14 @@ def train_loop(
       variables: The variables to start from.
       train_split: The images to train on.
       eval_split: The images to evaluate on.
+      signals: The signals that stop the run.
 
     Returns:
       The last state.
+
+    Raises:
+      DivergedError: If too many steps in a row are bad.
+      Stopped: If a signal stops the run. A checkpoint of the last step was saved.
     """
     stages = config.parts()
     optimizers = [
@@ -134,20 +166,33 @@ def train_loop(
         folder / per_host_name("bad_samples.jsonl"), config.data.max_bad, len(train_split)
     )
     metrics = Metrics(folder, done, config.num_steps) if is_lead_host() else None
+    watchdog = Watchdog(folder / per_host_name("stacks.txt"), leave)
     context = Context(
-        task, mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split
+        run_task=task,
+        mesh=mesh,
+        remote=remote,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        bad_samples=bad_samples,
+        bad_steps=BadSteps(config.max_bad_steps),
+        watchdog=watchdog,
+        train_split=train_split,
+        eval_split=eval_split,
+        signals=signals,
     )
     trainable = stages[0][2].trainable
-    for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
-        if done == start and stage.trainable != trainable:
-            state = change_optimizer(mesh, state, optimizer)
-        trainable = stage.trainable
-        if done < stop:
-            state = train_stage(stage, optimizer, state, done, stop, context)
-            done = stop
-    checkpoints.close()
-    if metrics:
-        metrics.close()
+    with signals.deferred(), watch_peers(), watchdog, contextlib.ExitStack() as stack:
+        if metrics:
+            stack.callback(metrics.close)
+        stack.callback(checkpoints.close)
+        for (start, stop, stage), optimizer in zip(stages, optimizers, strict=True):
+            if done == start and stage.trainable != trainable:
+                state = change_optimizer(mesh, state, optimizer)
+            trainable = stage.trainable
+            if done < stop:
+                state = train_stage(stage, optimizer, state, done, stop, context)
+                done = stop
+        watchdog.begin("save")
     return state
 
 
@@ -161,8 +206,11 @@ class Context(NamedTuple):
       checkpoints: Its checkpoints.
       metrics: Its metrics; None on hosts that do not write.
       bad_samples: The images that could not be used.
+      bad_steps: The steps that changed nothing.
+      watchdog: Ends the run if no step finishes.
       train_split: The images to train on.
       eval_split: The images to evaluate on.
+      signals: The signals that stop the run.
     """
 
     run_task: Task
@@ -171,8 +219,11 @@ class Context(NamedTuple):
     checkpoints: Checkpoints
     metrics: Metrics | None
     bad_samples: BadSamples
+    bad_steps: BadSteps
+    watchdog: Watchdog
     train_split: Subset
     eval_split: Subset
+    signals: StopSignals
 
 
 def train_stage(
@@ -196,7 +247,8 @@ def train_stage(
     Returns:
       The last state.
     """
-    run_task, mesh, remote, checkpoints, metrics, bad_samples, train_split, eval_split = context
+    mesh, metrics, watchdog = context.mesh, context.metrics, context.watchdog
+    watchdog.begin("compilation")
     task = make_task(config)
     step = make_step(
         task.objective,
@@ -210,39 +262,77 @@ def train_stage(
 
     # The batches from this step on. They depend on the seed and the step only.
     batch_transform = task.batch_transform(
-        functools.partial(gather_variables, mesh, state), train_split, per_host_name("host")
+        functools.partial(gather_variables, mesh, state),
+        context.train_split,
+        per_host_name("host"),
     )
-    loader = make_loader(config, task, train_split)
-    batches = loader.batches(start, stop, config.data.workers)
+    loader = make_loader(config, task, context.train_split)
     if metrics:
         metrics.begin_stage(config.batch_size, peak_step_seconds(config, task, mesh))
-        batches = metrics.timed(batches)
+
+    def is_due(done: int, every: int) -> bool:
+        return every > 0 and done % every == 0
 
     def evaluate(done: int, state: TrainState) -> None:
+        watchdog.begin("evaluation")
         variables = gather_variables(mesh, state)
-        if metrics:
-            metrics.log_evaluation(done, run_task.evaluate(variables, eval_split)[0])
+        if metrics and not metrics.has_evaluation(done):
+            # A signal ends the evaluation, and then the run after a step that all hosts agree on.
+            with contextlib.suppress(Stopped), context.signals.interruptible():
+                metrics.log_evaluation(
+                    done, context.run_task.evaluate(variables, context.eval_split)[0]
+                )
 
-    for done, (batch, skipped) in enumerate(batches, start=start + 1):
-        bad_samples.add(skipped)
-        if metrics and done in config.profile[:1]:
-            jax.profiler.start_trace(remote.folder / "profile")
-        state, values = step(state, shard_batch(mesh, batch_transform(batch)))
-        if metrics and done in config.profile[1:]:
-            jax.block_until_ready(values)
-            jax.profiler.stop_trace()
-        if metrics:
-            metrics.advance()
-        # Everything is due by step and never by the clock, so that all hosts do it together.
-        is_last = done == config.num_steps
-        if metrics and (is_last or done % config.log_every == 0):
-            metrics.log(done, summarize(jax.device_get(values)))
-        if not is_last and config.evaluate_every and done % config.evaluate_every == 0:
-            evaluate(done, state)
-        if is_last or done % config.checkpoint_every == 0:
-            remote.push()
-            checkpoints.save(done, state)
+    if start and is_due(start, config.evaluate_every):
+        evaluate(start, state)  # unless it was evaluated before the run was stopped
+    loaded = loader.batches(start, stop, config.data.workers)
+    watchdog.describe = loaded.describe
+    with contextlib.closing(loaded):
+        batches = metrics.timed(loaded) if metrics else loaded
+        for done, (batch, skipped) in enumerate(batches, start=start + 1):
+            context.bad_samples.add(skipped)
+            if metrics and done in config.profile[:1]:
+                jax.profiler.start_trace(context.remote.folder / "profile")
+            batch = batch_transform(batch)
+            with jax.transfer_guard("disallow"):
+                state, values = step(state, shard_batch(mesh, batch))
+            context.bad_steps.add(done, values.pop("is_finite"))
+            watchdog.advance(values["loss"])
+            if metrics and done in config.profile[1:]:
+                jax.block_until_ready(values)
+                jax.profiler.stop_trace()
+            if metrics:
+                metrics.advance()
+            # Everything is due by step and never by the clock, so that all hosts do it together.
+            is_last = done == config.num_steps
+            if is_last or is_due(done, config.log_every):
+                context.bad_steps.read()
+                if metrics:
+                    row = summarize(jax.device_get(values))
+                    metrics.log(done, row | {"bad_steps": context.bad_steps.take_count()})
+            if not is_last and is_due(done, config.evaluate_every):
+                evaluate(done, state)
+            is_stopped = context.signals.reached(done)
+            if is_last or is_stopped or is_due(done, config.checkpoint_every):
+                context.bad_steps.read()
+                check_finite(state, done)
+                save(done, state, context)
+            if is_stopped:
+                raise context.signals.stopped(done)
     return state
+
+
+def save(done: int, state: TrainState, context: Context) -> None:
+    """Starts to save a checkpoint.
+
+    Raises:
+      FileNotFoundError: If the workdir was removed.
+    """
+    if is_lead_host() and not (context.remote.folder / "config.json").exists():
+        raise FileNotFoundError(f"{context.remote.address} was removed while the run went on")
+    context.watchdog.begin("save")
+    context.remote.push()
+    context.checkpoints.save(done, state)
 
 
 def change_optimizer(

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint_every",
     "evaluate_every",
+    "max_bad_steps",
     "profile",
     "data.workers",
     "feature_cache",

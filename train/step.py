@@ -1,9 +1,11 @@
 """One training step: the state is updated by the gradient of one batch."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -36,7 +38,9 @@ def make_step(
 
     Returns:
       The step, a function of (state, batch) that returns the next state and a dict of float32
-      values. The state is donated.
+      values. The state is donated. "is_finite" is True if the loss and the gradient of the global
+      batch are finite. Otherwise the next state differs in the number of steps only, on all
+      devices.
     """
 
     def trained_objective(params: Any, constants: Any, batch: Any, key: jax.Array) -> Any:
@@ -48,14 +52,16 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, values), gradients = grad_fn(state.params, state.constants, batch, key)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            state = dataclasses.replace(
-                state,
-                step=state.step + 1,
-                params=optax.apply_updates(state.params, updates),
-                opt_state=opt_state,
-            )
             norm = optax.tree.norm(gradients)
-        return state, values | {"loss": loss, "gradient_norm": norm}
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            new = optax.apply_updates(state.params, updates), opt_state
+            old = state.params, state.opt_state
+            # XLA fuses the selection with the update, so that it costs no pass over the state.
+            params, opt_state = jax.tree.map(functools.partial(jnp.where, is_finite), new, old)
+            state = dataclasses.replace(
+                state, step=state.step + 1, params=params, opt_state=opt_state
+            )
+        return state, values | {"loss": loss, "gradient_norm": norm, "is_finite": is_finite}
 
     return compile_step(mesh, step, state)

@@ -1,21 +1,62 @@
-"""The folder of a run: its config.json, and the list of images that could not be used."""
+"""The folder of a run: its lock, its config.json, and the images that could not be used."""
 
+import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sam_jax.data.loader import SkippedSample
-from sam_jax.io.atomic import write_json, write_json_lines
+from sam_jax.io.atomic import replace_nonfinite, write_json, write_json_lines
+from sam_jax.io.lock import LockedError, exclusive_lock
 from train.config import ConfigError, TrainConfig
 from train.overrides import to_dict
 from train.run_record import config_changes, newest_config
 
 log = logging.getLogger("train")
+
+FOLDERS = ("checkpoints", "weights", "report", "tensorboard")  # that a run writes
+LOCK_NAME = ".lock"
+# What the lead host has written before config.json, when another host checks the folder.
+BEFORE_CONFIG = re.compile(r"\.lock|\.config\.json\..+\.tmp")
+
+
+@contextlib.contextmanager
+def lock(
+    workdir: Path,
+    config: TrainConfig,
+    num_bytes: int,
+    name: str,
+    checkpoints: str | os.PathLike[str] | None = None,
+) -> Iterator[None]:
+    """Holds the folder of a run, so that no other run writes to it.
+
+    Nothing is written to a folder that this run must not use. The lock ends with the process, also
+    if it is killed; see `sam_jax.io.lock`.
+
+    Args:
+      workdir: The folder, which is created if it is missing.
+      config: The configuration.
+      num_bytes: The size of the files that the run will write.
+      name: The name of the folder in error messages.
+      checkpoints: As for `check_or_create`.
+
+    Raises:
+      ConfigError: If another run holds the folder, or for the reasons of `check_or_create`.
+    """
+    check_or_create(workdir, config, num_bytes, is_writer=False, name=name, checkpoints=checkpoints)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_lock(workdir / LOCK_NAME, name))
+        except LockedError as error:
+            raise ConfigError(f"{error}; choose another --workdir, or wait for it") from error
+        yield
 
 
 def check_or_create(
@@ -49,17 +90,28 @@ def check_or_create(
                 f"{name} holds a run with another config: {'; '.join(changed)}. Choose another "
                 "--workdir, or the same values"
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and not is_free(workdir):
         raise ConfigError(f"{name} is not empty and holds no run: choose another --workdir")
+    for folder in FOLDERS:
+        if (workdir / folder).exists() and not (workdir / folder).is_dir():
+            raise ConfigError(f"{name}/{folder} is a file, and the run needs a folder: rename it")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(parent).free) < num_bytes:
+    # A resumed run replaces the checkpoints and the weights that it has written.
+    needed = num_bytes - sum(size_of(workdir / folder) for folder in FOLDERS)
+    if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(
-            f"{name} needs {num_bytes / 2**20:.0f} MiB of disk space; {free / 2**20:.0f} MiB are "
-            "free"
+            f"{name} needs {needed / 2**20:.0f} MiB of disk space; {free / 2**20:.0f} MiB are free"
         )
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))
+
+
+def is_free(workdir: Path) -> bool:
+    """Returns True for a folder that holds nothing, or only the beginning of a run."""
+    if not workdir.is_dir():
+        return False
+    return all(BEFORE_CONFIG.fullmatch(path.name) for path in workdir.iterdir())
 
 
 def _read_config(path: Path, checkpoints: str) -> dict[str, Any]:
@@ -85,56 +137,63 @@ def write_evaluation(
 ) -> None:
     """Writes evaluation.json, and objects.jsonl if there are objects.
 
-    NaN and infinity become null, because JSON cannot express them. A run that diverged still gets
-    its evaluation and its report.
+    NaN and infinity become null, because JSON cannot express them.
 
     Args:
       workdir: The folder of the run.
       evaluation: Values by name, which may be nested.
       objects: The rows of objects.jsonl, without NaN and infinity.
     """
-    write_json(workdir / "evaluation.json", _replace_nonfinite(evaluation))
+    write_json(workdir / "evaluation.json", replace_nonfinite(evaluation))
     if objects:
         write_json_lines(workdir / "objects.jsonl", objects)
 
 
-def _replace_nonfinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _replace_nonfinite(item) for name, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def size_of(folder: Path) -> int:
+    """Returns the number of bytes of all files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class BadSamples:
     """Counts images that could not be used, lists them in a file, and stops a run with too many.
+
+    Images that are used without some of their masks are listed, but do not count as unusable.
 
     Attributes:
       path: A JSON lines file with one image per line. It exists if there is any such image.
       limit: The fraction of the images that may be unusable.
       count: The number of all images.
       known: The unusable images so far, by index.
+      used_in_part: The indices of the images of which some masks are unusable.
     """
 
     def __init__(self, path: Path, limit: float, count: int) -> None:
         self.path, self.limit, self.count = path, limit, count
         self.known: dict[int, SkippedSample] = {}
+        self.used_in_part: set[int] = set()
         path.unlink(missing_ok=True)
 
     def add(self, skipped: list[SkippedSample]) -> None:
         """Adds the samples that were skipped in a step.
 
         Args:
-          skipped: The samples.
+          skipped: The samples; see `Loader.batch`.
 
         Raises:
           ConfigError: If too many images are unusable.
         """
         for sample in skipped:
-            if sample.index not in self.known:
+            if sample.index in (self.used_in_part if sample.skipped_masks else self.known):
+                continue
+            if sample.skipped_masks:
+                self.used_in_part.add(sample.index)
+            else:
                 self.known[sample.index] = sample
+            try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+            except OSError as error:
+                log.warning("%s is unusable, and cannot be listed: %s", sample.name, error)
         if len(self.known) > self.limit * self.count:
             last = list(self.known.values())[-1]
             raise ConfigError(

@@ -1,6 +1,7 @@
 """`sam-jax convert`: weights from one format to another."""
 
 import argparse
+import os
 
 from sam_jax.cli.help_texts import WEIGHTS_HELP
 from sam_jax.weights import formats
@@ -13,11 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: sam-jax convert sam_vit_b_01ec64.pth sam_b/"
     parser.add_argument(
         "source",
+        type=os.path.expanduser,
         metavar="SRC",
         help=f"{WEIGHTS_HELP}; or an encoder alone (MAE, DINOv2, timm), for an untrained model",
     )
     parser.add_argument(
         "target",
+        type=os.path.expanduser,
         metavar="DST",
         help="a .pth or .safetensors file with official names, otherwise a weights directory",
     )

@@ -1,6 +1,7 @@
 """`sam-jax dataset check` and `sam-jax dataset stats`: images with masks, checked and measured."""
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from sam_jax.evaluate.clicks import decode_masks
 from sam_jax.evaluate.pairs import MASKS_ONLY, read_masks
 from sam_jax.evaluate.resolution import cut_to_tile, format_resolution, summarize_resolution
 from sam_jax.io.atomic import write_json
+from sam_jax.io.output import check_file, check_folder
 from sam_jax.model.sam import Sam
 from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.weights.formats import load
@@ -53,12 +55,17 @@ def run(args: argparse.Namespace) -> int:
 def _declare_check(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reads all images and masks of a source and lists those that cannot be used. The exit code "
-        "is 1 if there are any."
+        "is 1 if there is an image that cannot be used."
     )
     parser.epilog = "example: sam-jax dataset check sa1b:images/ --json report.json"
     parser.set_defaults(run_action=run_check)
     parser.add_argument("source", metavar="SOURCE", help=source_usage())
-    parser.add_argument("--json", metavar="FILE", help="also write the result to a file")
+    parser.add_argument(
+        "--json",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="also write the result to a file",
+    )
 
 
 def _declare_stats(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +78,10 @@ def _declare_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=source_usage())
     parser.add_argument("--index", default=":", metavar="SLICE", help=SLICE_HELP)
     parser.add_argument(
-        "--out", metavar="DIR", help="write statistics.json and plots to this folder"
+        "--out",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="write statistics.json and plots to this folder",
     )
     parser.add_argument(
         "--compare-to",
@@ -81,6 +91,7 @@ def _declare_stats(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
+        type=os.path.expanduser,
         metavar="WEIGHTS",
         help="also measure how large objects are for this model, and which IoU its masks can reach "
         f"at their resolution: {WEIGHTS_HELP}",
@@ -96,11 +107,15 @@ def _declare_stats(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Runs `dataset check` and returns the exit code."""
+    if args.json:
+        check_file(args.json, "--json")
     source = open_source(args.source)
     findings = show_findings(validate.check(source), len(source))
     result = {"source": args.source, **validate.summarize(findings)}
     for reason, count in result["reasons"].items():
         print(f"{count:7d}  {reason}")
+    for reason, count in result["skipped_masks"].items():
+        print(f"{count:7d}  {reason}, masks of usable samples that are skipped")
     usable, samples, masks = result["usable"], result["samples"], result["masks"]
     print(f"{usable} of {samples} samples are usable, {masks} masks")
     if args.json:
@@ -116,6 +131,8 @@ def run_stats(args: argparse.Namespace) -> int:
     """
     if args.tiles is not None and not args.model:
         raise ValueError(f"--tiles {args.tiles} needs --model, the model that sees the tiles")
+    if args.out:
+        check_folder(args.out, "--out")
     model = load(args.model)[0] if args.model else None
     save_plots = import_plots() if args.out else None
     images = select(open_source(args.source, decode_size=MASKS_ONLY), args.index)
@@ -193,14 +210,17 @@ def import_plots() -> SavePlots:
     try:
         from sam_jax.visualize.dataset_plots import save_plots
     except ImportError as error:
-        raise ValueError(f'--out draws plots: {error}; pip install "sam_jax[viz]"') from error
+        raise ValueError(
+            f"--out draws plots: {error}; install the extra viz: pip install '.[viz]' in a "
+            "checkout, otherwise 'sam_jax[viz]'"
+        ) from error
     return save_plots
 
 
 def show_findings(
     findings: Iterable[AnyFinding], total: int, known: Collection[str] = ()
 ) -> Iterator[AnyFinding]:
-    """Passes findings on, with a progress bar and a line for each sample that cannot be used.
+    """Passes findings on, with a progress bar and a line for each sample with a problem.
 
     Args:
       findings: One for each sample.
@@ -211,6 +231,7 @@ def show_findings(
       The findings.
     """
     for finding in tqdm(findings, total=total, unit=" samples", disable=None):
-        if finding.reason is not None and finding.name not in known:
+        has_problem = finding.reason is not None or finding.skipped_masks
+        if has_problem and finding.name not in known:
             tqdm.write(str(finding))
         yield finding

@@ -2,12 +2,14 @@
 
 import argparse
 import functools
+import os
 
 from sam_jax.cli.help_texts import SLICE_HELP
 from sam_jax.cli.lazy_parser import LazyParser
 from sam_jax.data.open import source_usage
 from sam_jax.evaluate.protocol import EVALUATIONS, load_evaluation
 from sam_jax.io.atomic import write_json
+from sam_jax.io.output import check_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     evaluation = load_evaluation(args.evaluation)
+    if args.json:
+        check_file(args.json, "--json")
     scores = evaluation.run(args)
     print(evaluation.format_table(scores))
     if args.json:
@@ -40,4 +44,9 @@ def _declare(name: str, parser: argparse.ArgumentParser) -> None:
     load_evaluation(name).add_arguments(parser)
     parser.add_argument("--source", required=True, metavar="SOURCE", help=source_usage())
     parser.add_argument("--index", default=":", metavar="SLICE", help=SLICE_HELP)
-    parser.add_argument("--json", metavar="FILE", help="also write the scores to a file")
+    parser.add_argument(
+        "--json",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="also write the scores to a file",
+    )

@@ -16,13 +16,23 @@ from tqdm import tqdm
 
 import sam_jax
 from sam_jax.cli.help_texts import SLICE_HELP, WEIGHTS_HELP
+from sam_jax.data.example import Source
 from sam_jax.data.open import Subset, open_image_source, select
-from sam_jax.data.validate import Finding
-from sam_jax.engine.automatic import Generate, label_images
-from sam_jax.engine.folder import acquire, finished_ids, skipped_ids, write_json
+from sam_jax.data.validate import Finding, printable
+from sam_jax.engine.automatic import label_images
+from sam_jax.engine.folder import (
+    acquire,
+    find_results,
+    finished_ids,
+    hold_number,
+    skipped_ids,
+    write_json,
+    write_names,
+)
 from sam_jax.engine.instances import write_instances
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.everything.options import sa1b_preset
+from sam_jax.io.output import check_folder
 from sam_jax.model.sam import Sam, replace_fields
 from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.weights.formats import load
@@ -72,9 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of the verb."""
     parser.description = (
         "Segments everything in images, and writes images and masks in the format of SA-1B: "
-        "sa_ID.jpg and sa_ID.json, where ID is the index in the source. After an interruption the "
-        "same command continues. Images that cannot be used are named, skipped, and listed in "
-        "skipped_0.json; the exit code is 1 only if none can be used."
+        "sa_ID.jpg and sa_ID.json, where ID is the index in the source; images.json holds the name "
+        "for each ID. After an interruption the same command continues. Images that cannot be used "
+        "are named, skipped, and listed in skipped_0.json; the exit code is 1 only if none can be "
+        "used."
     )
     parser.epilog = (
         "example: sam-jax everything photos/ --weights sam_vit_h --preset sa1b --out masks/"
@@ -85,8 +96,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an image file, a folder of images, or a source as for `sam-jax dataset check`, "
         "whose masks are ignored",
     )
-    parser.add_argument("--weights", required=True, help=WEIGHTS_HELP)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the results")
+    parser.add_argument("--weights", type=os.path.expanduser, required=True, help=WEIGHTS_HELP)
+    parser.add_argument(
+        "--out",
+        type=os.path.expanduser,
+        required=True,
+        metavar="DIR",
+        help="the folder of the results",
+    )
     parser.add_argument("--index", default=":", metavar="SLICE", help=SLICE_HELP)
     parser.add_argument(
         "--preset",
@@ -135,32 +152,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb and returns the exit code."""
-    check_arguments(args)
+    folder = check_arguments(args)
     images = select(open_image_source(args.images), args.index)
     model, variables = load(args.weights)
     model = replace_fields(model, dtype=args.dtype or model.dtype)
     options = generator_options(args)
     generators = make_generators(model, variables, options)
 
-    folder = Path(args.out).expanduser()
     settings = (
         software_settings() | image_settings(args, images) | model_settings(args, model, variables)
     )
     settings |= {"overlays": args.overlays} | generator_settings(model, options)
+    with hold_number(folder, args.process):
+        return label_share(args, folder, settings, images, generators)
+
+
+def label_share(
+    args: argparse.Namespace,
+    folder: Path,
+    settings: dict[str, Any],
+    images: Subset,
+    generators: list[SamAutomaticMaskGenerator],
+) -> int:
+    """Segments the images of this process and returns the exit code."""
     acquire(folder, settings, process=args.process, processes=args.processes)
 
+    write_names(folder, image_names(args, images), process=args.process)
     assigned = images.indices[args.process :: args.processes]
-    remaining = assigned[~np.isin(assigned, list(finished_ids(folder)))]
+    results = find_results(folder)
+    for index in sorted(results.damaged.intersection(assigned.tolist())):
+        print(f"{folder}/sa_{index}.json or its image is damaged: it is made again")
+    remaining = assigned[~np.isin(assigned, list(results.finished))]
     findings = label_images(
         images.source,
         map(int, remaining),
-        generators,
+        [generator.generate for generator in generators],
         folder,
         process=args.process,
         overlays=args.overlays,
     )
-    num_masks, skipped = follow(findings, len(assigned) - len(remaining), len(assigned))
-    write_json(folder / f"skipped_{args.process}.json", skipped, process=args.process, indent=1)
+    try:
+        num_masks, skipped = follow(findings, len(assigned) - len(remaining), len(assigned))
+        write_json(folder / f"skipped_{args.process}.json", skipped, process=args.process, indent=1)
+    except OSError as error:
+        raise OSError(f"{error}: what is finished stays; run the same command again") from error
     for reason, count in Counter(entry["reason"] for entry in skipped).most_common():
         print(f"{count:7d}  {reason}")
     num_usable, num_new = len(assigned) - len(skipped), len(remaining) - len(skipped)
@@ -168,13 +203,20 @@ def run(args: argparse.Namespace) -> int:
         f"segmented {num_usable} of {len(assigned)} images, {num_new} of them in this run: "
         f"{num_masks} masks"
     )
+    if num_new and not num_masks:
+        unusable = {entry["index"] for entry in skipped}
+        index = next(index for index in remaining.tolist() if index not in unusable)
+        print(explain_no_masks(generators[0], images.source, index))
     if args.coco:
         write_coco(folder, images, args.process)
     return 0 if num_usable or not len(assigned) else 1
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> Path:
     """Checks the arguments that no other function checks.
+
+    Returns:
+      The folder of the results.
 
     Raises:
       ValueError: If one is wrong.
@@ -192,6 +234,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             out, resolved = (Path(path).expanduser().resolve() for path in (args.out, folder))
             if out.is_relative_to(resolved):
                 raise ValueError(f"--out must be outside of {folder}, the folder of the images")
+    return check_folder(args.out, "--out")
 
 
 def generator_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -204,12 +247,42 @@ def generator_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_generators(
     model: Sam, variables: dict[str, Any], options: dict[str, Any]
-) -> list[Generate]:
+) -> list[SamAutomaticMaskGenerator]:
     """Makes a generator on each device of this process."""
     return [
-        SamAutomaticMaskGenerator(model, jax.device_put(variables, device), **options).generate
+        SamAutomaticMaskGenerator(model, jax.device_put(variables, device), **options)
         for device in jax.local_devices()
     ]
+
+
+def image_names(args: argparse.Namespace, images: Subset) -> dict[int, str]:
+    """Returns the names of the selected images by their indices.
+
+    They are relative to the folder of the images, so that they do not depend on how it is spelled.
+    """
+    folder = os.path.expanduser(args.images)
+    if os.path.isfile(folder):
+        folder = os.path.dirname(folder)
+    elif not os.path.exists(folder):  # KIND:FOLDER
+        folder = os.path.expanduser(args.images.partition(":")[2])
+    prefix = os.path.join(folder, "")
+    return {i: images.source.name(i).removeprefix(prefix) for i in images.indices.tolist()}
+
+
+def explain_no_masks(generator: SamAutomaticMaskGenerator, source: Source, index: int) -> str:
+    """Says which thresholds to lower if no mask passed them, from the best scores of an image."""
+    best = generator.best_scores(source.image(index))
+    limits = {
+        "--pred-iou-thresh": (generator.pred_iou_thresh, best.predicted_iou),
+        "--stability-score-thresh": (generator.stability_score_thresh, best.stability_score),
+    }
+    lower = [option for option, (limit, score) in limits.items() if score <= limit] or [*limits]
+    thresholds = " and ".join(f"{option} (now {limits[option][0]:g})" for option in lower)
+    return (
+        f"no mask passed the thresholds: lower {thresholds}. The best scores in "
+        f"{printable(source.name(index))} are {best.predicted_iou:.3f} for the predicted IoU and "
+        f"{best.stability_score:.3f} for the stability"
+    )
 
 
 def software_settings() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import os
 import platform
 
 import jax
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of the verb."""
     parser.description = "Prints what a bug report needs: versions, devices, memory and a model."
     parser.epilog = "example: sam-jax info --weights sam_b/"
-    parser.add_argument("--weights", help=WEIGHTS_HELP)
+    parser.add_argument("--weights", type=os.path.expanduser, help=WEIGHTS_HELP)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from sam_jax.cli.former_spellings import translate
 from sam_jax.cli.lazy_parser import LazyParser
+from sam_jax.io.console import escape_output
 
 # The help text of each verb, and the module that defines its add_arguments(parser) and run(args).
 VERBS = {
@@ -27,17 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: The command line without the name of the program; by default that of the process.
 
     Returns:
-      The exit code: 0 if the verb succeeded, 1 if it failed.
+      The exit code: 0 if the verb succeeded, 1 if it failed, 130 if it was interrupted.
 
     Raises:
       SystemExit: With exit code 2 after wrong usage, and 0 after --help.
     """
+    escape_output()
     args = make_parser().parse_args(translate(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args) or 0
     except (OSError, ValueError) as error:
         print(f"sam-jax {args.verb}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"sam-jax {args.verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:

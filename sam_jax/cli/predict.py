@@ -1,6 +1,7 @@
 """`sam-jax predict`: masks of one object of an image, from points and a box."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from sam_jax.cli.help_texts import WEIGHTS_HELP
 from sam_jax.images.read import read_image
-from sam_jax.io.atomic import write_json
+from sam_jax.io.atomic import atomic_path, write_json
+from sam_jax.io.output import check_folder
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
 from sam_jax.predict.predictor import SamPredictor
@@ -48,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/"
     )
-    parser.add_argument("image", metavar="IMAGE", help="a JPEG, PNG or WebP file")
-    parser.add_argument("--weights", required=True, help=WEIGHTS_HELP)
+    parser.add_argument(
+        "image", type=os.path.expanduser, metavar="IMAGE", help="a JPEG, PNG or WebP file"
+    )
+    parser.add_argument("--weights", type=os.path.expanduser, required=True, help=WEIGHTS_HELP)
     parser.add_argument(
         "--point",
         action="append",
@@ -76,7 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="see the object in a tile of the image, enlarged: tiles of SIZE pixels per side, auto "
         f"for many sizes, or none to see the entire image; {DEFAULT_TILES_HELP}",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the results")
+    parser.add_argument(
+        "--out",
+        type=os.path.expanduser,
+        required=True,
+        metavar="DIR",
+        help="the folder of the results",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,13 +98,15 @@ def run(args: argparse.Namespace) -> None:
     )
     if not prompt.points and prompt.box is None:
         raise ValueError("there is no prompt: give --point X,Y, --box X0,Y0,X1,Y1 or both")
+    if prompt.box and not (prompt.box[0] < prompt.box[2] and prompt.box[1] < prompt.box[3]):
+        raise ValueError(f"--box must have X0 < X1 and Y0 < Y1; got {prompt.box}")
+    folder = check_folder(args.out, "--out")
     num_masks = args.masks or (3 if prompt.is_single else 1)
     predictor = SamPredictor(*load(args.weights))
     image = read_image(args.image)
     predictor.set_image(image, tiles=args.tiles)
     masks, scores = predict_masks(predictor, prompt, num_masks)
     records = make_records(masks, scores)
-    folder = Path(args.out)
     write_pictures(folder, image, prompt, masks, records)
     # Last: the folder is complete if it has a masks.json.
     description = describe(args.image, image, prompt)
@@ -178,9 +190,14 @@ def write_pictures(
     """
     folder.mkdir(parents=True, exist_ok=True)
     overlay = draw_overlay(image, masks[0], *prompt)
-    Image.fromarray(overlay).save(folder / "overlay.png")
+    _write_png(folder / "overlay.png", overlay)
     for mask, record in zip(masks, records, strict=True):
-        Image.fromarray(mask).save(folder / record["file"])
+        _write_png(folder / record["file"], mask)
+
+
+def _write_png(path: Path, pixels: UInt8[np.ndarray, "h w 3"] | Bool[np.ndarray, "h w"]) -> None:
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "PNG")
 
 
 def parse_point(text: str) -> tuple[float, float, int]:

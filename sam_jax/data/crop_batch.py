@@ -16,6 +16,7 @@ from jaxtyping import Array, Int32, UInt8
 from PIL import Image
 
 from sam_jax.data.example import BadSample, Example
+from sam_jax.images.resize import resize_rgb
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width over height of a crop, before it is resized
 MAX_ATTEMPTS = 10  # to sample a crop that fits into the image
@@ -143,5 +144,4 @@ def resize(
     image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
 ) -> UInt8[np.ndarray, "{size[0]} {size[1]} 3"]:
     """Resizes an image with Pillow's antialiased bicubic filter."""
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+    return resize_rgb(image, size, Image.Resampling.BICUBIC)

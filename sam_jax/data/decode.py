@@ -1,4 +1,4 @@
-"""Reads and decodes the files of a sample; every defect raises `BadSample`.
+"""Reads the files of a sample and decodes images and JSON; every defect raises `BadSample`.
 
 The files may come from anybody. Sizes are therefore limited before anything is read or allocated, a
 name in a file cannot lead out of its folder, and values of a wrong type raise no other error.
@@ -7,22 +7,23 @@ name in a file cannot lead out of its folder, and values of a wrong type raise n
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import PurePath
-from typing import Any, NamedTuple, NoReturn
+from pathlib import PurePath, PureWindowsPath
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Shaped, UInt8
-from PIL import Image
+from jaxtyping import UInt8
 
-from sam_jax.data.example import RLE, BadSample
-from sam_jax.images.read import IMAGE_FORMATS, MAX_IMAGE_PIXELS, read_image
+from sam_jax.data.example import BadSample
+from sam_jax.images.read import (
+    MAX_IMAGE_PIXELS,
+    SIDEWAYS_ORIENTATIONS,
+    DecodedImage,
+    ImageError,
+    decode_file,
+)
 from sam_jax.io import storage
-from sam_jax.masks import rle
 
-SINGLE_CHANNEL_MODES = ("1", "L", "I;16")  # of Pillow
-ORIENTATION = 0x0112  # the EXIF tag
-SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)  # height and width are swapped when the image is upright
+REMOVE_ORIENTATION = "remove the orientation, as `exiftool -Orientation= FILE` does,"
 
 
 class FileKind(NamedTuple):
@@ -56,10 +57,10 @@ def read_file(path: str, kind: FileKind) -> bytes:
       BadSample: If the file is missing, not a regular file, or too large.
     """
     try:
-        if not storage.is_file(path):  # reading a pipe would wait forever
-            raise BadSample("missing file", f"there is no file {path}")
         _check_bytes(path, storage.stat(path)[0], kind)
-        return storage.read_range(path)
+        return storage.read_range(path, 0, kind.max_bytes)
+    except FileNotFoundError as error:
+        raise BadSample("missing file", f"there is no file {path}") from error
     except OSError as error:
         raise BadSample("missing file", f"{path} cannot be read: {error}") from error
 
@@ -104,121 +105,61 @@ def safe_join(folder: str, name: Any) -> str:
     """
     if not isinstance(name, str) or not name:
         raise BadSample("broken json", f"a file name must be a string; got {describe(name)}")
-    path = PurePath(name)
-    if path.is_absolute() or path.drive or ".." in path.parts:
+    path, windows_path = PurePath(name), PureWindowsPath(name)  # both read / as a separator
+    if path.is_absolute() or windows_path.drive or ".." in windows_path.parts:
         raise BadSample("broken json", f"a file name must stay in its folder; got {describe(name)}")
     return os.path.join(folder, name)
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, name: str) -> Any:
     """Parses JSON.
+
+    NaN and Infinity, which are no JSON but are often written, become floats. They are an error only
+    in a field that is read, as every other value that is not a number of the right type.
 
     Args:
       data: The bytes of a JSON file.
+      name: The name of the file, for error messages.
 
     Returns:
       The value.
 
     Raises:
-      BadSample: If the data is not JSON, has NaN or infinite constants, or is nested too deeply.
+      BadSample: If the data is not JSON, or is nested too deeply.
     """
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data)
     except RecursionError:
-        raise BadSample("broken json", "it is nested too deeply") from None
+        raise BadSample("broken json", f"{name} is nested too deeply") from None
     except ValueError as error:
-        raise BadSample("broken json", str(error)) from error
+        raise BadSample("broken json", f"{name}: {error}") from error
 
 
 def decode_image(
-    data: bytes, size: tuple[int, int] | None, decode_size: tuple[int, int] | None = None
+    data: bytes, mask_size: tuple[int, int] | None, decode_size: tuple[int, int] | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an image.
 
     Args:
       data: The bytes of a JPEG, PNG or WebP file.
-      size: (height, width) that the upright image must have. None allows any.
-      decode_size: See `read_image`. A JPEG may be decoded smaller than `size`.
+      mask_size: (height, width) of the masks of the image, which must be that of the upright image.
+        None if there are no masks.
+      decode_size: See `read_image`. A JPEG may be decoded smaller than `mask_size`.
 
     Returns:
       RGB pixels.
 
     Raises:
-      BadSample: If the image is broken, too large, or of another size.
+      BadSample: If the image is broken, too large, of another size, or turned in a way that leaves
+        open how its masks are turned.
     """
     try:
-        image = read_image(data, decode_size)
-        found = image.shape[:2]
-        if size is not None and decode_size is not None and found != size:
-            found = _size_in_header(data)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise errors of any type
-        raise BadSample("broken image", _message(error)) from error
-    if size is not None and found != size:
-        raise BadSample("size mismatch", f"the image is {_by(found)}, its masks are {_by(size)}")
-    return image
-
-
-def decode_labels(data: bytes) -> Shaped[np.ndarray, "h w"]:
-    """Decodes a PNG label map.
-
-    Args:
-      data: The bytes of the file.
-
-    Returns:
-      One bool, uint8 or uint16 number a pixel.
-
-    Raises:
-      BadSample: If the file is broken, too large, or in color.
-    """
-    return _decode_png(data, (*SINGLE_CHANNEL_MODES, "P"))
-
-
-def decode_mask(data: bytes) -> Bool[np.ndarray, "h w"]:
-    """Decodes a PNG mask, whose pixels are True where they are not black.
-
-    Args:
-      data: The bytes of the file, in color or not.
-
-    Returns:
-      The mask.
-
-    Raises:
-      BadSample: If the file is broken or too large.
-    """
-    pixels = _decode_png(data) != 0
-    return pixels if pixels.ndim == 2 else pixels.any(axis=-1)
-
-
-def check_masks(masks: Iterable[Any], size: tuple[int, int]) -> list[RLE]:
-    """Checks run lengths without decoding them.
-
-    Args:
-      masks: Values that should be run lengths.
-      size: (height, width) that the masks must have.
-
-    Returns:
-      The run lengths, with no other keys than size and counts.
-
-    Raises:
-      BadSample: If a mask is broken, empty or of another size, or if there are none.
-    """
-    checked = []
-    for i, mask in enumerate(masks):
-        try:
-            area = rle.area(mask)
-        except rle.RLEError as error:
-            raise BadSample("broken mask", f"mask {i}: {error}") from error
-        if tuple(mask["size"]) != size:
-            found = _by(mask["size"])
-            raise BadSample("size mismatch", f"mask {i} is {found}, the image is {_by(size)}")
-        if not area:
-            raise BadSample("empty mask", f"mask {i} of {_by(size)} has no pixels")
-        checked.append({"size": list(size), "counts": mask["counts"]})
-    if not checked:
-        raise BadSample("no masks", "the image has no masks")
-    return checked
+        image = decode_file(io.BytesIO(data), "the image", decode_size)
+    except (OSError, ImageError) as error:
+        raise BadSample("broken image", str(error)) from error
+    if mask_size is not None:
+        _check_mask_size(image, mask_size)
+    return image.pixels
 
 
 def check_size(height: Any, width: Any) -> tuple[int, int]:
@@ -232,14 +173,18 @@ def check_size(height: Any, width: Any) -> tuple[int, int]:
       (height, width).
 
     Raises:
-      BadSample: If they are not two positive ints, or too large.
+      BadSample: If they are not two positive whole numbers, or too large.
     """
     for side in (height, width):
-        if type(side) is not int or not 0 < side <= MAX_IMAGE_PIXELS:
-            raise BadSample("broken json", f"height and width must be ints; got {describe(side)}")
+        is_number = type(side) in (int, float) and 0 < side <= MAX_IMAGE_PIXELS
+        if not is_number or side != int(side):
+            raise BadSample(
+                "broken json", f"height and width must be whole numbers; got {describe(side)}"
+            )
+    height, width = int(height), int(width)  # some programs write 480.0
     if height * width > MAX_IMAGE_PIXELS:
         raise BadSample(
-            "broken image", f"at most {MAX_IMAGE_PIXELS} pixels; got {_by((height, width))}"
+            "broken image", f"at most {MAX_IMAGE_PIXELS} pixels; got {format_size((height, width))}"
         )
     return height, width
 
@@ -254,44 +199,33 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _decode_png(data: bytes, modes: Sequence[str] | None = None) -> Shaped[np.ndarray, "h w *c"]:
-    """Decodes a PNG in one of these modes. None allows any, and gives 'h w 3' for color."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                size = _by((image.height, image.width))
-                raise BadSample("broken mask", f"at most {MAX_IMAGE_PIXELS} pixels; got {size}")
-            if modes is None:
-                is_gray = image.mode in SINGLE_CHANNEL_MODES
-                return np.asarray(image if is_gray else image.convert("RGB"))
-            if image.mode not in modes:
-                raise BadSample("broken mask", f"one number a pixel is expected; got {image.mode}")
-            return np.asarray(image)
-    except (BadSample, MemoryError):
-        raise
-    except Exception as error:  # decoders raise errors of any type
-        raise BadSample("broken mask", _message(error)) from error
+def format_size(size: tuple[int, int]) -> str:
+    """Formats (height, width) for a message."""
+    return f"{size[0]} x {size[1]}"
 
 
-def _size_in_header(data: bytes) -> tuple[int, int]:
-    """Returns the (height, width) of the upright image."""
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        is_sideways = image.getexif().get(ORIENTATION) in SIDEWAYS_ORIENTATIONS
-        return (image.width, image.height) if is_sideways else (image.height, image.width)
+def _check_mask_size(image: DecodedImage, mask_size: tuple[int, int]) -> None:
+    """Checks that masks are those of the upright image.
+
+    Some programs draw masks on the upright image, others on the pixels in the file. The two agree
+    in size if the image is mirrored, upside down or square.
+    """
+    turned = f"it is turned by its EXIF orientation {image.orientation}"
+    is_sideways = image.orientation in SIDEWAYS_ORIENTATIONS
+    if image.size != mask_size:
+        detail = f"the image is {format_size(image.size)}, its masks are {format_size(mask_size)}"
+        if is_sideways and image.size == mask_size[::-1]:
+            detail += f"; {turned}, and its masks are not: {REMOVE_ORIENTATION}"
+        raise BadSample("size mismatch", detail)
+    if image.orientation != 1 and (not is_sideways or mask_size[0] == mask_size[1]):
+        raise BadSample(
+            "turned image",
+            f"{turned}, and the sizes cannot tell if its masks are, too: {REMOVE_ORIENTATION} if "
+            "the masks are of the pixels in the file, or turn these, as `mogrify -auto-orient` "
+            "does, if the masks are of the upright image",
+        )
 
 
 def _check_bytes(path: str, size: int, kind: FileKind) -> None:
     if size > kind.max_bytes:
         raise BadSample(kind.reason, f"{path}: at most {kind.max_bytes} bytes; got {size}")
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a number")
-
-
-def _message(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
-def _by(size: Sequence[int]) -> str:
-    return f"{size[0]} x {size[1]}"

@@ -1,7 +1,9 @@
 """Defines examples, which are images with masks, and sources that read them by index."""
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,9 +21,36 @@ REASONS = (
     "broken record",  # in an archive of records
     "broken mask",  # run lengths or polygons that do not describe a mask
     "size mismatch",  # masks and image differ in size
+    "turned image",  # by EXIF, so that its masks may be of the turned image or of the file's pixels
     "empty mask",
     "no masks",
 )
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")  # in the representation of an object
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used, or a mask of a sample.
+
+    Attributes:
+      reason: One of REASONS, which samples are counted by.
+      detail: An explanation for people. It has no memory addresses, so that it is always the same.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        """Creates the error.
+
+        Args:
+          reason: One of REASONS.
+          detail: An explanation for people.
+        """
+        assert reason in REASONS, reason
+        super().__init__(reason, detail)  # unpickling calls the class with these arguments
+        self.reason = reason
+        self.detail = ADDRESS.sub("", detail)
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +61,12 @@ class Example:
       image: RGB pixels.
       masks: Run lengths in the size of the original image, in the order of the annotations. They
         are decoded only where they are needed. Sources of images alone have none.
+      skipped: Why masks of the annotations that cannot be used are not among `masks`.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
     masks: Sequence[RLE]
+    skipped: Sequence[BadSample] = ()
 
 
 @runtime_checkable
@@ -80,28 +111,10 @@ class SourceError(ValueError):
     """A source that cannot be opened or has no examples."""
 
 
-class BadSample(ValueError):
-    """A sample that cannot be used.
-
-    Attributes:
-      reason: One of REASONS, which samples are counted by.
-      detail: An explanation for people.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        """Creates the error.
-
-        Args:
-          reason: One of REASONS.
-          detail: An explanation for people.
-        """
-        assert reason in REASONS, reason
-        super().__init__(reason, detail)  # unpickling calls the class with these arguments
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+def count_reasons(problems: Iterable[BadSample]) -> dict[str, int]:
+    """Counts problems by their reasons, in the order of REASONS."""
+    counts = collections.Counter(problem.reason for problem in problems)
+    return {reason: counts[reason] for reason in REASONS if counts[reason]}
 
 
 def check_index(index: int, count: int) -> None:

@@ -6,33 +6,38 @@ by its position in the order. A batch is therefore the same for any number of ho
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import Int
 
-from sam_jax.data.example import BadSample, Example, Source
+from sam_jax.data.example import BadSample, Example, Source, SourceError, count_reasons
+from sam_jax.data.workers import Batches, SamplesInProgress, end_with_parent, reporting
+from sam_jax.images.read import decoding_budget
 
 MAX_ATTEMPTS = 100  # to find a usable image for one position, before loading fails
 
 
 @dataclasses.dataclass(frozen=True)
 class SkippedSample:
-    """A sample that could not be used.
+    """A sample that could not be used, or not all of whose masks could be used.
 
     Attributes:
       index: Its index in the source.
       name: Its name in the source.
-      reason: The reason of its `BadSample`.
-      detail: The detail of its `BadSample`.
+      reason: The reason of its `BadSample`, or of that of its first unusable mask.
+      detail: The detail of the same `BadSample`.
+      skipped_masks: Number of its unusable masks by reason, if the sample is used without them.
+        Empty if the sample was replaced by another one.
     """
 
     index: int
     name: str
     reason: str
     detail: str
+    skipped_masks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable
@@ -114,18 +119,16 @@ class Loader:
           step: The step, from 0.
 
         Returns:
-          The batch, and the samples that were skipped for it.
+          The batch, and the samples that were skipped for it, entirely or in part.
 
         Raises:
-          ValueError: If no usable image is found.
+          SourceError: If no usable image is found.
         """
         rows = self.batch_size // self.hosts
         positions = map(self.position, range(step * rows, (step + 1) * rows))
         return self.collate(list(map(self.sample, positions)))
 
-    def batches(
-        self, start: int, stop: int, workers: int = 0, prefetch: int = 2
-    ) -> Iterator[tuple[Any, list[SkippedSample]]]:
+    def batches(self, start: int, stop: int, workers: int = 0, prefetch: int = 2) -> Batches:
         """Loads the batches of several steps ahead of their use.
 
         Args:
@@ -134,22 +137,26 @@ class Loader:
           workers: Number of processes that load. 0 uses threads of this process.
           prefetch: Number of batches to load ahead. 0 loads each batch when it is asked for.
 
-        Yields:
-          Results of `batch`.
+        Returns:
+          An iterator over results of `batch`, which should be closed.
         """
-        if not prefetch:
-            yield from map(self.batch, range(start, stop))
-            return
         rows = self.batch_size // self.hosts
-        samples = grain.MapDataset.range(start * rows, stop * rows)
-        samples = samples.map(self.position).map(self.sample)
         ahead = rows * prefetch
+        # While a sample is slow, its worker loads at most this number of later rows of its share.
+        in_progress = SamplesInProgress(4 * max(1, ahead) * max(1, workers))
+        if not prefetch:
+            return Batches(map(self.batch, range(start, stop)), in_progress, self.source.name)
+        samples = grain.MapDataset.range(start * rows, stop * rows)
+        samples = samples.map(functools.partial(self._load, in_progress.path))
         options = grain.ReadOptions(num_threads=min(16, ahead), prefetch_buffer_size=ahead)
         stream = samples.to_iter_dataset(options)
         if workers:
             _mark_flags_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-        yield from stream.batch(rows, batch_fn=self.collate)
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=end_with_parent
+            )
+        batches = iter(stream.batch(rows, batch_fn=self.collate))
+        return Batches(batches, in_progress, self.source.name)
 
     def position(self, row: int) -> int:
         """Maps a row of this host to its position in the global sample order.
@@ -163,34 +170,45 @@ class Loader:
         rows = self.batch_size // self.hosts
         return row // rows * self.batch_size + self.host * rows + row % rows
 
-    def sample(self, position: int) -> tuple[Row, list[SkippedSample]]:
+    def sample(
+        self, position: int, report: Callable[[int], None] = lambda index: None
+    ) -> tuple[Row, list[SkippedSample]]:
         """Loads the sample at a position of the endless sample order.
 
         Args:
           position: The position.
+          report: Is called with the index of each image before it is loaded.
 
         Returns:
-          The row, and the samples that it replaces.
+          The row, the samples that it replaces, and the sample itself if masks were skipped.
 
         Raises:
-          ValueError: If no usable image is found.
+          SourceError: If no usable image is found.
         """
         skipped: list[SkippedSample] = []
         for attempt in range(MAX_ATTEMPTS):
             index = self._index(position, attempt)
+            report(index)
             rng = np.random.default_rng((self.seed, position // self.batch_size, index))
             view, view_rng = {}, None
             if self.views:
                 view = {"view": np.int32(rng.integers(self.views))}
                 view_rng = np.random.default_rng((index, int(view["view"])))
             try:
-                row = self.transform(self.source[index], rng, view_rng)
+                with decoding_budget.hold():  # while the decoded image is in memory
+                    example = self.source[index]
+                    row, unusable = self.transform(example, rng, view_rng), example.skipped
+                    del example
             except BadSample as error:
                 name = self.source.name(index)
                 skipped.append(SkippedSample(index, name, error.reason, error.detail))
-            else:
-                return row | {"image_id": np.int32(index)} | view, skipped
-        raise ValueError(
+                continue
+            if unusable:
+                name, first = self.source.name(index), unusable[0]
+                counts = count_reasons(unusable)
+                skipped.append(SkippedSample(index, name, first.reason, first.detail, counts))
+            return row | {"image_id": np.int32(index)} | view, skipped
+        raise SourceError(
             f"no usable image among {MAX_ATTEMPTS} of {len(self.indices)} drawn; the last was "
             f"{skipped[-1].name}: {skipped[-1].detail}"
         )
@@ -209,6 +227,11 @@ class Loader:
         rows, skipped = zip(*samples, strict=True)
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return self.transform.batch_type(**arrays), [s for of_row in skipped for s in of_row]
+
+    def _load(self, path: str, row: int) -> tuple[Row, list[SkippedSample]]:
+        """Loads the sample for a row of this host, and reports it in a `SamplesInProgress`."""
+        with reporting(path, row) as report:
+            return self.sample(self.position(row), report)
 
     def _index(self, position: int, attempt: int) -> int:
         if attempt == 0:

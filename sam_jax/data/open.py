@@ -22,7 +22,6 @@ from jaxtyping import Int, UInt8
 from sam_jax.data.example import Example, Source, SourceError, check_index
 from sam_jax.data.sources.base import FileSource
 from sam_jax.data.sources.mixed import Mixture
-from sam_jax.io import storage
 
 
 class SourceKind(NamedTuple):
@@ -118,8 +117,6 @@ def open_source(
     try:
         source = open_kind(os.path.expanduser(location), decode_size)
     except OSError as error:
-        if not storage.is_url(location):
-            raise
         raise SourceError(f"source {name!r} cannot be read: {error}") from error
     return source if masks else ImagesOnly(source)
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sam_jax.data.example import BadSample, Source
+from sam_jax.data.example import BadSample, Source, count_reasons
 from sam_jax.masks import rle
 
 
@@ -18,7 +18,10 @@ class Finding:
       name: Its name in the source.
       masks: Number of usable masks.
       reason: The reason of its `BadSample`; None if it can be used.
-      detail: The detail of its `BadSample`; empty if it can be used.
+      detail: The detail of its `BadSample`, or of that of the first mask that cannot be used; empty
+        if there is none.
+      skipped_masks: Number of masks that cannot be used by reason, if the sample can be used
+        without them.
     """
 
     index: int
@@ -26,11 +29,16 @@ class Finding:
     masks: int = 0
     reason: str | None = None
     detail: str = ""
+    skipped_masks: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        return printable(
-            f"{self.name}: {self.reason or 'usable'}: {self.detail or f'{self.masks} masks'}"
-        )
+        if self.reason is not None:
+            return printable(f"{self.name}: {self.reason}: {self.detail}")
+        text = f"{self.name}: usable: {self.masks} masks"
+        if self.skipped_masks:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped_masks.items())
+            text += f" without {counts}: {self.detail}"
+        return printable(text)
 
 
 def check(source: Source) -> Iterator[Finding]:
@@ -45,13 +53,20 @@ def check(source: Source) -> Iterator[Finding]:
     for index in range(len(source)):
         name = source.name(index)
         try:
-            masks = source[index].masks
-            for i, mask in enumerate(masks):
+            example = source[index]
+            for i, mask in enumerate(example.masks):
                 _check_mask(i, mask)
         except BadSample as error:
             yield Finding(index, name, reason=error.reason, detail=error.detail)
         else:
-            yield Finding(index, name, masks=len(masks))
+            skipped = example.skipped
+            yield Finding(
+                index,
+                name,
+                masks=len(example.masks),
+                detail=skipped[0].detail if skipped else "",
+                skipped_masks=count_reasons(skipped),
+            )
 
 
 def summarize(findings: Iterable[Finding]) -> dict[str, Any]:
@@ -61,11 +76,14 @@ def summarize(findings: Iterable[Finding]) -> dict[str, Any]:
       findings: One finding a sample.
 
     Returns:
-      {"samples", "usable", "masks", "reasons", "bad"}, ready for JSON. "reasons" are counts by
-      reason, most frequent first. "bad" lists the samples that cannot be used.
+      {"samples", "usable", "masks", "reasons", "bad", "skipped_masks", "used_in_part"}, ready for
+      JSON. "reasons" are counts of samples by reason, most frequent first, and "skipped_masks"
+      those of masks of usable samples. "bad" lists the samples that cannot be used, "used_in_part"
+      those that can be used without some of their masks.
     """
     samples = masks = 0
-    bad = []
+    bad, used_in_part = [], []
+    skipped_masks: collections.Counter[str] = collections.Counter()
     for finding in findings:
         samples += 1
         masks += finding.masks
@@ -73,6 +91,10 @@ def summarize(findings: Iterable[Finding]) -> dict[str, Any]:
             bad.append(
                 {name: getattr(finding, name) for name in ("index", "name", "reason", "detail")}
             )
+        elif finding.skipped_masks:
+            skipped_masks.update(finding.skipped_masks)
+            fields = ("index", "name", "skipped_masks", "detail")
+            used_in_part.append({name: getattr(finding, name) for name in fields})
     reasons = collections.Counter(entry["reason"] for entry in bad)
     return {
         "samples": samples,
@@ -80,6 +102,8 @@ def summarize(findings: Iterable[Finding]) -> dict[str, Any]:
         "masks": masks,
         "reasons": dict(reasons.most_common()),
         "bad": bad,
+        "skipped_masks": dict(skipped_masks.most_common()),
+        "used_in_part": used_in_part,
     }
 
 

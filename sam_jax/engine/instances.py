@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sam_jax.engine.folder import write_file
+from sam_jax.engine.folder import read_json, write_file
 
 CATEGORY = {"id": 1, "name": "object"}
 
@@ -26,6 +26,7 @@ def write_instances(folder: Path, indices: Iterable[int], *, process: int = 0) -
 
     Raises:
       OSError: If a file cannot be read or written.
+      ValueError: If a file is damaged. The message names it.
     """
     write_file(folder / "instances.json", _json_chunks(folder, indices), process=process)
 
@@ -35,7 +36,7 @@ def _json_chunks(folder: Path, indices: Iterable[int]) -> Iterator[bytes]:
     images, count = [], 0
     yield json.dumps({"categories": [CATEGORY]}).encode()[:-1] + b', "annotations": ['
     for index in indices:
-        content = json.loads((folder / f"sa_{index}.json").read_bytes())
+        content = read_json(folder / f"sa_{index}.json")
         images.append({"id": index} | content["image"])
         for annotation in content["annotations"]:
             x, y, width, height = annotation["bbox"]

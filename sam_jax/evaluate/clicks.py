@@ -12,6 +12,7 @@ perfect prediction. Unlike in training, masks of all sizes count.
 """
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from sam_jax.evaluate.object_scores import (
 )
 from sam_jax.evaluate.resolution import cut_to_tile, resolution_bound
 from sam_jax.io.atomic import write_json_lines
+from sam_jax.io.output import check_file
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask
 from sam_jax.masks.clicks import center_click, center_click_on_error
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights",
+        type=os.path.expanduser,
         required=True,
         help="a weights directory, a checkpoint file, or one of sam_vit_b, sam_vit_l, sam_vit_h, "
         "sam_tiny, sam_nuclei and sam_photo",
@@ -70,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--objects",
+        type=os.path.expanduser,
         metavar="FILE",
         help="also write the scores of each object to a file, one JSON object per line",
     )
@@ -77,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """See `Evaluation`."""
+    if args.objects:
+        check_file(args.objects, "--objects")
     images = select(open_source(args.source), args.index)
     predictor = SamPredictor(*load(args.weights))
     progress = tqdm(range(len(images)), unit=" images", disable=None)

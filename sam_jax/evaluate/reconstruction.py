@@ -8,6 +8,7 @@ Images are cropped in the centre.
 
 import argparse
 import functools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -45,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example: sam-jax evaluate reconstruction --weights runs/mae_tiny/weights "
         "--source images:photos/"
     )
-    parser.add_argument("--weights", required=True, help="a weights directory of an autoencoder")
+    parser.add_argument(
+        "--weights",
+        type=os.path.expanduser,
+        required=True,
+        help="a weights directory of an autoencoder",
+    )
     parser.add_argument(
         "--raw-pixels",
         action="store_true",

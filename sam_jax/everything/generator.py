@@ -8,13 +8,14 @@ image. First the device scores all masks (`candidates.py`) by measures of their 
 that remain are decoded once more and leave the device as bits, within their boxes
 (`rasterize.py`). Of equally good duplicates the first one is kept. Images have at most MAX_SIDE
 pixels per side. Masks of more than a share of the image, and masks of small islands only, can be
-dropped. Crops may be tiles of fixed sizes.
+dropped. Crops may be tiles of fixed sizes. Options are checked when they are set, and
+`points_per_side` can be set too.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +39,57 @@ from sam_jax.everything.options import GeneratorOptions, sa1b_preset
 from sam_jax.everything.rasterize import PendingMasks, finish_rasterizing, start_rasterizing
 from sam_jax.everything.records import SelectedMask, make_record
 from sam_jax.everything.tiling import MAX_SIDE, Tiling, plan_tiles
-from sam_jax.everything.tuning import current_tuning
+from sam_jax.everything.tuning import Tuning, current_tuning
 from sam_jax.images.read import ImageError
 from sam_jax.images.resize import apply_coords
 from sam_jax.masks import rle
 from sam_jax.model.sam import Sam
-from sam_jax.predict.encode import check_image, resize_and_encode
+from sam_jax.predict.encode import check_image, resize_and_encode, unbind
+from sam_jax.predict.fork import warn_if_forked
+from sam_jax.predict.predictor import SamPredictor
 from sam_jax.predict.tiles_option import resolve_tiles
+
+Value = TypeVar("Value")
+
+
+class Option(Generic[Value]):
+    """An option of a generator as its attribute, which can be set as in the reference."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, generator: None, owner: type) -> "Option[Value]": ...
+
+    @overload
+    def __get__(self, generator: "SamAutomaticMaskGenerator", owner: type) -> Value: ...
+
+    def __get__(
+        self, generator: "SamAutomaticMaskGenerator | None", owner: type
+    ) -> "Option[Value] | Value":
+        return self if generator is None else getattr(generator.options, self._name)
+
+    def __set__(self, generator: "SamAutomaticMaskGenerator", value: Value) -> None:
+        generator.set_options(**{self._name: value})
+
+
+class BestScores(NamedTuple):
+    """The highest scores of all masks of an image, for the choice of thresholds.
+
+    Attributes:
+      predicted_iou: The highest predicted IoU.
+      stability_score: The highest stability score.
+    """
+
+    predicted_iou: float
+    stability_score: float
 
 
 class SamAutomaticMaskGenerator:
     """Finds masks of everything in an image.
+
+    The options are attributes, too. A generator acts as if constructed with the values that they
+    are set to. Threads may share a generator whose options they do not set.
 
     Example:
       >>> model, variables = sam_jax.load("sam_tiny")
@@ -60,16 +101,29 @@ class SamAutomaticMaskGenerator:
       (150, 200)
 
     Attributes:
-      model: The model.
-      variables: Its variables, on the device that computes.
-      options: The other arguments; `tiles` as `resolve_tiles` returns it.
-      point_grids: Points (x, y) in [0, 1] for the image and for each layer of crops.
+      options: All options; `tiles` as `resolve_tiles` returns it.
     """
+
+    points_per_side = Option[int | None]()
+    points_per_batch = Option[int]()
+    pred_iou_thresh = Option[float]()
+    stability_score_thresh = Option[float]()
+    stability_score_offset = Option[float]()
+    box_nms_thresh = Option[float]()
+    crop_n_layers = Option[int]()
+    crop_nms_thresh = Option[float]()
+    crop_overlap_ratio = Option[float]()
+    crop_n_points_downscale_factor = Option[int]()
+    min_mask_region_area = Option[int]()
+    output_mode = Option[str]()
+    max_image_share = Option[float | None]()
+    remove_small_masks = Option[bool]()
+    tiles = Option[int | str | None]()
 
     def __init__(
         self,
         model: Sam,
-        variables: dict[str, Any],
+        variables: dict[str, Any] | None = None,
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
         pred_iou_thresh: float = 0.88,
@@ -92,7 +146,8 @@ class SamAutomaticMaskGenerator:
 
         Args:
           model: The model, as `sam_jax.load` returns it.
-          variables: Its variables. The device that holds them computes.
+          variables: Its variables. The device that holds them computes. They are not needed if
+            the model is bound to them, as by `model.bind(variables)`.
           points_per_side: Points in each row and column of the grid, or None if `point_grids` are
             given.
           points_per_batch: The most points that are decoded at a time. On CPUs a few are fastest,
@@ -128,7 +183,7 @@ class SamAutomaticMaskGenerator:
         Raises:
           ValueError: If an argument is invalid. The message names it.
         """
-        self.options = GeneratorOptions(
+        options = GeneratorOptions(
             points_per_side=points_per_side,
             points_per_batch=points_per_batch,
             pred_iou_thresh=pred_iou_thresh,
@@ -146,21 +201,61 @@ class SamAutomaticMaskGenerator:
             remove_small_masks=remove_small_masks,
             tiles=resolve_tiles(model, tiles),
         )
-        self.point_grids = self.options.make_point_grids()
-        self.model = model
-        self.variables = jax.tree.map(jnp.asarray, variables)
-        self._device = next(iter(jax.tree.leaves(self.variables)[0].devices()))
-        with jax.default_device(self._device):
-            self._tuning = current_tuning()
-        most_points = max(map(len, self.point_grids))
-        platform_limit = self._tuning.max_points_per_batch or points_per_batch
-        self._points_per_batch = min(most_points, points_per_batch, platform_limit)
-        # Grids are padded to a multiple of the batch.
-        self._num_points = -(-most_points // self._points_per_batch) * self._points_per_batch
+        self._point_grids = options.make_point_grids()
+        self.options = options
+        warn_if_forked()
+        model, variables = unbind(model, variables)
+        self._predictor = SamPredictor(model, jax.tree.map(jnp.asarray, variables))
+
+    @property
+    def predictor(self) -> SamPredictor:
+        """A predictor with the same model; `generate` does not use its image."""
+        return self._predictor
+
+    @property
+    def model(self) -> Sam:
+        """The model."""
+        return self._predictor.model
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of the model, on the device that computes."""
+        return self._predictor.variables
+
+    @property
+    def point_grids(self) -> list[Float[np.ndarray, "_ 2"]]:
+        """Points (x, y) in [0, 1] for the image and for each layer of crops.
+
+        Setting them replaces `points_per_side`.
+        """
+        return self._point_grids
+
+    @point_grids.setter
+    def point_grids(self, value: Sequence[ArrayLike]) -> None:
+        self.set_options(point_grids=value)
+
+    def set_options(self, **options: Any) -> None:
+        """Replaces options, as if the generator were constructed with them.
+
+        Setting one of `points_per_side` and `point_grids` unsets the other.
+
+        Args:
+          **options: Arguments of the constructor.
+
+        Raises:
+          ValueError: If a value is invalid. The message names it, and nothing is changed.
+        """
+        if options.keys() & {"points_per_side", "point_grids"}:
+            options = {"points_per_side": None, "point_grids": None} | options
+        if "tiles" in options:
+            options["tiles"] = resolve_tiles(self.model, options["tiles"])
+        replaced = dataclasses.replace(self.options, **options)
+        self._point_grids = replaced.make_point_grids()
+        self.options = replaced
 
     @classmethod
     def sa1b(
-        cls, model: Sam, variables: dict[str, Any], **overrides: Any
+        cls, model: Sam, variables: dict[str, Any] | None = None, **overrides: Any
     ) -> "SamAutomaticMaskGenerator":
         """Makes a generator with the settings that made SA-1B, see `sa1b_preset`.
 
@@ -184,18 +279,58 @@ class SamAutomaticMaskGenerator:
           A record for each mask. Masks from smaller crops come first, and those of a crop by
           falling predicted IoU. With min_mask_region_area, masks without small regions come before
           all others. A record holds:
-          segmentation: The mask in the form of `output_mode`.
-          area: Its area in pixels.
-          bbox: [x, y, w, h], where w is the last column minus the first one, so one less than the
+
+          - segmentation: The mask in the form of `output_mode`.
+          - area: Its area in pixels.
+          - bbox: [x, y, w, h], where w is the last column minus the first one, so one less than the
             number of columns, and h likewise, as in the reference.
-          predicted_iou: The predicted IoU.
-          point_coords: [[x, y]], the point that prompted it.
-          stability_score: The stability score.
-          crop_box: [x, y, w, h] of the crop that it was found in.
+          - predicted_iou: The predicted IoU.
+          - point_coords: [[x, y]], the point that prompted it.
+          - stability_score: The stability score.
+          - crop_box: [x, y, w, h] of the crop that it was found in.
 
         Raises:
           ValueError: If the image has another shape or type.
           ImageError: If it is too small for crops, or too large.
+        """
+        crops, size = self._plan(image)
+        with jax.default_device(self.predictor.device):
+            masks = self._generate(image, crops, size)
+        records = []
+        for mask in masks:
+            crop = crops[mask.crop]
+            point = self.point_grids[crop.layer][mask.candidate // NUM_MULTIMASK_OUTPUTS]
+            records.append(make_record(mask, crop, point, self.options.output_mode))
+        return records
+
+    def best_scores(self, image: np.ndarray) -> BestScores:
+        """Returns the highest scores of an image, whatever the thresholds are.
+
+        Args:
+          image: As for `generate`.
+
+        Raises:
+          ValueError: As for `generate`.
+        """
+        crops, size = self._plan(image)
+        unlimited = dataclasses.replace(
+            self.options, pred_iou_thresh=0.0, stability_score_thresh=0.0, max_image_share=None
+        ).make_thresholds(size)
+        best = []
+        with jax.default_device(self.predictor.device):
+            embeddings = self._encode([crop.extract(image) for crop in crops])
+            for crop, embedding in zip(crops, embeddings, strict=True):
+                found = jax.device_get(self._find_candidates(crop, embedding, unlimited, size))
+                count = NUM_MULTIMASK_OUTPUTS * len(self.point_grids[crop.layer])
+                stability = found.stability[:count]  # that of an empty mask is NaN
+                best.append((found.iou[:count].max(), np.nan_to_num(stability).max()))
+        return BestScores(*np.max(best, axis=0).tolist())
+
+    def _plan(self, image: np.ndarray) -> tuple[list[Crop], tuple[int, int]]:
+        """Returns the crops of an image, and its (height, width).
+
+        Raises:
+          ValueError: See `generate`.
         """
         size = check_image(image).shape[:2]
         if max(size) > MAX_SIDE or size[0] * size[1] > rle.MAX_PIXELS:
@@ -203,18 +338,10 @@ class SamAutomaticMaskGenerator:
                 f"image must have sides of at most {MAX_SIDE} pixels, and at most "
                 f"{rle.MAX_PIXELS} in all; got {size}"
             )
-        options = self.options
-        overlap = options.crop_overlap_ratio
-        crops = plan_crops(size, options.crop_n_layers, overlap)
-        crops += plan_tile_crops(size, self.model.image_size, options.tiles, overlap)
-        with jax.default_device(self._device):
-            masks = self._generate(image, crops, size)
-        records = []
-        for mask in masks:
-            crop = crops[mask.crop]
-            point = self.point_grids[crop.layer][mask.candidate // NUM_MULTIMASK_OUTPUTS]
-            records.append(make_record(mask, crop, point, options.output_mode))
-        return records
+        overlap = self.options.crop_overlap_ratio
+        crops = plan_crops(size, self.options.crop_n_layers, overlap)
+        crops += plan_tile_crops(size, self.model.image_size, self.options.tiles, overlap)
+        return crops, size
 
     def _generate(
         self, image: UInt8[np.ndarray, "h w 3"], crops: list[Crop], size: tuple[int, int]
@@ -227,7 +354,7 @@ class SamAutomaticMaskGenerator:
             for crop, embedding in zip(crops, embeddings, strict=True)
         ]
         masks = select_masks(crops, jax.device_get(candidates))
-        capacity = len(crops) * self._num_points * NUM_MULTIMASK_OUTPUTS
+        capacity = len(crops) * self._padded_points * NUM_MULTIMASK_OUTPUTS
         if self.options.tiles is not None:  # the number of crops varies with the image
             capacity = 1 << max(len(masks) - 1, 0).bit_length()
         if len(crops) > 1:
@@ -273,7 +400,7 @@ class SamAutomaticMaskGenerator:
             thresholds,
             np.array(crop.box),
             np.array(size),
-            points_per_batch=self._points_per_batch,
+            points_per_batch=self._batch_size,
             tuning=self._tuning,
         )
 
@@ -297,7 +424,7 @@ class SamAutomaticMaskGenerator:
                     np.array([mask.candidate for mask in crop_masks]),
                     np.array([mask.box for mask in crop_masks]) - np.tile(crop.corner, 2),
                     self._tiling(crop),
-                    points_per_batch=self._points_per_batch,
+                    points_per_batch=self._batch_size,
                 )
                 pending += [(i, crop_pending) for crop_pending in started]
 
@@ -314,9 +441,28 @@ class SamAutomaticMaskGenerator:
             dataclasses.replace(mask, **rasterized[mask.crop, mask.candidate]) for mask in masks
         ]
 
+    @property
+    def _tuning(self) -> Tuning:
+        """The batch sizes of the platform that computes."""
+        with jax.default_device(self.predictor.device):
+            return current_tuning()
+
+    @property
+    def _batch_size(self) -> int:
+        """The number of points that are decoded at a time."""
+        limit = self._tuning.max_points_per_batch or self.options.points_per_batch
+        most_points = max(map(len, self.point_grids))
+        return min(most_points, self.options.points_per_batch, limit)
+
+    @property
+    def _padded_points(self) -> int:
+        """The points of the largest grid, padded to a multiple of the batch."""
+        most_points = max(map(len, self.point_grids))
+        return -(-most_points // self._batch_size) * self._batch_size
+
     def _points_on_canvas(self, crop: Crop) -> Float32[np.ndarray, "p 2"]:
         """Returns a crop's points in pixels of the canvas, padded to a fixed number."""
-        points = np.zeros((self._num_points, 2), np.float32)
+        points = np.zeros((self._padded_points, 2), np.float32)
         grid = self.point_grids[crop.layer]
         points[: len(grid)] = apply_coords(grid * crop.size[::-1], crop.size, self.model.image_size)
         return points

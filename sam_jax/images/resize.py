@@ -19,7 +19,7 @@ from PIL import Image
 # The largest number of canvas pixels per image pixel, where parts of an image are enlarged.
 MAX_ZOOM = 16.0
 
-BAND_PIXELS = 1 << 24  # of a large image that are read at once
+BAND_PIXELS = 1 << 24  # of a large image that are resized at once
 
 
 def fit_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
@@ -50,10 +50,32 @@ def resize_and_pad(
       The canvas, zero where it is padded, and the (height, width) of the image in it.
     """
     input_size = fit_size((image.shape[0], image.shape[1]), canvas)
-    resized = Image.fromarray(image).resize(input_size[::-1], Image.Resampling.BILINEAR)
     padded = np.zeros((*canvas, 3), np.uint8)
-    padded[: input_size[0], : input_size[1]] = np.asarray(resized)
+    padded[: input_size[0], : input_size[1]] = resize_rgb(
+        image, input_size, Image.Resampling.BILINEAR
+    )
     return padded, input_size
+
+
+def resize_rgb(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], resample: Image.Resampling
+) -> UInt8[np.ndarray, "{size[0]} {size[1]} 3"]:
+    """Resizes an image exactly as Pillow does, without a second copy of a large image.
+
+    Args:
+      image: RGB pixels.
+      size: (height, width) of the result.
+      resample: A filter of Pillow.
+
+    Returns:
+      The resized image.
+    """
+    # Pillow resizes the rows first and rounds them to 8 bits, so they can be resized in bands.
+    rows = max(1, BAND_PIXELS // image.shape[1])
+    if rows < image.shape[0]:
+        bands = [image[top : top + rows] for top in range(0, image.shape[0], rows)]
+        image = np.concatenate([resize_rgb(band, (len(band), size[1]), resample) for band in bands])
+    return np.asarray(Image.fromarray(image).resize(size[::-1], resample))
 
 
 def resize_in_bands(

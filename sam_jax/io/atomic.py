@@ -6,6 +6,7 @@ it is complete even after a power cut. A directory is filled under a temporary n
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ def atomic_path(path: str | os.PathLike[str], *, writer: str = "") -> Iterator[P
       raises, the file is removed and `path` keeps its former content.
 
     Raises:
-      OSError: If the file cannot be written or renamed.
+      OSError: If the file cannot be written or renamed. It names `path`.
     """
     path = Path(path)
     prefix = f".{path.name}.{writer}." if writer else f".{path.name}."
@@ -39,8 +40,13 @@ def atomic_path(path: str | os.PathLike[str], *, writer: str = "") -> Iterator[P
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # missing, or the disk became read-only
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -118,3 +124,14 @@ def write_json_lines(path: str | os.PathLike[str], values: Iterable[Any]) -> Non
     """
     lines = [json.dumps(value, allow_nan=False) + "\n" for value in values]
     write_bytes(path, "".join(lines).encode())
+
+
+def replace_nonfinite(value: Any) -> Any:
+    """Replaces NaN and infinity, also in nested dicts and lists, by None, which JSON calls null."""
+    if isinstance(value, dict):
+        return {name: replace_nonfinite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [replace_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -3,11 +3,16 @@
 Object stores are reached through fsspec, which needs the package of the store (gcsfs for gs://). An
 object is written completely or not at all. It cannot be appended to, locked or renamed.
 
+Only regular files are read: a named pipe would block its reader forever, and a device may have no
+end. Links are followed.
+
 All functions raise OSError if the disk or the store fails.
 """
 
 import contextlib
+import io
 import os
+import stat as file_types
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,23 +77,52 @@ def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
         yield path, files
 
 
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Opens a regular file on a disk to read it.
+
+    Args:
+      path: A path; links are followed.
+
+    Returns:
+      The file.
+
+    Raises:
+      OSError: If the file is missing, cannot be read, or is not a regular file.
+    """
+
+    def open_without_waiting(name: str, flags: int) -> int:
+        # Opening a named pipe without O_NONBLOCK waits for its writer. The type is that of the
+        # opened file, which cannot be replaced any more.
+        descriptor = os.open(name, flags | os.O_NONBLOCK)
+        if file_types.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(f"{name} is not a regular file")
+
+    try:
+        return open(path, "rb", opener=open_without_waiting)
+    except ValueError as error:  # a null byte or a lone surrogate in the name
+        raise FileNotFoundError(f"no file can have the name {os.fspath(path)!a}") from error
+
+
 def stat(path: str) -> tuple[int, int]:
-    """Returns the size of a file in bytes and its modification time in nanoseconds.
+    """Returns the size of a regular file in bytes and its modification time in nanoseconds.
 
     The modification time of an object in a store is 0.
 
     Raises:
-      OSError: If the file cannot be read.
+      OSError: If the file cannot be read, or is not a regular file.
     """
     if not is_url(path):
-        status = os.stat(path)
+        with open_file(path) as file:
+            status = os.fstat(file.fileno())
         return status.st_size, status.st_mtime_ns
     with _open_store(path) as (store, name):
         return store.info(name)["size"], 0
 
 
 def read_range(path: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Reads a range of a file.
+    """Reads a range of a regular file.
 
     Args:
       path: A path or a URL.
@@ -96,15 +130,17 @@ def read_range(path: str, offset: int = 0, size: int | None = None) -> bytes:
       size: The number of bytes. None reads to the end.
 
     Returns:
-      The bytes; fewer than `size` if the file ends earlier.
+      The bytes; fewer than `size` if the file ends earlier. No more memory is allocated than the
+      file has bytes.
 
     Raises:
-      OSError: If the file cannot be read.
+      OSError: If the file cannot be read, or is not a regular file.
     """
     if not is_url(path):
-        with open(path, "rb") as file:
+        with open_file(path) as file:
+            remaining = max(0, os.fstat(file.fileno()).st_size - offset)
             file.seek(offset)
-            return file.read() if size is None else file.read(size)
+            return file.read(remaining if size is None else min(size, remaining))
     with _open_store(path) as (store, name):
         return store.cat_file(name, start=offset, end=None if size is None else offset + size)
 

@@ -101,11 +101,10 @@ def open_reader(path: str) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
     if storage.is_url(path):
         yield functools.partial(storage.read_range, path), storage.stat(path)[0]
         return
-    with open(path, "rb", buffering=0) as file:
+    with storage.open_file(path) as file:
 
         def read(offset: int, size: int) -> bytes:
-            file.seek(offset)
-            return file.read(size)
+            return os.pread(file.fileno(), size, offset)
 
         yield read, os.fstat(file.fileno()).st_size
 

@@ -8,25 +8,28 @@ the union of its polygons.
 Source: `common/maskApi.c` in cocodataset/cocoapi (rleFrPoly).
 
 Differences: Corners that are not finite numbers or exceed MAX_CORNER, and outlines of more than
-MAX_STEPS, are errors. A list of four numbers is an error and not a box. pycocotools itself is not
-used because it is a compiled dependency.
+MAX_STEPS, are errors. A list of four numbers is an error and not a box. Memory and time depend on
+the length of the outlines and not on the size of the image. pycocotools itself is not used because
+it is a compiled dependency.
 """
 
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
+
+from sam_jax.masks import rle
 
 SCALE = 5  # steps per pixel
 MAX_CORNER = 1e6  # largest coordinate, in pixels
-MAX_STEPS = 1 << 22  # on the outline of a polygon; some 800,000 pixels
+MAX_STEPS = 1 << 22  # on the outlines of a mask; some 800,000 pixels
 
 
 class PolygonError(ValueError):
     """A value that is not a list of polygons."""
 
 
-def rasterize(polygons: Any, size: tuple[int, int]) -> Bool[np.ndarray, "{size[0]} {size[1]}"]:
+def rasterize(polygons: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Rasterizes the union of polygons.
 
     Args:
@@ -35,17 +38,21 @@ def rasterize(polygons: Any, size: tuple[int, int]) -> Bool[np.ndarray, "{size[0
       size: (height, width) of the image.
 
     Returns:
-      The mask.
+      The mask as a compressed RLE, see `sam_jax.masks.rle`.
 
     Raises:
-      PolygonError: If the value is not such a list, or if an outline is too long.
+      PolygonError: If the value is not such a list, or if the outlines are too long.
     """
     if not isinstance(polygons, list) or not polygons:
         raise PolygonError("polygons must be a list of at least one list of numbers")
-    mask = np.zeros(size, bool)
+    traces, steps = [], 0
     for polygon in polygons:
-        mask |= _fill(_changes(_corners(polygon), *size), *size)
-    return mask
+        trace = _trace(_corners(polygon), MAX_STEPS - steps)
+        steps += len(trace[0])
+        traces.append(trace)
+    changes = _union([_changes(*trace, *size) for trace in traces])
+    lengths = np.diff(changes, prepend=0, append=size[0] * size[1])
+    return rle.compress({"size": list(size), "counts": lengths.tolist()})
 
 
 def _corners(polygon: Any) -> Int64[np.ndarray, "k 2"]:
@@ -61,9 +68,17 @@ def _corners(polygon: Any) -> Int64[np.ndarray, "k 2"]:
     return np.trunc(SCALE * xy + 0.5).astype(np.int64)
 
 
-def _changes(corners: Int64[np.ndarray, "k 2"], height: int, width: int) -> Int64[np.ndarray, " r"]:
-    """Returns ascending positions `column * h + row` where the polygon's inside begins or ends."""
-    u, v = _trace(corners)
+def _changes(
+    u: Int64[np.ndarray, " p"], v: Int64[np.ndarray, " p"], height: int, width: int
+) -> Int64[np.ndarray, " r"]:
+    """Returns ascending positions `column * h + row` where the polygon's inside begins or ends.
+
+    Args:
+      u: The x of points on its outline, in fifths of a pixel.
+      v: Their y.
+      height: The height of the image.
+      width: The width of the image.
+    """
     moved = np.flatnonzero(np.diff(u))
     left, top = (np.minimum(x[moved], x[moved + 1]) for x in (u, v))
     column, remainder = np.divmod(left - SCALE // 2, SCALE)
@@ -74,17 +89,21 @@ def _changes(corners: Int64[np.ndarray, "k 2"], height: int, width: int) -> Int6
 
 
 def _trace(
-    corners: Int64[np.ndarray, "k 2"],
+    corners: Int64[np.ndarray, "k 2"], max_steps: int
 ) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]]:
     """Returns the x and y of points on the outline of a polygon.
 
     Each edge has one point per step along its longer axis.
+
+    Args:
+      corners: The corners in fifths of a pixel.
+      max_steps: The largest number of points.
     """
     ends = np.roll(corners, -1, axis=0)
     steps = np.abs(ends - corners).max(axis=1)
     edges = steps > 0
-    if (total := int((steps + 1)[edges].sum())) > MAX_STEPS:
-        raise PolygonError(f"a polygon's outline must have at most {MAX_STEPS // SCALE} pixels")
+    if (total := int((steps + 1)[edges].sum())) > max_steps:
+        raise PolygonError(f"the outlines must have at most {MAX_STEPS // SCALE} pixels")
     start, end, steps = corners[edges], ends[edges], steps[edges]
 
     # Each edge is traced from the end with the lower coordinate on the longer axis, so that the
@@ -104,9 +123,18 @@ def _trace(
     return np.where(x_is_long, along, across), np.where(x_is_long, across, along)
 
 
-def _fill(
-    changes: Int64[np.ndarray, " r"], height: int, width: int
-) -> Bool[np.ndarray, "{height} {width}"]:
-    """Fills the pixels from the first change to the second, from the third to the fourth, etc."""
-    lengths = np.diff(changes, prepend=0, append=height * width)
-    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
+def _union(changes: list[Int64[np.ndarray, " _"]]) -> Int64[np.ndarray, " r"]:
+    """Returns the positions where the union of polygons begins or ends.
+
+    Args:
+      changes: The positions for each polygon. After an odd number the inside reaches to the end.
+    """
+    if len(changes) == 1:
+        return changes[0]
+    position = np.concatenate(changes)
+    # At even places a polygon begins, at odd ones it ends.
+    entered = np.concatenate([1 - np.arange(len(of_one)) % 2 * 2 for of_one in changes])
+    position, index = np.unique(position, return_inverse=True)
+    change = np.bincount(index, weights=entered, minlength=len(position)).astype(np.int64)
+    inside = np.cumsum(change) > 0
+    return position[np.diff(inside, prepend=False)]

@@ -35,20 +35,42 @@ def remove_small_regions(
     rows = slice(max(0, top - margin), min(height, bottom + 1 + margin))
     columns = slice(max(0, left - margin), min(width, right + 1 + margin))
     crop = mask[rows, columns]
-    holes, _ = _small_regions(~crop, min_area)
-    crop = crop | holes
-    islands, largest = _small_regions(crop, min_area)
-    if not (holes.any() or islands.any()):
+    crop, had_holes = fill_small_holes(crop, min_area)
+    crop, had_islands = remove_small_islands(crop, min_area, keep_largest=keep_largest)
+    if not (had_holes or had_islands):
         return mask, False
     result = np.zeros_like(mask)
-    result[rows, columns] = crop & ~islands
-    if keep_largest and not result.any():
-        result[rows, columns] = largest
+    result[rows, columns] = crop
     return result, True
 
 
+def fill_small_holes(
+    mask: Bool[np.ndarray, "h w"], min_area: float
+) -> tuple[Bool[np.ndarray, "h w"], bool]:
+    """Fills holes of fewer than `min_area` pixels, and returns True if there were any."""
+    holes, _ = _small_regions(~mask, min_area)
+    return mask | holes, bool(holes.any())
+
+
+def remove_small_islands(
+    mask: Bool[np.ndarray, "h w"], min_area: float, *, keep_largest: bool = True
+) -> tuple[Bool[np.ndarray, "h w"], bool]:
+    """Removes islands of fewer than `min_area` pixels, and returns True if there were any.
+
+    Args:
+      mask: The mask.
+      min_area: Islands of fewer pixels are small.
+      keep_largest: Keeps the largest island if all are small.
+    """
+    islands, largest = _small_regions(mask, min_area)
+    if not islands.any():
+        return mask, False
+    rest = mask & ~islands
+    return (largest if keep_largest and not rest.any() else rest), True
+
+
 def _small_regions(
-    mask: Bool[np.ndarray, "h w"], min_area: int
+    mask: Bool[np.ndarray, "h w"], min_area: float
 ) -> tuple[Bool[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
     """Returns the pixels of small connected regions, and those of the largest region."""
     from scipy import ndimage

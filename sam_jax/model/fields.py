@@ -1,12 +1,15 @@
 """The fields of a module as plain values, and the rules that they must obey."""
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
 FLAX_FIELDS = ("parent", "name")  # Flax adds these two to every module
+# Limits of a model, so that a damaged file costs no time or memory.
+MAX_SIZE, MAX_DEPTH = 1 << 14, 256
 
 
 class Rule(NamedTuple):
@@ -37,7 +40,8 @@ def check_rules(rules: Iterable[Rule], prefix: str = "") -> None:
     """
     for rule in rules:
         if not rule.holds:
-            raise ValueError(f"{prefix}{rule.field} must be {rule.allowed}; got {rule.value!r}")
+            got = reprlib.repr(rule.value)
+            raise ValueError(f"{prefix}{rule.field} must be {rule.allowed}; got {got}")
 
 
 def multiple_of(field: str, value: int, divisor: int, allowed: str) -> Iterator[Rule]:
@@ -52,6 +56,15 @@ def multiple_of(field: str, value: int, divisor: int, allowed: str) -> Iterator[
     yield Rule(allowed, divisor, divisor >= 1, "at least 1")
     text = f"a positive multiple of {allowed} = {divisor}"
     yield Rule(field, value, value > 0 and value % divisor == 0, text)
+
+
+def bounds(module: nn.Module) -> Iterator[Rule]:
+    """Yields the rules that no number of a module, and no number of blocks, is huge."""
+    for field in module_fields(module):
+        value = getattr(module, field.name)
+        limit = MAX_DEPTH if field.name.endswith("depth") else MAX_SIZE
+        if isinstance(value, int | float):
+            yield Rule(field.name, value, value <= limit, f"at most {limit}")
 
 
 def module_fields(module: nn.Module | type[nn.Module]) -> list[dataclasses.Field[Any]]:

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from sam_jax.model.attention import Attention
-from sam_jax.model.fields import Rule, check_rules, multiple_of
+from sam_jax.model.fields import MAX_SIZE, Rule, bounds, check_rules, multiple_of
 from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xavier_uniform
 
 Remat = Literal["none", "products", "blocks"]
@@ -70,8 +70,13 @@ class ImageEncoder(nn.Module):
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
+        yield from bounds(self)
         yield from patch_rules(self.image_size, self.patch_size)
         yield from multiple_of("embed_dim", self.embed_dim, self.num_heads, "num_heads")
+        blocks = self.global_blocks
+        are_indices = len(blocks) <= self.depth and set(blocks) <= set(range(self.depth))
+        allowed = f"indices of blocks, below depth = {self.depth}"
+        yield Rule("global_blocks", blocks, are_indices, allowed)
         yield Rule("drop_path", self.drop_path, 0 <= self.drop_path < 1, "at least 0 and below 1")
 
     def validate(self) -> None:
@@ -139,6 +144,7 @@ def patch_rules(image_size: tuple[int, ...], patch_size: int) -> Iterator[Rule]:
     yield Rule("patch_size", patch_size, patch_size >= 1, "at least 1")
     fits = len(image_size) == 2 and all(side > 0 and side % patch_size == 0 for side in image_size)
     yield Rule("image_size", image_size, fits, f"two multiples of patch_size = {patch_size}")
+    yield Rule("image_size", image_size, max(image_size) <= MAX_SIZE, f"at most {MAX_SIZE}")
 
 
 def scan_super_blocks(

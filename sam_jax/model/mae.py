@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int, Key, Shaped
 
-from sam_jax.model.fields import Rule, check_rules, multiple_of
+from sam_jax.model.fields import Rule, bounds, check_rules, multiple_of
 from sam_jax.model.image_encoder import Block, Dtype, Remat, patch_rules, rematted
 from sam_jax.model.layers import PatchConv, xavier_uniform
 from sam_jax.model.sam import Sam, sam_tiny, sam_vit_b, sam_vit_h, sam_vit_l
@@ -89,6 +89,7 @@ class MaskedAutoencoder(nn.Module):
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
+        yield from bounds(self)
         yield from patch_rules(self.image_size, self.patch_size)
         yield from multiple_of("embed_dim", self.embed_dim, self.num_heads, "num_heads")
         yield from multiple_of("decoder_dim", self.decoder_dim, self.decoder_heads, "decoder_heads")

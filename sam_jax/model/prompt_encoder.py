@@ -18,12 +18,13 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from sam_jax.model.fields import Rule, check_rules
+from sam_jax.model.fields import Rule, bounds, check_rules
 from sam_jax.model.layers import PatchConv, Projection, fan_in_uniform, gelu, layer_norm
 
 FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3  # labels of points
 NOT_A_POINT = -1  # the reference's padding point: a token of its own, which is attended to
 ABSENT = -2  # an empty slot, which is never attended to
+UNLABELLED = 4  # a position alone: what the reference makes of the labels 2 and 3 of points
 
 
 @flax.struct.dataclass
@@ -35,7 +36,7 @@ class Prompts:
     Attributes:
       points: (x, y) in pixels of the padded image; pixel centres are at +0.5.
       labels: 1 foreground, 0 background, 2 and 3 the top-left and bottom-right corners of a box,
-        -1 the reference's "not a point" token, -2 absent.
+        4 a position without a label, -1 the reference's "not a point" token, -2 absent.
       mask: Logits of an earlier prediction, or None if no object has one.
       has_mask: The objects whose `mask` is used; None if `mask` is None.
     """
@@ -80,6 +81,7 @@ class PromptEncoder(nn.Module):
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
+        yield from bounds(self)
         channels = self.mask_channels
         yield Rule("dim", self.dim, self.dim > 0 and self.dim % 2 == 0, "a positive multiple of 2")
         allowed = "a positive multiple of 4"
@@ -95,11 +97,12 @@ class PromptEncoder(nn.Module):
         self.gaussian = self.variable(
             "constants", "gaussian", lambda: normal(self.make_rng("params"), (2, self.dim // 2))
         )
-        self.label_embeddings = [  # in the order of the labels 0, 1, 2, 3
+        self.label_embeddings = [  # in the order of the labels 0, 1, 2, 3, 4
             self._embedding("background"),
             self._embedding("foreground"),
             self._embedding("top_left"),
             self._embedding("bottom_right"),
+            jnp.zeros(self.dim),
         ]
         self.not_a_point = self._embedding("not_a_point")
         self.no_mask = self._embedding("no_mask")

@@ -3,12 +3,13 @@
 Source: Kirillov et al. 2023, and segment-anything `modeling/sam.py`, `build_sam.py`.
 
 Differences: images and prompted objects are both batched, in one program; float32 means float32
-products on every device; preprocessing and postprocessing live in `sam_jax.predict`.
+products on every device. Prediction resizes on the host, see `sam_jax.images.resize`; `preprocess`
+and `postprocess_masks` are for code that was written for the reference.
 """
 
 import math
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,8 @@ class Sam(nn.Module):
       image_encoder: Encodes images.
       prompt_encoder: Encodes points, boxes and masks.
       mask_decoder: Predicts masks from both.
+      mask_threshold: A pixel is in a mask if its logit is above.
+      image_format: The order of an image's channels.
       object_share: The smallest and the largest share of the input's side that the longer side of
         an object took in training on windows around objects; None for training on entire images.
         Nothing that the model computes depends on it: prediction is in tiles by default if it is
@@ -50,6 +53,8 @@ class Sam(nn.Module):
     prompt_encoder: PromptEncoder = PromptEncoder()
     mask_decoder: MaskDecoder = MaskDecoder()
     object_share: tuple[float, float] | None = None
+    mask_threshold: ClassVar[float] = 0.0
+    image_format: ClassVar[str] = "RGB"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -231,6 +236,37 @@ class Sam(nn.Module):
         """
         with self._precision():
             return self.mask_decoder.upscale_masks(image, hypernetwork_out, gh)
+
+    def preprocess(self, image: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "*b 3 h w"]:
+        """Normalises and pads images in the reference's order of axes.
+
+        Args:
+          image: '*b 3 ih iw', RGB values from 0 to 255, not larger than the model's input.
+        """
+        image = jnp.moveaxis(normalize_colors(jnp.moveaxis(jnp.asarray(image), -3, -1)), -1, -3)
+        height, width = image.shape[-2:]
+        missing = [(0, self.image_size[0] - height), (0, self.image_size[1] - width)]
+        return jnp.pad(image, [(0, 0)] * (image.ndim - 2) + missing)
+
+    def postprocess_masks(
+        self,
+        masks: Float[Array | np.ndarray, "*b lh lw"],
+        input_size: tuple[int, int],
+        original_size: tuple[int, int],
+    ) -> Float[Array, "*b h w"]:
+        """Resizes low-resolution logits to the canvas, removes the padding, and resizes again.
+
+        Args:
+          masks: The logits.
+          input_size: (height, width) of the resized image on the canvas.
+          original_size: (height, width) of the image.
+        """
+
+        def resize(x: Array | np.ndarray, size: tuple[int, int]) -> Array:
+            return jax.image.resize(x, (*x.shape[:-2], *size), "linear", antialias=False)
+
+        height, width = input_size
+        return resize(resize(masks, self.image_size)[..., :height, :width], original_size)
 
     def _encode_prompts(
         self, embedding: Array | np.ndarray, prompts: Prompts

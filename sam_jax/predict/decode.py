@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 from sam_jax.model.mask_decoder import NUM_MASK_TOKENS, Masks, choose_masks
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import Sam
+from sam_jax.predict.fork import warn_if_forked
 from sam_jax.predict.prompts import ObjectPrompt, stack_prompts
 
 CHUNK_SIZE = 4  # objects decoded together: their activations fit into the cache of a CPU
@@ -75,6 +76,7 @@ def decode_objects(
     Returns:
       For each item of `objects`, the low-resolution logits and the predicted IoUs.
     """
+    warn_if_forked()
     groups = []
     start = 0
     for size in group_sizes(max(map(len, objects))):

@@ -10,6 +10,28 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from sam_jax.images.resize import resize_and_pad
 from sam_jax.model.sam import Sam, normalize
+from sam_jax.predict.fork import warn_if_forked
+
+
+def unbind(model: Sam, variables: dict[str, Any] | None) -> tuple[Sam, dict[str, Any]]:
+    """Returns a model that is bound to no variables, and its variables.
+
+    Args:
+      model: The model, which may be bound to variables.
+      variables: Its variables; None for those that it is bound to.
+
+    Raises:
+      ValueError: If there are none.
+    """
+    if variables is not None:
+        return model, variables
+    if model.scope is None:
+        raise ValueError(
+            "variables must be given, as sam_jax.load returns them: (model, variables); or the "
+            "model must be bound to them: model.bind(variables)"
+        )
+    unbound, bound_variables = model.unbind()
+    return unbound, dict(bound_variables)
 
 
 def check_image(image: object, image_format: str = "RGB") -> UInt8[np.ndarray, "h w 3"]:
@@ -76,6 +98,7 @@ def resize_and_encode(
       The embeddings, those of `images` first, and the (height, width) of each resized image
       without its padding.
     """
+    warn_if_forked()
     padded, sizes = [], []
     for image in images:
         canvas, size = resize_and_pad(image, model.image_size)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from einops import rearrange
 from jaxtyping import Bool, Float32, UInt8
 from numpy.typing import ArrayLike
 
@@ -18,8 +17,10 @@ from sam_jax.images.resize import fit_size, postprocess_masks
 from sam_jax.model.mask_decoder import NUM_MASK_TOKENS
 from sam_jax.model.sam import Sam
 from sam_jax.predict.decode import decode_objects
-from sam_jax.predict.encode import check_image, resize_and_encode
-from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
+from sam_jax.predict.encode import check_image, resize_and_encode, unbind
+from sam_jax.predict.image_slot import ImageSlot
+from sam_jax.predict.official_names import OfficialNames
+from sam_jax.predict.prompts import ObjectPrompt, Prompt, named_in_errors, prepare_prompt
 from sam_jax.predict.tile_masks import paste
 from sam_jax.predict.tiled_image import TiledImage
 from sam_jax.predict.tiles import Tile
@@ -36,8 +37,6 @@ Prediction = tuple[
     Float32[np.ndarray, "n m"],
     Float32[np.ndarray, "n m lh lw"],
 ]
-
-MASK_THRESHOLD = 0.0  # a pixel is in a mask if its logit is above
 
 
 class TilePrediction(NamedTuple):
@@ -56,8 +55,11 @@ class TilePrediction(NamedTuple):
     low_res_logits: Float32[np.ndarray, "m lh lw"]
 
 
-class SamPredictor:
+class SamPredictor(OfficialNames):
     """Encodes an image once and predicts masks from any number of prompts.
+
+    A predictor has one image. Threads may predict on it together, but a thread whose image was
+    replaced by another thread gets a RuntimeError. Predictors are cheap: make one for each thread.
 
     Example:
       >>> model, variables = sam_jax.load("sam_tiny")
@@ -70,24 +72,23 @@ class SamPredictor:
     Attributes:
       model: The model.
       variables: Its variables.
-      original_size: (height, width) of the image, or None if no image is set.
-      input_size: (height, width) of the resized image in the padded input of the model, or None.
       tiles_used: The tile in which each object of the latest prediction on the image was seen.
     """
 
-    def __init__(self, model: Sam, variables: dict[str, Any]) -> None:
+    def __init__(self, model: Sam, variables: dict[str, Any] | None = None) -> None:
         """Makes a predictor without an image.
 
         Args:
           model: The model, as `sam_jax.load` returns it.
-          variables: Its variables.
+          variables: Its variables; not needed if the model is bound to them, as by
+            `model.bind(variables)`.
+
+        Raises:
+          ValueError: If there are no variables.
         """
-        self.model = model
-        self.variables = variables
-        self.original_size: tuple[int, int] | None = None
-        self.input_size: tuple[int, int] | None = None
+        self.model, self.variables = unbind(model, variables)
         self.tiles_used: list[Tile] = []
-        self._image: TiledImage | None = None
+        self._slot = ImageSlot()
 
     def set_image(
         self, image: np.ndarray, image_format: str = "RGB", tiles: int | str | None = None
@@ -118,10 +119,13 @@ class SamPredictor:
         """
         image = check_image(image, image_format)
         resolved = resolve_tiles(self.model, tiles)
-        self.reset_image()
-        self._image = TiledImage(self.model, self.variables, image, resolved)
-        self.original_size = image.shape[:2]
-        self.input_size = fit_size(image.shape[:2], self.model.image_size)
+        self.reset_image()  # its memory is free before the next image needs it
+        self._slot.change(
+            image=TiledImage(self.model, self.variables, image, resolved),
+            features=None,
+            original_size=image.shape[:2],
+            input_size=fit_size(image.shape[:2], self.model.image_size),
+        )
 
     def predict(
         self,
@@ -136,7 +140,8 @@ class SamPredictor:
 
         Args:
           point_coords: 'k 2', points (x, y) in pixels of the image.
-          point_labels: 'k', 1 for foreground and 0 for background.
+          point_labels: 'k', 1 for foreground and 0 for background. As in the reference, -1 is its
+            padding point, which has no position, and 2 and 3 are positions without a label.
           box: '4', (x0, y0, x1, y1) in pixels of the image.
           mask_input: '1 lh lw', low-resolution logits of an earlier prediction.
           multimask_output: Return three masks, for an ambiguous prompt, instead of one.
@@ -148,7 +153,7 @@ class SamPredictor:
           low_res_logits: The masks' low-resolution logits, which `mask_input` takes.
 
         Raises:
-          RuntimeError: If no image is set.
+          RuntimeError: If no image is set, or another thread has replaced it.
           ValueError: If an argument is invalid. The message names it.
         """
         prompt = {
@@ -180,8 +185,8 @@ class SamPredictor:
           per pixel of the image; `predict_tiles` returns those of the tiles alone.
 
         Raises:
-          RuntimeError: If no image is set.
-          ValueError: If a prompt is invalid. The message names the argument.
+          RuntimeError: If no image is set, or another thread has replaced it.
+          ValueError: If a prompt is invalid. The message names the prompt and the argument.
         """
         image = self._require_image()
         answers = image.answer(prompts, multimask_output)
@@ -213,8 +218,8 @@ class SamPredictor:
           return_logits: Return logits instead of masks.
 
         Raises:
-          RuntimeError: If no image is set.
-          ValueError: If a prompt is invalid. The message names the argument.
+          RuntimeError: If no image is set, or another thread has replaced it.
+          ValueError: If a prompt is invalid. The message names the prompt and the argument.
         """
         answers = self._require_image().answer(prompts, multimask_output)
         self.tiles_used = [answer.tile for answer in answers]
@@ -253,7 +258,7 @@ class SamPredictor:
 
         Raises:
           ValueError: If an argument is invalid. It is raised before anything is computed, and the
-            message names the argument.
+            message names the prompt and the argument.
         """
         if len(images) != len(prompts):
             raise ValueError(
@@ -263,8 +268,8 @@ class SamPredictor:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         images = [check_image(image, image_format) for image in images]
         objects = [
-            self._prepare(image_prompts, image.shape[:2])
-            for image, image_prompts in zip(images, prompts, strict=True)
+            self._prepare(i, image_prompts, image.shape[:2])
+            for i, (image, image_prompts) in enumerate(zip(images, prompts, strict=True))
         ]
         resolved = resolve_tiles(self.model, tiles)
         if resolved is not None:
@@ -306,36 +311,26 @@ class SamPredictor:
             )
         return predictions
 
-    @property
-    def is_image_set(self) -> bool:
-        """True if there is an image to predict on."""
-        return self._image is not None
-
     def get_image_embedding(self) -> Float32[np.ndarray, "1 c gh gw"]:
         """Returns the entire image's embedding with its axes in the reference's order.
 
         Raises:
           RuntimeError: If no image is set.
         """
-        embedding = self._require_image().embed_image()
-        return rearrange(np.asarray(embedding, np.float32), "b gh gw c -> b c gh gw")
-
-    def reset_image(self) -> None:
-        """Forgets the image."""
-        self.original_size = self.input_size = self._image = None
-        self.tiles_used = []
-
-    def _require_image(self) -> TiledImage:
-        if self._image is None:
-            raise RuntimeError("no image is set: call set_image(image) first")
-        return self._image
+        self._require_image()
+        assert self.features is not None
+        return self.features
 
     def _prepare(
-        self, prompts: Sequence[Prompt], original_size: tuple[int, int]
+        self, image: int, prompts: Sequence[Prompt], original_size: tuple[int, int]
     ) -> list[ObjectPrompt]:
-        """Validates the prompts of one image."""
+        """Validates the prompts of the image of number `image`."""
         canvas, low_res = self.model.image_size, self.model.low_res
-        return [prepare_prompt(prompt, original_size, canvas, low_res) for prompt in prompts]
+        objects = []
+        for i, prompt in enumerate(prompts):
+            with named_in_errors(f"prompts[{image}][{i}]"):
+                objects.append(prepare_prompt(prompt, original_size, canvas, low_res))
+        return objects
 
     def _resize(
         self, low_res: Float32[np.ndarray, "m lh lw"], size: tuple[int, int], return_logits: bool
@@ -346,5 +341,5 @@ class SamPredictor:
             return postprocess_masks(low_res, size, canvas)
         masks = np.empty((len(low_res), *size), bool)
         for i, logits in enumerate(low_res):  # one at a time: their logits take four times as much
-            masks[i] = postprocess_masks(logits, size, canvas) > MASK_THRESHOLD
+            masks[i] = postprocess_masks(logits, size, canvas) > self.model.mask_threshold
         return masks

@@ -1,20 +1,40 @@
 """Validates prompts and converts them to the arrays that the model takes.
 
 Source: segment-anything `predictor.py`. The reference's prompt encoder adds a padding point to
-points without a box; here it is added to the prompt.
+points without a box, even to no points; here it is added to the prompt.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 
 from sam_jax.images.resize import apply_coords
-from sam_jax.model.prompt_encoder import ABSENT, BOTTOM_RIGHT, NOT_A_POINT, TOP_LEFT, Prompts
+from sam_jax.model.prompt_encoder import (
+    ABSENT,
+    BACKGROUND,
+    BOTTOM_RIGHT,
+    FOREGROUND,
+    NOT_A_POINT,
+    TOP_LEFT,
+    UNLABELLED,
+    Prompts,
+)
 
 Prompt = dict[str, Any]
 PROMPT_KEYS = ("point_coords", "point_labels", "box", "mask_input")
+
+# The labels of points that a prompt may have, and those that the model takes. The reference adds
+# nothing to the positions of points with labels 2 and 3.
+POINT_LABELS = {
+    1: FOREGROUND,
+    0: BACKGROUND,
+    -1: NOT_A_POINT,
+    2: UNLABELLED,
+    3: UNLABELLED,
+}
 
 
 class ObjectPrompt(NamedTuple):
@@ -66,11 +86,11 @@ def prepare_points(
 ) -> tuple[Float32[np.ndarray, "k 2"], Int32[np.ndarray, " k"]]:
     """Converts one object's points and box to points on the canvas, a box being two points.
 
-    Points without a box are followed by the official padding point, NOT_A_POINT.
+    Points without a box, even no points, are followed by the official padding point, NOT_A_POINT.
 
     Args:
-      prompt: A dict that may have "point_coords", (x, y) in pixels of the image; "point_labels", 1
-        for foreground and 0 for background; and "box", (x0, y0, x1, y1).
+      prompt: A dict that may have "point_coords", (x, y) in pixels of the image; "point_labels",
+        see POINT_LABELS; and "box", (x0, y0, x1, y1).
       original_size: (height, width) of the image.
       canvas: (height, width) of the padded input that the model takes.
 
@@ -87,7 +107,7 @@ def prepare_points(
     if len(corners):
         points = np.concatenate([points, corners])
         labels = np.concatenate([labels, [TOP_LEFT, BOTTOM_RIGHT]])
-    elif len(points):
+    elif prompt.get("point_coords") is not None:
         points = np.concatenate([points, np.zeros((1, 2))])
         labels = np.concatenate([labels, [NOT_A_POINT]])
     return points.astype(np.float32), labels.astype(np.int32)
@@ -116,6 +136,21 @@ def prepare_mask(
             f"earlier prediction returns them; got {mask.shape}"
         )
     return mask.reshape(low_res_size).astype(np.float32)
+
+
+@contextlib.contextmanager
+def named_in_errors(name: str) -> Iterator[None]:
+    """Puts the name of a prompt in front of the message of a ValueError.
+
+    Args:
+      name: The name, or "" to leave the message as it is.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not name:
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def stack_prompts(
@@ -169,10 +204,12 @@ def _check_points(
         raise ValueError(
             f"point_labels must have shape {points.shape[:1]}, one per point; got {classes.shape}"
         )
-    if not np.isin(classes, (0, 1)).all():
-        invalid = sorted(set(classes.tolist()) - {0, 1})
-        raise ValueError(f"point_labels must be 1 (foreground) or 0 (background); got {invalid}")
-    return points, classes.astype(np.int32)
+    if invalid := sorted(set(classes.tolist()) - POINT_LABELS.keys()):
+        raise ValueError(
+            "point_labels must be 1 (foreground) or 0 (background), or -1, 2 or 3 as in "
+            f"segment-anything; got {invalid}"
+        )
+    return points, np.array([POINT_LABELS[label] for label in classes.tolist()], np.int32)
 
 
 def _check_box(box: object) -> Float[np.ndarray, "corners 2"]:
@@ -182,9 +219,6 @@ def _check_box(box: object) -> Float[np.ndarray, "corners 2"]:
     corners = _finite_array(box, "box")
     if corners.shape not in ((4,), (1, 4)):
         raise ValueError(f"box must have shape (4,): x0, y0, x1, y1; got {corners.shape}")
-    x0, y0, x1, y1 = corners.ravel()
-    if x1 <= x0 or y1 <= y0:
-        raise ValueError(f"box must have x0 < x1 and y0 < y1; got {corners.ravel().tolist()}")
     return corners.reshape(2, 2)
 
 

@@ -51,6 +51,10 @@ class TileEmbedder:
         self._cache: OrderedDict[Tile, Float[Array, "1 gh gw c"]] = OrderedDict()
         self._cache_bytes = cache_bytes
 
+    def add(self, tile: Tile, embedding: Float[Array, "1 gh gw c"]) -> None:
+        """Adds the embedding of a tile that was computed elsewhere to the cache."""
+        self._cache[tile] = embedding
+
     def release_image(self) -> None:
         """Forgets the pixels; only tiles in the cache can be asked for from then on."""
         self._image = self._image[:0].copy()

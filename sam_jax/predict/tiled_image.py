@@ -1,6 +1,7 @@
 """Answers the prompts of one image, each in the tile that shows its object best."""
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,9 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from sam_jax.images.read import MAX_IMAGE_PIXELS
+from sam_jax.model.prompt_encoder import NOT_A_POINT
 from sam_jax.model.sam import Sam
 from sam_jax.predict.decode import decode_objects
-from sam_jax.predict.prompts import ObjectPrompt, Prompt, prepare_prompt
+from sam_jax.predict.prompts import ObjectPrompt, Prompt, named_in_errors, prepare_prompt
 from sam_jax.predict.tile_embedder import TileEmbedder
 from sam_jax.predict.tile_masks import MaskTiles, mask_corners, move_logits, score_masks
 from sam_jax.predict.tiles import (
@@ -56,6 +58,8 @@ class Answer(NamedTuple):
 class TiledImage:
     """An image and its tiles, or one that is its only tile.
 
+    Threads may share it: they are answered one after another.
+
     Attributes:
       pyramid: The tiles.
     """
@@ -66,6 +70,7 @@ class TiledImage:
         variables: dict[str, Any],
         image: UInt8[np.ndarray, "h w 3"],
         tiles: int | str | None,
+        embedding: Float[Array, "1 gh gw c"] | None = None,
     ) -> None:
         """Plans the tiles. If the image is its only tile, it is encoded and not kept.
 
@@ -74,6 +79,8 @@ class TiledImage:
           variables: Its variables.
           image: RGB pixels.
           tiles: See `plan_pyramid`; None for no tiles.
+          embedding: The embedding of an image without tiles, whose pixels are then not read; None
+            to compute it.
 
         Raises:
           ValueError: If `tiles` is wrong.
@@ -84,14 +91,27 @@ class TiledImage:
         self._mask_tiles = MaskTiles()
         max_tile_pixels = sys.maxsize if tiles is None else MAX_IMAGE_PIXELS
         self._embedder = TileEmbedder(model, variables, image, max_tile_pixels=max_tile_pixels)
+        self._lock = threading.Lock()
         if self._is_only_tile:
-            self.embed_image()
+            if embedding is None:
+                self.embed_image()
+            else:
+                self._embedder.add(self.pyramid.image_tile, embedding)
             self._embedder.release_image()
 
     def embed_image(self) -> Float[Array, "1 gh gw c"]:
         """Returns the embedding of the entire image."""
-        (embedding,) = self._embedder.embed([self.pyramid.image_tile])
+        with self._lock:
+            (embedding,) = self._embedder.embed([self.pyramid.image_tile])
         return embedding
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled and copied: all but the lock."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickled or copied image."""
+        vars(self).update(state, _lock=threading.Lock())
 
     def answer(self, prompts: Sequence[Prompt], multimask_output: bool) -> list[Answer]:
         """Decodes each object in the tile that shows it best.
@@ -101,13 +121,16 @@ class TiledImage:
           multimask_output: Return three masks of each object instead of one.
 
         Raises:
-          ValueError: If a prompt is invalid. Nothing is computed then.
+          ValueError: If a prompt is invalid. The message names it; nothing is computed then.
         """
-        questions = [
-            Question(i, tile, tile_prompt)
-            for i, prompt in enumerate(prompts)
-            for tile, tile_prompt in self._candidates(prompt)
-        ]
+        with self._lock:
+            return self._answer(prompts, multimask_output)
+
+    def _answer(self, prompts: Sequence[Prompt], multimask_output: bool) -> list[Answer]:
+        questions = []
+        for i, prompt in enumerate(prompts):
+            with named_in_errors(f"prompts[{i}]" if len(prompts) > 1 else ""):
+                questions += [Question(i, *candidate) for candidate in self._candidates(prompt)]
         best: dict[int, tuple[float, int, Answer]] = {}
         for i, answer in self._decode(questions, multimask_output):
             # Of equal scores, that of the finer tile is kept.
@@ -146,8 +169,8 @@ class TiledImage:
         for _ in range(MAX_MOVES):
             questions = []
             for i in sorted(moving):
-                points = np.asarray(prompts[i].get("point_coords"), np.float64).reshape(-1, 2)
-                tile = self._fitting_tile(answers[i], points)
+                points, _ = _points_and_corners(prompts[i])
+                tile = self._fitting_tile(answers[i], _located(prompts[i]))
                 if tile == answers[i].tile:
                     moving.discard(i)
                 else:
@@ -169,13 +192,10 @@ class TiledImage:
         prepared = self._prepare(prompt, self.pyramid.image_tile)
         if self._is_only_tile:
             return [(self.pyramid.image_tile, prepared)]
-        points, corners = (
-            np.asarray([] if prompt.get(key) is None else prompt[key], np.float64).reshape(-1, 2)
-            for key in ("point_coords", "box")
-        )
+        points, corners = _points_and_corners(prompt)
         mask = prepared.mask
         if mask is None:
-            tiles = self._tiles_without_mask(points, corners)
+            tiles = self._tiles_without_mask(_located(prompt), corners)
         else:
             source = self._mask_tiles.find(mask)
             given = prompt.get("point_labels")
@@ -185,7 +205,7 @@ class TiledImage:
             tile = source
             if len(object_points):
                 box = np.concatenate([object_points.min(axis=0), object_points.max(axis=0)])
-                tile = tile_for_object(self.pyramid, source, box, points)
+                tile = tile_for_object(self.pyramid, source, box, _located(prompt))
             if tile != source:
                 mask = move_logits(mask, source, tile, self.pyramid.canvas)
             tiles = [tile]
@@ -198,7 +218,7 @@ class TiledImage:
         self, points: Float[np.ndarray, "k 2"], corners: Float[np.ndarray, "corners 2"]
     ) -> list[Tile]:
         if len(corners):
-            return [tile_for_box(self.pyramid, corners.ravel(), points)]
+            return [tile_for_box(self.pyramid, np.sort(corners, axis=0).ravel(), points)]
         return tiles_for_points(self.pyramid, points) if len(points) else [self.pyramid.image_tile]
 
     def _prepare(self, prompt: Prompt, tile: Tile) -> ObjectPrompt:
@@ -213,9 +233,27 @@ class TiledImage:
 
 
 def _has_only_points(prompt: Prompt) -> bool:
-    points = prompt.get("point_coords")
-    has_points = points is not None and np.size(points) > 0
+    has_points = len(_located(prompt)) > 0
     return has_points and prompt.get("box") is None and prompt.get("mask_input") is None
+
+
+def _points_and_corners(
+    prompt: Prompt,
+) -> tuple[Float[np.ndarray, "k 2"], Float[np.ndarray, "corners 2"]]:
+    """Returns the points of a valid prompt and the corners of its box, no rows if it has none."""
+    points, corners = (
+        np.asarray([] if prompt.get(key) is None else prompt[key], np.float64).reshape(-1, 2)
+        for key in ("point_coords", "box")
+    )
+    return points, corners
+
+
+def _located(prompt: Prompt) -> Float[np.ndarray, "k 2"]:
+    """Returns the points of a valid prompt without those of label -1, which have no position."""
+    points, _ = _points_and_corners(prompt)
+    if not len(points):
+        return points
+    return points[np.asarray(prompt["point_labels"]).reshape(-1) != NOT_A_POINT]
 
 
 def _shift(

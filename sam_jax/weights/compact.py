@@ -67,7 +67,8 @@ def unpack(stored: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray]
     for name, array in stored.items():
         scale = stored.get(name + SCALE)
         if array.dtype == np.int8 and scale is not None and scale.shape == array.shape[-1:]:
-            arrays[name] = array.astype(np.float32) * scale
+            with np.errstate(over="ignore", invalid="ignore"):  # checked by the caller
+                arrays[name] = array.astype(np.float32) * scale
             used.add(name + SCALE)
         elif array.dtype in (np.float32, np.float16):
             arrays[name] = array.astype(np.float32, copy=False)

@@ -17,9 +17,11 @@ from sam_jax.model.mask_decoder import MaskDecoder
 from sam_jax.model.sam import Sam, build_sam
 from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
 from sam_jax.weights import mae, names, vit
+from sam_jax.weights.model_json import validated
 from sam_jax.weights.state_dict import take_tensors
 from sam_jax.weights.tensors import (
     WeightsError,
+    check_finite,
     check_names,
     check_shapes,
     check_variables,
@@ -29,6 +31,7 @@ from sam_jax.weights.tensors import (
 )
 
 DEFAULT_WINDOW = 14  # of a model without windows, whose tensors do not depend on it
+MAX_RESIZED_ROWS = 1 << 12  # of relative positions; resizing makes a matrix of rows by rows
 
 
 def from_torch(state: dict[Any, Any], notes: list[str]) -> tuple[Sam, dict[str, Any]]:
@@ -60,7 +63,7 @@ def from_tensors(tensors: dict[str, np.ndarray], notes: list[str]) -> tuple[Sam,
             "patch_embed.proj.weight (MAE, DINOv2, timm) or embeddings.patch_embeddings.* (Hugging "
             f"Face) is there; got {format_list(tensors)}"
         )
-    model = _infer_model(tensors)
+    model = validated(_infer_model(tensors), "the tensors do not fit together")
     return model, _convert_tensors(model, tensors, notes)
 
 
@@ -206,8 +209,8 @@ def _convert_tensors(
     compared = {}
     for path, (official, layout) in table.items():
         shape, expected = tensors[official].shape, layout.torch_shape(shapes[path])
-        is_resizable = "rel_pos" in path and len(shape) == 2 and shape[0] > 0
-        if not (is_resizable and shape[1] == expected[1]):
+        is_resizable = "rel_pos" in path and len(shape) == 2 and shape[1] == expected[1]
+        if not (is_resizable and shape[0] > 0 and max(shape[0], expected[0]) <= MAX_RESIZED_ROWS):
             compared[official] = shape, expected
     check_shapes("tensors of wrong shapes", compared)
 
@@ -218,4 +221,5 @@ def _convert_tensors(
             notes.append(f"{official} was resized from {len(value)} to {shapes[path][0]} rows")
             value = np.asarray(jax.image.resize(value, shapes[path], "linear", antialias=False))
         flat[path] = value
+    check_finite("the file", flat)
     return flax.traverse_util.unflatten_dict(flat, sep="/")

@@ -4,8 +4,13 @@ A directory is written under a temporary name next to its target and then rename
 always complete under its final name. The directory of a `Sam` (`model.json`, `weights.safetensors`)
 holds arrays by parameter path. The directory of a `MaskedAutoencoder` (`mae.json`,
 `mae.safetensors`) holds arrays under the names of facebookresearch/mae.
+
+`SHA256SUMS` holds the digests of both files, as the command `sha256sum` writes and checks them.
+They are verified before the files are used. Directories without it are read unverified, such as
+those of older versions.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,8 @@ from sam_jax.weights.tensors import WeightsError, check_variables
 
 SAM_JSON, SAM_WEIGHTS = "model.json", "weights.safetensors"
 MAE_JSON, MAE_WEIGHTS = "mae.json", "mae.safetensors"
+SUMS = "SHA256SUMS"
+MAX_SUMS_SIZE = 1 << 12  # bytes
 
 
 def write_sam(
@@ -46,6 +53,7 @@ def write_sam(
     with atomic.atomic_directory(path, marker=SAM_JSON) as folder:
         safetensors_file.write(folder / SAM_WEIGHTS, pack(flat, storage))
         atomic.write_json(folder / SAM_JSON, sam_to_json(model))
+        _write_sums(folder, SAM_JSON, SAM_WEIGHTS)
 
 
 def read_sam(path: Path) -> tuple[Sam, dict[str, Any]]:
@@ -58,8 +66,10 @@ def read_sam(path: Path) -> tuple[Sam, dict[str, Any]]:
       The model, and its {"params", "constants"} as numpy arrays.
 
     Raises:
-      ValueError: If a file is missing or damaged, or if the two files do not match.
+      ValueError: If a file is missing or damaged, if the two files do not match, or if a value is
+        not finite.
     """
+    _check_sums(path, SAM_JSON, SAM_WEIGHTS)
     model = sam_from_json(read_json(path / SAM_JSON), path / SAM_JSON)
     flat = _read_arrays(path / SAM_WEIGHTS)
     check_variables(str(path / SAM_WEIGHTS), model, flat)
@@ -82,6 +92,7 @@ def write_mae(path: Path, model: MaskedAutoencoder, variables: dict[str, Any]) -
     with atomic.atomic_directory(path, marker=MAE_JSON) as folder:
         safetensors_file.write(folder / MAE_WEIGHTS, state)
         atomic.write_json(folder / MAE_JSON, module_to_dict(model))
+        _write_sums(folder, MAE_JSON, MAE_WEIGHTS)
 
 
 def read_mae(path: Path) -> tuple[MaskedAutoencoder, dict[str, np.ndarray]]:
@@ -96,6 +107,7 @@ def read_mae(path: Path) -> tuple[MaskedAutoencoder, dict[str, np.ndarray]]:
     Raises:
       ValueError: If a file is missing or damaged.
     """
+    _check_sums(path, MAE_JSON, MAE_WEIGHTS)
     model = mae_from_json(read_json(path / MAE_JSON), path / MAE_JSON)
     return model, _read_arrays(path / MAE_WEIGHTS)
 
@@ -104,3 +116,31 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise WeightsError(f"{path} is missing")
     return unpack(safetensors_file.read(path), str(path))
+
+
+def _write_sums(folder: Path, *names: str) -> None:
+    text = "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+    atomic.write_bytes(folder / SUMS, text.encode())
+
+
+def _check_sums(folder: Path, *names: str) -> None:
+    """Raises WeightsError if a file differs from its digest, if there are digests."""
+    path = folder / SUMS
+    if not path.exists():
+        return
+    if not path.is_file() or path.stat().st_size > MAX_SUMS_SIZE:
+        raise WeightsError(f"{path} is not a small regular file")
+    lines = path.read_text(errors="replace").splitlines()
+    for name in names:
+        if not (folder / name).is_file():
+            raise WeightsError(f"{folder / name} is missing")
+        if f"{_digest(folder / name)}  {name}" not in lines:
+            raise WeightsError(
+                f"{folder / name} is damaged: its SHA-256 is not the one in {path}. Copy both "
+                f"again; or delete {SUMS} if you changed the file yourself"
+            )
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,15 +11,20 @@ nor lets several processes wait for one download.
 import contextlib
 import hashlib
 import http.client
+import logging
 import os
+import queue
+import socket
 import sys
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
@@ -60,8 +65,13 @@ OFFICIAL = {
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
 }
-_TIMEOUT = 60  # seconds without data
+# A server must send something within this many seconds and, over such a time, this many bytes a
+# second. It must begin to answer, with all redirects, within three times as many seconds.
+_TIMEOUT, _MIN_SPEED = 60, 1000
 _CHUNK_SIZE = 2**20  # bytes
+_POLL = 0.5  # seconds between attempts to get a lock
+
+log = logging.getLogger("sam_jax")
 
 
 class DownloadError(OSError):
@@ -73,7 +83,7 @@ def fetch(name: str, *, cache_dir: str | Path | None = None, base_url: str = BAS
 
     A file in the cache is neither requested nor read: either it was verified before it was renamed,
     or the user put it there. A partial download is kept as `<file>.part`, and the next call resumes
-    it.
+    it. While another process downloads the file, this one waits and logs for whom.
 
     Args:
       name: A key of `OFFICIAL`.
@@ -86,7 +96,8 @@ def fetch(name: str, *, cache_dir: str | Path | None = None, base_url: str = BAS
 
     Raises:
       ValueError: If the name is unknown or the URL is not allowed.
-      DownloadError: If the file cannot be downloaded, or has another size or digest.
+      DownloadError: If the file cannot be downloaded, has another size or digest, or if the server
+        sends nothing or very little for a minute.
     """
     if name not in OFFICIAL:
         raise ValueError(f"name must be one of {', '.join(OFFICIAL)}; got {name!r}")
@@ -135,15 +146,37 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
 def _locked(path: Path) -> Iterator[None]:
     """Holds a lock, so that other processes wait and then find the complete file.
 
+    The file tells who holds the lock. Those who wait log it, first at once and then every minute.
     The lock is a separate file, which is never deleted, because a lock on the partial file would
     become one on the complete file when that is renamed. Without locks (on Windows and some network
     file systems) two processes can corrupt each other's download, which its digest or size detects.
     """
-    with open(path, "ab") as file:
+    with open(path, "a+") as file:
         if sys.platform != "win32":
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _wait_for_lock(file, path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
+
+
+def _wait_for_lock(file: TextIO, path: Path) -> None:
+    started, next_report = time.monotonic(), 0.0
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            waited = time.monotonic() - started
+        if waited >= next_report:
+            file.seek(0)
+            holder = file.read(200) or "another process"
+            log.warning(
+                "waiting for %s, which downloads %s (%.0f s so far)", holder, path.stem, waited
+            )
+            next_report = waited + _TIMEOUT
+        time.sleep(_POLL)
 
 
 def _download(url: str, part: Path, size: int) -> None:
@@ -163,10 +196,16 @@ def _download(url: str, part: Path, size: int) -> None:
         disable=None,  # except on a terminal
     )
     with response, open(part, "ab" if have else "wb") as file, bar:
-        while have < size and (chunk := response.read(min(_CHUNK_SIZE, size - have))):
+        since, received = time.monotonic(), 0
+        while have < size and (chunk := response.read1(min(_CHUNK_SIZE, size - have))):
             file.write(chunk)
             have += len(chunk)
             bar.update(len(chunk))
+            received += len(chunk)
+            if (elapsed := time.monotonic() - since) >= _TIMEOUT:
+                if received < _MIN_SPEED * elapsed:
+                    raise TimeoutError(f"only {received:,} bytes arrived in {elapsed:.0f} s")
+                since, received = time.monotonic(), 0
     if have < size:
         raise ConnectionError(f"the connection was closed after {have:,} of {size:,} bytes")
 
@@ -214,12 +253,29 @@ def _open_from_start(url: str, size: int) -> http.client.HTTPResponse:
 def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - `fetch` checked the scheme
     opener = urllib.request.build_opener(_SafeRedirects)
+    answers: queue.SimpleQueue[http.client.HTTPResponse | BaseException] = queue.SimpleQueue()
+
+    def open_url() -> None:
+        try:
+            answers.put(opener.open(request, timeout=_TIMEOUT))
+        except BaseException as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it is also the response, with an open connection
+            answers.put(error)
+
+    # A thread, because the time-out of a socket is one for each byte, and finding the address of a
+    # host has none.
+    threading.Thread(target=open_url, daemon=True).start()
     try:
-        response: http.client.HTTPResponse = opener.open(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()  # it is also the response, with an open connection
-        raise
-    return response
+        answer = answers.get(timeout=3 * _TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError(f"the server did not answer in {3 * _TIMEOUT} s") from None
+    if isinstance(answer, BaseException):
+        try:
+            raise answer
+        finally:
+            del answer  # whose traceback refers to this frame
+    return answer
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):

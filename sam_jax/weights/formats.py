@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If the file is damaged, or does not hold exactly the tensors of a SAM.
+      ValueError: If the file is damaged, does not hold exactly the tensors of a SAM, or holds
+        values that are NaN or infinite; `safetensors.numpy.load_file` shows these.
       DownloadError: If an official file cannot be downloaded.
     """
     checkpoint = read(path)
@@ -157,7 +159,8 @@ def load_autoencoder(path: str | os.PathLike[str]) -> tuple[MaskedAutoencoder, d
 
     Raises:
       FileNotFoundError: If there is no such directory.
-      ValueError: If it is damaged, or does not hold a masked autoencoder.
+      ValueError: If it is damaged, does not hold a masked autoencoder, or holds values that are
+        NaN or infinite.
     """
     checkpoint = read(path)
     if not isinstance(checkpoint.model, MaskedAutoencoder):
@@ -182,13 +185,24 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If the file is damaged, or does not hold exactly the tensors of a model.
+      ValueError: If the file is damaged, does not hold exactly the tensors of a model, or holds
+        values that are NaN or infinite.
       DownloadError: If an official file cannot be downloaded.
     """
     path = _find(path)
-    for kind in KINDS.values():
-        if (path / kind.marker).is_file():
-            return kind.read_directory(path)
+    try:
+        for kind in KINDS.values():
+            if (path / kind.marker).is_file():
+                return kind.read_directory(path)
+        return _read_tensors(path)
+    except WeightsError as error:
+        if re.match(rf"{re.escape(str(path))}\b", str(error)):
+            raise
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _read_tensors(path: Path) -> Checkpoint:
+    """Reads a file or a folder of PyTorch's tensors."""
     notes: list[str] = []
     tensors = take_tensors(_read_state(path), notes)
     if vit.is_plain_vit(tensors):
@@ -224,10 +238,10 @@ def save(
 
     Raises:
       ValueError: If the format or the storage is unknown, if they do not go together, or if the
-        variables are not those of the model.
+        variables are not those of the model or hold values that are NaN or infinite.
       FileExistsError: If something else than an older directory of the same format is at `path`.
     """
-    path = Path(path)
+    path = _expand(path)
     kind = next(kind for kind in KINDS.values() if isinstance(model, kind.model_class))
     format = format or _default_format(path)
     if format == "sam_jax" and isinstance(model, Sam):
@@ -296,7 +310,12 @@ def _find(path: str | os.PathLike[str]) -> Path:
         return Path(download.fetch(str(path)))
     if str(path) in PACKAGED and not Path(path).exists():
         return PACKAGED[str(path)]
-    return Path(path)
+    return _expand(path)
+
+
+def _expand(path: str | os.PathLike[str]) -> Path:
+    """Returns a path in which ~ and ~user stand for a home folder, as in a shell."""
+    return Path(os.path.expanduser(path))  # unlike Path.expanduser, keeps the name of no user
 
 
 def _read_state(path: Path) -> dict[Any, Any]:

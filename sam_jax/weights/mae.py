@@ -11,9 +11,16 @@ import numpy as np
 
 from sam_jax.model.init import init_variables, variable_shapes
 from sam_jax.model.mae import MaskedAutoencoder, encode_positions
-from sam_jax.model.sam import Sam, build_sam
+from sam_jax.model.sam import Sam, build_sam, replace_fields
 from sam_jax.weights import names, vit
-from sam_jax.weights.tensors import WeightsError, check_names, check_shapes, check_variables
+from sam_jax.weights.model_json import validated
+from sam_jax.weights.tensors import (
+    WeightsError,
+    check_finite,
+    check_names,
+    check_shapes,
+    check_variables,
+)
 
 POSITIONS = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_dim"}  # the field of the width
 SAM_WIDTHS = (768, 1024, 1280)  # of the published sizes
@@ -55,18 +62,21 @@ def from_torch(model: MaskedAutoencoder, tensors: dict[str, np.ndarray]) -> dict
     """
     table = names.mae_names(model.depth, model.decoder_depth)
     check_names("the file", tensors, {*(name for name, _ in table.values()), *POSITIONS})
-    for name, field in POSITIONS.items():
-        expected = _positions(model, field)
-        if tensors[name].shape != expected.shape or abs(tensors[name] - expected).max() > 1e-4:
-            raise WeightsError(f"{name} must be the sines and cosines of the model's grid")
     shapes = variable_shapes(model)
+    expected = {
+        name: layout.torch_shape(shapes[path].shape) for path, (name, layout) in table.items()
+    }
+    expected |= {
+        name: (1, 1 + model.num_patches, getattr(model, field)) for name, field in POSITIONS.items()
+    }
     check_shapes(
         "tensors of wrong shapes",
-        {
-            name: (tensors[name].shape, layout.torch_shape(shapes[path].shape))
-            for path, (name, layout) in table.items()
-        },
+        {name: (tensors[name].shape, shape) for name, shape in expected.items()},
     )
+    check_finite("the file", tensors)
+    for name, field in POSITIONS.items():
+        if abs(tensors[name] - _positions(model, field)).max() > 1e-4:
+            raise WeightsError(f"{name} must be the sines and cosines of the model's grid")
     flat = {
         path: names.from_torch_tensor(layout, tensors[name])
         for path, (name, layout) in table.items()
@@ -114,18 +124,27 @@ def to_sam(
     model = build_sam(
         embed_dim=width, depth=depth, num_heads=num_heads, global_blocks=global_blocks
     )
+    validated(model, "the encoder is too large")
     encoder = encoder_for(model, tensors, notes)
+    tables = {
+        path: np.zeros(x.shape, np.float32)
+        for path, x in variable_shapes(model).items()
+        if "/rel_pos_" in path
+    }
+    # The other parts do not depend on the number of blocks, each of which takes time to trace.
+    shallow = replace_fields(model, depth=1, global_blocks=(0,))
 
     @jax.jit
     def init_other_parts() -> dict[str, jax.Array]:
-        flat = flax.traverse_util.flatten_dict(init_variables(model, 0), sep="/")
+        flat = flax.traverse_util.flatten_dict(init_variables(shallow, 0), sep="/")
         return {path: value for path, value in flat.items() if path not in encoder}
 
     notes.append(
         "the neck, prompt encoder and mask decoder are untrained (seed 0) and relative positions "
         "zero: train before use"
     )
-    flat = encoder | {path: np.asarray(value) for path, value in init_other_parts().items()}
+    other_parts = {path: np.asarray(value) for path, value in init_other_parts().items()}
+    flat = encoder | tables | other_parts
     check_variables("the checkpoint", model, flat)
     return model, flax.traverse_util.unflatten_dict(flat, sep="/")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 import typing
 from collections.abc import Collection
 from pathlib import Path
@@ -16,8 +17,6 @@ from sam_jax.weights.tensors import WeightsError
 
 VERSION = 2  # of a Sam's JSON: the fields of its parts. Version 1, without a number, was flat.
 MAX_JSON_SIZE = 1 << 22  # bytes
-# Limits of a model, so that a damaged file costs no time or memory.
-MAX_INPUT_SIDE, MAX_DEPTH = 1 << 14, 256
 
 Module = TypeVar("Module", bound=nn.Module)
 Validated = TypeVar("Validated", Sam, MaskedAutoencoder)
@@ -49,7 +48,8 @@ def sam_from_json(content: dict[str, Any], source: Path) -> Sam:
     fields = dict(content)
     version = fields.pop("version", 1)
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise WeightsError(f"{source}: version must be 1 to {VERSION}; got {version!r}")
+        got = reprlib.repr(version)
+        raise WeightsError(f"{source}: version must be 1 to {VERSION}; got {got}")
     if version == 1:
         fields = _nest(fields, source)
     defaults = {field.name: field.default for field in module_fields(Sam)}
@@ -63,16 +63,13 @@ def sam_from_json(content: dict[str, Any], source: Path) -> Sam:
         for name, part_type in part_types.items()
     }
     model = Sam(**parts, object_share=object_share)
-    depths = model.image_encoder.depth, model.mask_decoder.depth
-    _check_limits(model.image_size, depths, source)
-    return _validated(model, source)
+    return validated(model, str(source))
 
 
 def mae_from_json(content: dict[str, Any], source: Path) -> MaskedAutoencoder:
     """Builds a `MaskedAutoencoder` from its fields; see `sam_from_json`."""
     model = _module_from_json(MaskedAutoencoder, content, source)
-    _check_limits(model.image_size, (model.depth, model.decoder_depth), source)
-    return _validated(model, source)
+    return validated(model, str(source))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,6 +85,8 @@ def read_json(path: Path) -> dict[str, Any]:
       WeightsError: If the file cannot be read, is large, or holds something else.
     """
     try:
+        if not path.is_file():
+            raise WeightsError(f"{path} is missing, or not a regular file")
         if path.stat().st_size > MAX_JSON_SIZE:
             raise WeightsError(f"{path} is larger than {MAX_JSON_SIZE} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -114,7 +113,8 @@ def _object_share_from_json(value: Any, source: Path) -> tuple[float, float] | N
         return None
     is_pair = isinstance(value, list) and len(value) == 2
     if not is_pair or any(type(share) not in (int, float) for share in value):
-        raise WeightsError(f"{source}: object_share must be a list of 2 numbers; got {value!r}")
+        got = reprlib.repr(value)
+        raise WeightsError(f"{source}: object_share must be a list of 2 numbers; got {got}")
     return value[0], value[1]
 
 
@@ -124,7 +124,7 @@ def _module_from_json(
     """Builds a module from its fields, in which lists stand for tuples."""
     if not isinstance(fields, dict):
         name = prefix.removesuffix(".")
-        raise WeightsError(f"{source}: {name} must be an object; got {fields!r}")
+        raise WeightsError(f"{source}: {name} must be an object; got {reprlib.repr(fields)}")
     defaults = {field.name: field.default for field in module_fields(module)}
     _check_known(fields, defaults, source, prefix)
     types = typing.get_type_hints(module)
@@ -132,7 +132,8 @@ def _module_from_json(
     for name, value in values.items():
         is_allowed, allowed = _check_value(value, defaults[name], types[name])
         if not is_allowed:
-            raise WeightsError(f"{source}: {prefix}{name} must be {allowed}; got {value!r}")
+            got = reprlib.repr(value)
+            raise WeightsError(f"{source}: {prefix}{name} must be {allowed}; got {got}")
     return module(**values)
 
 
@@ -170,20 +171,20 @@ def _check_known(
     fields: Collection[str], known: Collection[str], source: Path, prefix: str = ""
 ) -> None:
     if unknown := sorted(set(fields) - set(known)):
-        names = [f"{prefix}{name}" for name in unknown]
+        names = reprlib.repr([f"{prefix}{name}" for name in unknown])
         raise WeightsError(f"{source}: unknown fields {names}; allowed are {sorted(known)}")
 
 
-def _check_limits(image_size: tuple[int, ...], depths: tuple[int, ...], source: Path) -> None:
-    if max(image_size, default=0) > MAX_INPUT_SIDE:
-        raise WeightsError(
-            f"{source}: image_size must be at most {MAX_INPUT_SIDE}; got {image_size}"
-        )
-    if max(depths) > MAX_DEPTH:
-        raise WeightsError(f"{source}: depths must be at most {MAX_DEPTH}; got {depths}")
+def validated(model: Validated, source: str) -> Validated:
+    """Returns a model whose fields fit together.
 
+    Args:
+      model: The model.
+      source: What the fields are from, for the error message.
 
-def _validated(model: Validated, source: Path) -> Validated:
+    Raises:
+      WeightsError: If they do not. The message names the field.
+    """
     try:
         model.validate()
     except ValueError as error:

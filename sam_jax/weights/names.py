@@ -62,7 +62,8 @@ def to_torch_tensors(
 
 def from_torch_tensor(layout: Layout, tensor: np.ndarray) -> np.ndarray:
     """Returns PyTorch's tensor in our layout, as a contiguous float32 array."""
-    return np.asarray(layout.from_torch(tensor), np.float32, order="C")
+    with np.errstate(over="ignore"):  # infinite values are an error of the caller's
+        return np.asarray(layout.from_torch(tensor), np.float32, order="C")
 
 
 def official_names(depth: int, decoder_depth: int) -> NameTable:

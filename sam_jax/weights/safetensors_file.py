@@ -5,6 +5,7 @@ The library checks the format: the header's size, offsets inside the file, and n
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import safetensors
@@ -27,9 +28,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       The arrays.
 
     Raises:
-      SafetensorsFileError: If the file is damaged or has a type of number that numpy lacks.
+      SafetensorsFileError: If the file is damaged, is not a regular file, or has a type of number
+        that numpy lacks.
       FileNotFoundError: If there is no such file.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for ever
+        raise SafetensorsFileError(f"{path} is not a regular file")
     try:
         return safetensors.numpy.load_file(path)
     # The library raises AttributeError for a type of number that numpy lacks.

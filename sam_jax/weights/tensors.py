@@ -84,7 +84,7 @@ def check_names(source: str, names: Collection[str], expected: Collection[str]) 
 def check_variables(
     source: str, model: Sam | MaskedAutoencoder, flat: Mapping[str, jax.Array | np.ndarray]
 ) -> None:
-    """Checks that arrays have the paths and shapes of a model's variables.
+    """Checks that arrays are finite and have the paths and shapes of a model's variables.
 
     Args:
       source: Where the arrays are from, for the error message.
@@ -92,7 +92,8 @@ def check_variables(
       flat: Arrays by path.
 
     Raises:
-      WeightsError: If a path is unknown or missing, or if an array has another shape.
+      WeightsError: If a path is unknown or missing, or if an array has another shape or a value
+        that is not finite.
     """
     expected = variable_shapes(model)
     check_names(source, flat, expected)
@@ -100,6 +101,26 @@ def check_variables(
         f"{source} holds arrays of wrong shapes",
         {path: (array.shape, expected[path].shape) for path, array in flat.items()},
     )
+    check_finite(source, flat)
+
+
+def check_finite(source: str, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
+    """Checks that no value is NaN or infinite.
+
+    Args:
+      source: Where the arrays are from, for the error message.
+      arrays: Floating-point arrays by name.
+
+    Raises:
+      WeightsError: If a value is. The message lists the arrays, and how many of their values are.
+    """
+    counts = {name: x.size - np.count_nonzero(np.isfinite(x)) for name, x in arrays.items()}
+    faults = [f"{name} ({count} of {arrays[name].size})" for name, count in counts.items() if count]
+    if faults:
+        raise WeightsError(
+            f"{source} has values that are NaN or infinite in {len(faults)} of {len(arrays)} "
+            f"arrays: {format_list(faults, 3)}"
+        )
 
 
 def check_shapes(fault: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

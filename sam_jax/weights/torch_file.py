@@ -10,9 +10,13 @@ the number of bytes in the file.
 Differences from `torch.load`:
   - only zip files of uncompressed entries are read, which torch has written since version 1.6, so
     that no entry can expand;
-  - only the globals below are allowed: no NumPy scalars, no complex, quantized or float8 tensors;
+  - only the globals below are allowed: those of `torch.load(weights_only=True)`, NumPy scalars and
+    arrays, and `argparse.Namespace`;
   - `OrderedDict` and `argparse.Namespace` become dicts, parameters and storages become arrays;
-    gradient flags, hooks, devices and an OrderedDict's attributes (`_metadata`) are dropped;
+    gradient flags, hooks, devices and attributes (`_metadata`) are dropped;
+  - other values (a Counter, a size, a device, a dtype, a set, bytes, a complex, quantized or float8
+    tensor, an integer over 64 bits) are skipped: a `Global` with the name of what would have made
+    the value stands for it. Items of a dict whose key is not a plain value are dropped;
   - a tensor with more elements than its storage (`expand`) is an error, since a copy of it would be
     larger than the file;
   - only little-endian files are read; the checksum of every entry that is used is verified.
@@ -23,6 +27,7 @@ import itertools
 import math
 import os
 import pickletools
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -41,8 +46,18 @@ _TYPES |= {"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u
 _DTYPES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _TYPES.items()}
 _STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
 _WRITABLE = ", ".join(str(dtype) for dtype in _STORAGES)
-_REBUILD = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
-_GLOBALS = {"argparse Namespace", "collections OrderedDict", *_REBUILD, *_DTYPES}
+_OF_TYPE = "torch._tensor _rebuild_from_type_v2"  # a tensor with attributes
+_READ = {"argparse Namespace", "collections OrderedDict", *_DTYPES, _OF_TYPE}
+_READ |= {f"torch._utils _rebuild_{x}" for x in ("tensor_v2", "parameter", "parameter_with_state")}
+# Globals whose values are skipped. Those of PyTorch are in `torch/_weights_only_unpickler.py`.
+_SKIPPED = re.compile(
+    r"collections Counter|_codecs encode|(__builtin__|builtins) (set|bytes|bytearray|complex)"
+    r"|torch (Size|device|bool|(q?u?int|b?float|complex|bits)\d\w*|per_(tensor|channel)_\w+)"
+    r"|torch(\.\w+)? (\w*Tensor|\w+Storage)|torch\.nn\.parameter Parameter"
+    r"|torch\._utils _rebuild_\w+|torch\.serialization _get_layout"
+    r"|numpy(\._?core\.multiarray)? (scalar|dtype|_reconstruct|ndarray)"
+)
+_KEYS = (str, int, float, bool, type(None))  # of dicts; no two of them can be made to collide often
 
 # The number of values that an opcode pops from the stack; None pops all values above the last mark.
 _NUM_POPPED = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
@@ -57,7 +72,7 @@ _MAX_DEPTH = 32
 
 _WEIGHTS = "torch.save(model.state_dict(), new_path)"
 _RESAVE = "torch.save(torch.load(path), new_path)"
-_ALLOWED = f"allowed are {', '.join(sorted(_GLOBALS))}. If you trust it: {_WEIGHTS}"
+_ALLOWED = f"only tensors and plain values are allowed. If you trust it: {_WEIGHTS}"
 _DAMAGED = "the file is damaged: download or save it again"
 
 
@@ -73,7 +88,8 @@ def read(path: str | os.PathLike[str]) -> dict[str | int, Any]:
 
     Returns:
       The dict that was saved. Tensors are read-only arrays. They are views of the same memory if
-      they shared a storage, so that all of them need the size of the file.
+      they shared a storage, so that all of them need the size of the file. A `Global` stands for
+      each value that was skipped.
 
     Raises:
       TorchFileError: If `torch.save` would not have written the file so, or if it has content that
@@ -183,8 +199,15 @@ def _check_ends(file: BinaryIO) -> int:
 
 
 @dataclass(frozen=True)
-class _Global:
-    name: str  # the module and the name in it, with a space between
+class Global:
+    """A name in a pickle, which is never imported, or a value that was skipped.
+
+    Attributes:
+      name: A module and a name in it, with a space between. For a value, the name of its type or of
+        the function that would have made it.
+    """
+
+    name: str
 
 
 @dataclass
@@ -216,8 +239,7 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
             case "BININT1" | "BININT2" | "BININT" | "BINFLOAT" | "BINUNICODE" | "NONE":
                 stack.append(argument)
             case "LONG1":  # longer integers could be chosen such that all of their hashes collide
-                _check(abs(argument) < 1 << 64, f"has an integer over 64 bits; {_WEIGHTS}")
-                stack.append(argument)
+                stack.append(argument if abs(argument) < 1 << 64 else Global("builtins int"))
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(name == "NEWTRUE")
             case "MARK":
@@ -232,17 +254,18 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
                 stack[-1].extend(items)
             case "SETITEM" | "SETITEMS":
                 _check(isinstance(stack[-1], dict), f"data.pkl adds items to no dict; {_DAMAGED}")
-                keys = {type(key) for key in items[::2]}
-                _check(keys <= {str, int}, "has a dict key that is neither a string nor an integer")
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+                pairs = zip(items[::2], items[1::2], strict=True)
+                stack[-1].update((key, item) for key, item in pairs if type(key) in _KEYS)
             case "GLOBAL":
-                _check(argument in _GLOBALS, f"refers to {argument[:80]!r}; {_ALLOWED}")
-                stack.append(_Global(argument))
+                is_allowed = argument in _READ or _SKIPPED.fullmatch(argument)
+                _check(bool(is_allowed), f"refers to {argument[:80]!r}; {_ALLOWED}")
+                stack.append(Global(argument))
             case "BINPERSID" | "REDUCE" | "NEWOBJ":
                 stack.append(_construct(items, storage))
             case "BUILD":
                 target, state = stack[-1], items[0]
                 is_known = isinstance(target, OrderedDict | _Namespace) and isinstance(state, dict)
+                is_known |= isinstance(target, Global) and target.name not in _READ
                 _check(
                     is_known, f"data.pkl sets attributes of a {type(target).__name__}; {_DAMAGED}"
                 )
@@ -260,19 +283,32 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
 def _construct(items: list[Any], storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
     """Returns the storage of a persistent id, or the result of a global called with arguments."""
     match items:
-        case [(str(kind), _Global(name), str(key), str(), int(numel))] if kind == "storage":
-            return storage(_DTYPES[name], key, numel)
-        case [_Global("collections OrderedDict"), ()]:
+        case [(str(kind), Global(name), str(key), str(), int(numel))] if kind == "storage":
+            return storage(_DTYPES[name], key, numel) if name in _DTYPES else Global(name)
+        case [Global("collections OrderedDict"), ()]:
             return OrderedDict()
-        case [_Global("argparse Namespace"), ()]:
+        case [Global("argparse Namespace"), ()]:
             return _Namespace({})
-        case [_Global("torch._utils _rebuild_parameter"), (np.ndarray() as tensor, _, _)]:
+        case [Global("torch._utils _rebuild_parameter"), (np.ndarray() as tensor, _, _)]:
             return tensor
         case [
-            _Global("torch._utils _rebuild_tensor_v2"),
+            Global("torch._utils _rebuild_parameter_with_state"),
+            (np.ndarray() as tensor, _, _, _),
+        ]:
+            return tensor
+        case [Global(name), (Global() as function, _, tuple() as arguments, _)] if (
+            name == _OF_TYPE != function.name
+        ):
+            return _construct([function, arguments], storage)
+        case [
+            Global("torch._utils _rebuild_tensor_v2"),
             (np.ndarray() as flat, offset, tuple(sizes), tuple(strides), _, _),
         ]:
             return _view(flat, offset, sizes, strides)
+        case [Global(name), (Global() as skipped, *_)] if name in _READ - _DTYPES.keys():
+            return skipped
+        case [Global(name), tuple()] if name not in _READ:
+            return Global(name)
     raise TorchFileError(f"data.pkl calls a function that torch.save never calls; {_DAMAGED}")
 
 
@@ -300,8 +336,6 @@ def _copy_tree(value: Any, visited: Iterator[int], depth: int = 0) -> Any:
         return {key: _copy_tree(item, visited, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_copy_tree(item, visited, depth + 1) for item in value)
-    if isinstance(value, _Global):
-        raise TorchFileError(f"holds {value.name!r} itself, which is not a tensor or a plain value")
     return value
 
 

@@ -22,6 +22,7 @@ from sam_jax.model.init import variable_shapes
 from sam_jax.weights import names
 from sam_jax.weights.tensors import (
     WeightsError,
+    check_finite,
     check_names,
     check_shapes,
     count_blocks,
@@ -222,7 +223,9 @@ def read_plain_vit(
         names.from_torch_tensor(names.SAME, tensors[name]) if name in norm else None
         for name in ("norm.weight", "norm.bias")
     )
-    return PlainViT(params | {"pos_embed": positions}, norm_scale, norm_bias)
+    params["pos_embed"] = positions
+    check_finite("the encoder", params)
+    return PlainViT(params, norm_scale, norm_bias)
 
 
 def has_layer_scale(tensors: dict[str, np.ndarray]) -> bool:

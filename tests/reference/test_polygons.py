@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sam_jax.masks import rle
 from sam_jax.masks.polygons import rasterize
 
 coco = pytest.importorskip("pycocotools.mask")
@@ -52,7 +53,7 @@ def test_real_polygons():
 
 def _assert_same(polygons, size):
     expected = coco.decode(coco.merge(coco.frPyObjects(polygons, *size)))
-    np.testing.assert_array_equal(rasterize(polygons, size), expected.astype(bool))
+    np.testing.assert_array_equal(rle.decode(rasterize(polygons, size)), expected.astype(bool))
 
 
 def _random_polygon(rng, height, width):

@@ -51,7 +51,7 @@ def test_real_objects_and_results():
     for annotation in content["annotations"]:
         if not annotation["iscrowd"]:
             image = annotation["image_id"]
-            truths[image].append(rle.encode(rasterize(annotation["segmentation"], sizes[image])))
+            truths[image].append(rasterize(annotation["segmentation"], sizes[image]))
     proposed = {image: [] for image in sizes}
     for result in sorted(results, key=lambda result: -result["score"]):
         proposed[result["image_id"]].append(result["segmentation"])

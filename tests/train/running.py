@@ -59,6 +59,7 @@ def start_run(
     devices: int | None = None,
     hosts: Sequence[str] = (),
     quick: bool = True,
+    new_session: bool = False,
 ) -> subprocess.Popen:
     """Starts `python -m train`.
 
@@ -70,6 +71,8 @@ def start_run(
       hosts: Arguments that give the coordinator, the number of processes and the process index.
       quick: Whether to compile with few optimizations. Compilation takes most of the time of these
         runs.
+      new_session: Whether the process leads a group of processes of its own, which can be sent a
+        signal as a terminal does.
 
     Returns:
       The process. It does not compile programs again that another process of the test session has
@@ -86,6 +89,7 @@ def start_run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=new_session,
     )
 
 

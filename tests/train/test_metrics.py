@@ -1,9 +1,16 @@
-"""The timing metrics in the log of a run."""
+"""The log of a run: its timing metrics, and how it handles damage and a full disk."""
 
+import json
+import os
+import struct
+import subprocess
+import sys
 import time
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
+from tests.train.running import ROOT
 from train.metrics import Metrics, read_rows
 
 VALUES = {"loss": 1.0, "miou": 0.5}
@@ -40,3 +47,85 @@ def test_mfu_is_not_logged_without_a_known_peak(tmp_path):
     metrics.log(1, VALUES)
     metrics.close()
     assert "mfu" not in read_rows(tmp_path / "metrics.jsonl")[0]
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    metrics = Metrics(tmp_path, start=0, stop=1)
+    metrics.log(1, {"loss": float("nan"), "miou_of_rounds": [0.5, float("inf")], "bad_steps": 1})
+    metrics.log_evaluation(1, {"loss": float("inf"), "clicks": {"1": float("nan")}})
+    metrics.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert (row["loss"], row["miou_of_rounds"], row["bad_steps"]) == (None, [0.5, None], 1)
+    (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 1, "loss": None, "clicks": {"1": None}}
+
+
+def test_damaged_rows_are_reported_and_a_row_half_written_is_dropped(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1, "loss": NaN}', b'{"step": 2, "los', b"\0\0\xff", b"[]", b'{"step": 5}']
+    path.write_bytes(b"\n".join([*lines, b'{"step": 6}', b'{"step": 7, "loss": 0.']))
+    Metrics(tmp_path, start=5, stop=9).close()
+    assert path.read_text() == '{"step": 1, "loss": null}\n{"step": 5}\n'
+    assert [message.split("metrics.jsonl: ")[1] for message in caplog.messages] == [
+        'line 2 is damaged and left out: b\'{"step": 2, "los\'',
+        "line 3 is damaged and left out: b'\\x00\\x00\\xff'",
+        "line 4 is damaged and left out: b'[]'",
+    ]
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    Metrics(tmp_path, start=5, stop=9).close()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+# Limits the size of files, so that a write fails in the middle as on a full disk.
+FULL_DISK = """
+import json, logging, resource, signal, sys
+from pathlib import Path
+from train.metrics import Metrics
+
+logging.basicConfig(format="%(message)s")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+metrics = Metrics(Path(sys.argv[1]), start=0, stop=9)
+for step in range(1, 7):
+    limit = 200 if step in (2, 3, 5) else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    metrics.log(step, {"loss": float(step), "more": "x" * 100})
+metrics.close()
+"""
+
+
+def test_metrics_that_cannot_be_written_do_not_end_a_run(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FULL_DISK)
+    process = subprocess.run(
+        [sys.executable, script, tmp_path / "run"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("metrics cannot be written, the run goes on: [Errno 27]") == 2
+    assert "Traceback" not in process.stderr
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 4, 6]
+    # Some events of a failed write may have reached the disk.
+    steps = {
+        step
+        for path in sorted((tmp_path / "run" / "tensorboard").iterdir())
+        for step, name in read_events(path)
+        if name == "loss"
+    }
+    assert {1, 4, 6} <= steps
+
+
+def read_events(path):
+    """Yields the step and the name of every value in a file of TensorBoard, up to a broken one."""
+    data = path.read_bytes()
+    while len(data) >= 8 and len(data) >= 16 + (size := struct.unpack("<Q", data[:8])[0]):
+        event = Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+        yield from ((event.step, value.tag) for value in event.summary.value)

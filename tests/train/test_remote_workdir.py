@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 import fsspec.core
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -154,11 +156,16 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
             assert str(folder) == f"{RUN}/checkpoints"
             super().__init__(tmp_path / "checkpoints", *args)
 
-    def next_step(state, batch):
-        if state.step == 3 and failures:
-            raise failures.pop()
+    @jax.jit
+    def count(state):
         values = dict.fromkeys(("round_loss", "focal", "dice", "iou", "miou"), np.zeros(5))
-        return state.replace(step=state.step + 1), values | {"loss": 0.0, "gradient_norm": 0.0}
+        values |= {"loss": 0.0, "gradient_norm": 0.0, "is_finite": True}
+        return state.replace(step=state.step + 1), jax.tree.map(jnp.asarray, values)
+
+    def next_step(state, batch):
+        if int(jax.device_get(state.step)) == 3 and failures:
+            raise failures.pop()
+        return count(state)
 
     def make_fake_step(*_):
         assert (epath.Path(RUN) / "config.json").exists()  # before there is a checkpoint
@@ -187,6 +194,6 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
     files = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
     assert {path for path in files if not path.startswith("tensorboard/")} == {
         *("config.json", "metrics.jsonl", "report/index.html"),
-        *("weights/model.json", "weights/weights.safetensors"),
+        *("weights/SHA256SUMS", "weights/model.json", "weights/weights.safetensors"),
     }
     assert any(path.startswith("tensorboard/") for path in files)

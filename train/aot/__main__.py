@@ -29,6 +29,7 @@ import numpy as np
 from sam_jax.data.example import SourceError
 from sam_jax.data.loader import Loader
 from sam_jax.data.open import open_source
+from sam_jax.io.console import escape_output
 from sam_jax.model.image_encoder import Remat
 from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.model.sam import Sam, replace_fields
@@ -232,6 +233,7 @@ def main() -> int:
     Returns:
       The exit code: 0 if it fits; 1 if it does not fit or cannot be compiled.
     """
+    escape_output()
     args = parse_arguments()
     try:
         config = override(load_config(args.config), args.set)

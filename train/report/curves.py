@@ -28,6 +28,7 @@ def draw_curves(rows: list[Row], evaluations: list[Row]) -> Figure:
     figure = new_figure(8, 7)
     figure.set_layout_engine("constrained")
     loss, iou = figure.subplots(2, 1, sharex=True)
+    rows = finite_rows(rows)
     steps = [row["step"] for row in rows]
     draw_curve(loss, steps, [row["loss"] for row in rows], "black", None)
     for r, color, label in ((0, BLUE, "first round"), (-1, ORANGE, "last round")):
@@ -62,6 +63,7 @@ def draw_loss(rows: list[Row], evaluations: list[Row]) -> Figure:
     figure = new_figure(8, 4)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
+    rows = finite_rows(rows)
     steps = [row["step"] for row in rows]
     draw_curve(axes, steps, [row["loss"] for row in rows], BLUE, "training")
     evaluated = [row["step"] for row in evaluations]
@@ -73,6 +75,11 @@ def draw_loss(rows: list[Row], evaluations: list[Row]) -> Figure:
     tidy(axes)
     figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
     return figure
+
+
+def finite_rows(rows: list[Row]) -> list[Row]:
+    """Returns the rows with a loss, which is null in those of steps that were not finite."""
+    return [row for row in rows if row["loss"] is not None]
 
 
 def draw_curve(

@@ -50,7 +50,7 @@ def write_page(
         write_bytes(folder / name, png.getvalue())
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     page = folder / "index.html"
-    write_bytes(page, make_page(config, title, summary, body).encode("utf-8"))
+    write_bytes(page, make_page(config, title, summary, body).encode("utf-8", "backslashreplace"))
     return page
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sam_jax.data import decode
-from sam_jax.data.example import RLE, Example, check_index
+from sam_jax.data.decode_masks import Masks
+from sam_jax.data.example import Example, check_index
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,20 +40,20 @@ class FileSource(abc.ABC):
           BadSample: If the annotations do not hold a usable path.
         """
 
-    def read_masks(self, index: int) -> list[RLE]:
+    def read_masks(self, index: int) -> Masks:
         """Reads the masks of an example. Sources of images alone have none.
 
         Args:
           index: An index in range.
 
         Returns:
-          Masks that were checked by `decode.check_masks`.
+          A result of `check_masks`.
 
         Raises:
-          BadSample: If the masks cannot be used.
+          BadSample: If no mask can be used.
         """
         del index
-        return []
+        return Masks([], [])
 
     def __getitem__(self, index: int) -> Example:
         """Reads an example. See `Source`."""
@@ -73,7 +74,7 @@ class FileSource(abc.ABC):
         """Returns the name of an example. See `Source`."""
         return self.image_path(index)
 
-    def make_example(self, encoded: bytes, masks: list[RLE]) -> Example:
+    def make_example(self, encoded: bytes, masks: Masks) -> Example:
         """Decodes an image, whose original size must be that of its masks.
 
         Args:
@@ -87,8 +88,8 @@ class FileSource(abc.ABC):
           BadSample: If the image cannot be used.
         """
         size = None
-        if masks:
-            height, width = masks[0]["size"]
+        if masks.usable:
+            height, width = masks.usable[0]["size"]
             size = height, width
         image = decode.decode_image(encoded, size, self.decode_size)
-        return Example(image=image, masks=masks)
+        return Example(image, masks.usable, masks.skipped)

@@ -3,20 +3,22 @@
 Source: The data format at cocodataset.org. Polygons are rasterized as by pycocotools, see
 `sam_jax.masks.polygons`.
 
-Differences: Crowd annotations are skipped, because they cover many objects at once. Images without
-any other annotation are skipped too. A polygon of two corners is an error.
+Differences: Crowd annotations are left out, because they cover many objects at once, and so are
+images without any other annotation. An annotation without a usable mask is skipped and counted: one
+without polygons, with a polygon of two corners, without a pixel in the image, or of another size.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from typing import Any
 
 from sam_jax.data import decode
-from sam_jax.data.example import RLE, BadSample, SourceError
+from sam_jax.data.decode_masks import Masks, check_masks
+from sam_jax.data.example import BadSample, SourceError
 from sam_jax.data.sources.base import FileSource
 from sam_jax.io import storage
-from sam_jax.masks import rle
 from sam_jax.masks.polygons import PolygonError, rasterize
 
 MAX_INSTANCES_BYTES = 1 << 31  # COCO's file has 0.45 GB, that of LVIS 1.1 GB
@@ -43,10 +45,13 @@ class Coco(FileSource):
     def image_path(self, index: int) -> str:
         """Returns the path of an image, in the folder or in its subfolder `images`.
 
+        A backslash in the file name is read as a slash, as programs for Windows mean it.
+
         Raises:
           BadSample: If the file name is not a string or leads out of the folder.
         """
         name = self.file_names[index]
+        name = name.replace("\\", "/") if isinstance(name, str) else name
         in_images = decode.safe_join(os.path.join(self.folder, "images"), name)
         in_folder = decode.safe_join(self.folder, name)
         if storage.is_file(in_folder) and not storage.is_file(in_images):
@@ -60,12 +65,11 @@ class Coco(FileSource):
         except BadSample:
             return os.path.join(self.folder, f"image {index} of instances.json")
 
-    def read_masks(self, index: int) -> list[RLE]:
+    def read_masks(self, index: int) -> Masks:
         """Reads run lengths and rasterizes polygons."""
         height, width, segmentations = json.loads(self.records[index])
         size = decode.check_size(height, width)
-        masks = [_to_rle(i, s, size) for i, s in enumerate(segmentations)]
-        return decode.check_masks(masks, size)
+        return check_masks(segmentations, size, functools.partial(_to_rle, size))
 
 
 def open_coco(folder: str, decode_size: tuple[int, int] | None = None) -> Coco:
@@ -111,9 +115,9 @@ def _read_instances(path: str) -> Any:
         )
     kind = decode.JSON_FILE._replace(max_bytes=MAX_INSTANCES_BYTES)
     try:
-        return decode.parse_json(decode.read_file(path, kind))
+        return decode.parse_json(decode.read_file(path, kind), path)
     except BadSample as error:
-        raise SourceError(f"coco: {path} cannot be used: {error.detail}") from error
+        raise SourceError(f"coco: {error.detail}") from error
 
 
 def _dicts(content: Any, name: str, key: str, path: str) -> list[dict[str, Any]]:
@@ -127,11 +131,13 @@ def _dicts(content: Any, name: str, key: str, path: str) -> list[dict[str, Any]]
     return entries
 
 
-def _to_rle(index: int, segmentation: Any, size: tuple[int, int]) -> Any:
+def _to_rle(size: tuple[int, int], segmentation: Any) -> Any:
     """Rasterizes polygons. Run lengths of the file are returned unchecked."""
     if isinstance(segmentation, dict):
         return segmentation
+    if not segmentation and (segmentation is None or isinstance(segmentation, list)):
+        raise BadSample("empty mask", "it has no segmentation")
     try:
-        return rle.encode(rasterize(segmentation, size))
+        return rasterize(segmentation, size)
     except PolygonError as error:
-        raise BadSample("broken mask", f"mask {index}: {error}") from error
+        raise BadSample("broken mask", str(error)) from error

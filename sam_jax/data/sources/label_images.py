@@ -15,10 +15,13 @@ import numpy as np
 from jaxtyping import Shaped
 
 from sam_jax.data import decode
+from sam_jax.data.decode_masks import Masks, check_masks, decode_labels, decode_mask
 from sam_jax.data.example import RLE, BadSample, SourceError
 from sam_jax.data.sources.base import FileSource
 from sam_jax.io import storage
 from sam_jax.masks import rle
+
+MAX_RUNS = 1 << 23  # of equal pixels in the columns of a label map; each takes some 60 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +54,12 @@ class LabelMaps(FileSource):
         except BadSample:
             return os.path.join(self.folder, f"index.json[{index}]")
 
-    def read_masks(self, index: int) -> list[RLE]:
+    def read_masks(self, index: int) -> Masks:
         """Reads the label map of an image."""
         self.image_path(index)  # reports a broken entry before any file is read
         path = self._path(index, "label")
-        labels = decode.decode_labels(decode.read_file(path, decode.MASK_FILE))
-        return decode.check_masks(labels_to_rles(labels), (labels.shape[0], labels.shape[1]))
+        labels = decode_labels(decode.read_file(path, decode.MASK_FILE), path)
+        return check_masks(labels_to_rles(labels, path), (labels.shape[0], labels.shape[1]))
 
     def _path(self, index: int, key: str) -> str:
         entry = self.entries[index]
@@ -83,17 +86,12 @@ class MaskFolders(FileSource):
         name = self.ids[index]
         return os.path.join(self.folder, name, "images", f"{name}.png")
 
-    def read_masks(self, index: int) -> list[RLE]:
+    def read_masks(self, index: int) -> Masks:
         """Reads one file a mask."""
         paths = _list_pngs(os.path.join(self.folder, self.ids[index], "masks"))
         if not paths:
             raise BadSample("no masks", f"there are no PNGs in masks of {self.ids[index]}")
-        masks = [
-            rle.encode(decode.decode_mask(decode.read_file(path, decode.MASK_FILE)))
-            for path in paths
-        ]
-        height, width = masks[0]["size"]
-        return decode.check_masks(masks, (height, width))
+        return check_masks(paths, None, _read_mask)
 
 
 def open_labels(folder: str, decode_size: tuple[int, int] | None = None) -> LabelMaps | MaskFolders:
@@ -126,17 +124,24 @@ def open_labels(folder: str, decode_size: tuple[int, int] | None = None) -> Labe
     return MaskFolders(folder, tuple(ids), decode_size=decode_size)
 
 
-def labels_to_rles(labels: Shaped[np.ndarray, "h w"]) -> list[RLE]:
+def labels_to_rles(labels: Shaped[np.ndarray, "h w"], name: str) -> list[RLE]:
     """Encodes every label of a label map in one pass.
 
     Args:
       labels: One number a pixel; 0 is background.
+      name: The name of the file, for error messages.
 
     Returns:
       The run lengths of each label, by ascending label.
+
+    Raises:
+      BadSample: If there are more than MAX_RUNS runs, which would take gigabytes of memory.
     """
     flat = labels.ravel(order="F")
-    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    is_start = np.concatenate([[True], flat[1:] != flat[:-1]])
+    if (count := np.count_nonzero(is_start)) > MAX_RUNS:
+        raise BadSample("broken mask", f"{name}: at most {MAX_RUNS} runs of pixels; got {count}")
+    starts = np.flatnonzero(is_start)
     ends = np.append(starts[1:], flat.size)
     order = np.argsort(flat[starts], kind="stable")
     numbers, first = np.unique(flat[starts][order], return_index=True)
@@ -149,11 +154,15 @@ def labels_to_rles(labels: Shaped[np.ndarray, "h w"]) -> list[RLE]:
     return masks
 
 
+def _read_mask(path: str) -> RLE:
+    return rle.encode(decode_mask(decode.read_file(path, decode.MASK_FILE), path))
+
+
 def _read_index(path: str) -> tuple[Any, ...]:
     try:
-        entries = decode.parse_json(decode.read_file(path, decode.JSON_FILE))
+        entries = decode.parse_json(decode.read_file(path, decode.JSON_FILE), path)
     except BadSample as error:
-        raise SourceError(f"labels: {path} cannot be used: {error.detail}") from error
+        raise SourceError(f"labels: {error.detail}") from error
     if not isinstance(entries, list) or not entries:
         found = decode.describe(entries)
         raise SourceError(f"labels: {path} must hold a list of images; got {found}")

@@ -1,5 +1,7 @@
 """SA-1B as published: `sa_ID.jpg` and `sa_ID.json` next to each other, in folders or in tars.
 
+Images and JSON files may also be in separate folders or tars below the same folder.
+
 Files in tars are read in place by their offsets; nothing is extracted. The headers of a tar are
 read once. The offsets are then kept in a small file next to it, `NAME.tar.index.npz`, if the folder
 is writable. In an object store every header is a request, so tars should be uploaded together with
@@ -15,6 +17,7 @@ import dataclasses
 import io
 import os
 import re
+import zipfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +25,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from sam_jax.data import decode
-from sam_jax.data.example import RLE, BadSample, SourceError, check_index
+from sam_jax.data.decode_masks import Masks, check_masks
+from sam_jax.data.example import BadSample, SourceError, check_index
 from sam_jax.data.sources.base import FileSource
 from sam_jax.io import atomic, storage, tar_index
 
@@ -38,6 +42,8 @@ MISSING = -1
 NOT_IN_TAR = -2  # a separate file in a folder
 
 INDEX_VERSION = 1
+MAX_INDEX_BYTES = 1 << 28  # a tar of SA-1B has an index of 0.7 MB
+MAX_MEMBER_BYTES = (1 << 31) - 1  # sizes are int32; larger files are not read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,14 +54,14 @@ class Sa1b(FileSource):
 
     Attributes:
       containers: Paths of the folders and tars that hold the files.
-      container: The container of each image, as an index.
+      container: The containers of the JPEG and the JSON file of each image, as indices.
       key: 16 times the id, plus its number of digits: `sa_7` is not `sa_007`.
       offset: First bytes of the JPEG and the JSON file in a tar; or MISSING; or NOT_IN_TAR.
       size: Bytes of the JPEG and the JSON file in a tar.
     """
 
     containers: tuple[str, ...]
-    container: Int32[np.ndarray, " i"]
+    container: Int32[np.ndarray, "i 2"]
     key: Int64[np.ndarray, " i"]
     offset: Int64[np.ndarray, "i 2"]
     size: Int32[np.ndarray, "i 2"]
@@ -77,14 +83,15 @@ class Sa1b(FileSource):
         check_index(index, len(self))
         return self._read(index, JPG)
 
-    def read_masks(self, index: int) -> list[RLE]:
+    def read_masks(self, index: int) -> Masks:
         """Reads the JSON file of an image."""
-        return parse_record(decode.parse_json(self._read(index, JSON)))[1]
+        path = self._path(index, JSON)
+        return parse_record(decode.parse_json(self._read(index, JSON), path))[1]
 
     def _path(self, index: int, kind: int) -> str:
         number, digits = divmod(int(self.key[index]), 16)
         name = f"sa_{number:0{digits}d}.{EXTENSIONS[kind]}"
-        return os.path.join(self.containers[self.container[index]], name)
+        return os.path.join(self.containers[self.container[index, kind]], name)
 
     def _read(self, index: int, kind: int) -> bytes:
         offset, path = int(self.offset[index, kind]), self._path(index, kind)
@@ -92,14 +99,15 @@ class Sa1b(FileSource):
             raise BadSample("missing file", f"there is no {path}")
         if offset == NOT_IN_TAR:
             return decode.read_file(path, FILE_KINDS[kind])
-        tar = self.containers[self.container[index]]
+        tar = self.containers[self.container[index, kind]]
         return decode.read_range(tar, offset, int(self.size[index, kind]), FILE_KINDS[kind])
 
 
 def open_sa1b(path: str, decode_size: tuple[int, int] | None = None) -> Sa1b:
     """Finds the images of SA-1B below a folder, or in one tar.
 
-    An id that occurs several times counts once: folders go before tars, then the first path counts.
+    An id that occurs several times counts once. Where both files are next to each other, folders go
+    before tars, and then the first path counts. Otherwise the first file of either kind counts.
     Within a tar the last file counts, as for `tar`. Links to folders are not followed.
 
     Args:
@@ -128,7 +136,7 @@ def open_sa1b(path: str, decode_size: tuple[int, int] | None = None) -> Sa1b:
     return Sa1b(tuple(found), container, key, offset, size, decode_size=decode_size)
 
 
-def parse_record(record: Any) -> tuple[tuple[int, int], list[RLE]]:
+def parse_record(record: Any) -> tuple[tuple[int, int], Masks]:
     """Checks the content of a JSON file.
 
     Args:
@@ -138,19 +146,20 @@ def parse_record(record: Any) -> tuple[tuple[int, int], list[RLE]]:
       (height, width) of the image, and its checked masks.
 
     Raises:
-      BadSample: If the record does not have the format of SA-1B, or a mask cannot be used.
+      BadSample: If the record does not have the format of SA-1B, or no mask can be used.
     """
     image = record.get("image") if isinstance(record, dict) else None
     annotations = record.get("annotations") if isinstance(record, dict) else None
     if not isinstance(image, dict) or not isinstance(annotations, list):
         raise BadSample("broken json", "it must hold 'image', a dict, and 'annotations', a list")
     size = decode.check_size(image.get("height"), image.get("width"))
-    for annotation in annotations:
-        if not isinstance(annotation, dict) or "segmentation" not in annotation:
-            raise BadSample(
-                "broken json", "each of 'annotations' must be a dict with 'segmentation'"
-            )
-    return size, decode.check_masks([a["segmentation"] for a in annotations], size)
+    return size, check_masks(annotations, size, _segmentation)
+
+
+def _segmentation(annotation: Any) -> Any:
+    if not isinstance(annotation, dict) or "segmentation" not in annotation:
+        raise BadSample("broken json", "each of 'annotations' must be a dict with 'segmentation'")
+    return annotation["segmentation"]
 
 
 def index_tar(path: str) -> Int64[np.ndarray, "k 4"]:
@@ -180,8 +189,12 @@ def index_tar(path: str) -> Int64[np.ndarray, "k 4"]:
 def _load_index(path: str, stamp: Int64[np.ndarray, "3"]) -> Int64[np.ndarray, "k 4"] | None:
     """Reads an index. Returns None if it is missing, broken, or of another tar."""
     try:
-        data = io.BytesIO(storage.read_range(path))
-        with np.load(data, allow_pickle=False) as saved:
+        data = storage.read_range(path, 0, MAX_INDEX_BYTES)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            is_compressed = any(entry.compress_type for entry in archive.infolist())
+        if is_compressed:  # `_save_index` does not compress, and a few bytes may become gigabytes
+            return None
+        with np.load(io.BytesIO(data), allow_pickle=False) as saved:
             rows, saved_stamp = saved["rows"], saved["stamp"]
     except Exception:  # a broken file may raise anything; the index is then written again
         return None
@@ -190,7 +203,7 @@ def _load_index(path: str, stamp: Int64[np.ndarray, "3"]) -> Int64[np.ndarray, "
     fits = saved_stamp.shape == stamp.shape
     fits = fits and np.array_equal(saved_stamp[compared], stamp[compared])
     usable = fits and rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 4
-    if not usable or (rows < 0).any() or (rows[:, 1] > 1).any():
+    if not usable or (rows < 0).any() or (rows[:, [1, 3]] > (1, MAX_MEMBER_BYTES)).any():
         return None
     return rows
 
@@ -225,23 +238,33 @@ def _rows(files: Iterable[tuple[str, int, int]]) -> Int64[np.ndarray, "k 4"]:
     for name, offset, size in files:
         if match := FILE_NAME.fullmatch(name):
             key = 16 * int(match[1]) + len(match[1])
-            numbers.extend((key, EXTENSIONS.index(match[2]), offset, min(size, 2**31 - 1)))
+            numbers.extend((key, EXTENSIONS.index(match[2]), offset, min(size, MAX_MEMBER_BYTES)))
     return np.array(numbers, np.int64).reshape(-1, 4)
 
 
 def _join(
     rows: list[Int64[np.ndarray, "_ 4"]],
 ) -> tuple[
-    Int32[np.ndarray, " i"],
+    Int32[np.ndarray, "i 2"],
     Int64[np.ndarray, " i"],
     Int64[np.ndarray, "i 2"],
     Int32[np.ndarray, "i 2"],
 ]:
     """Joins the rows of all containers to container, key, offset and size of every image."""
     keys, offsets, sizes = zip(*map(_pair, rows), strict=True)
-    container = np.repeat(np.arange(len(rows), dtype=np.int32), [len(key) for key in keys])
-    key, first = np.unique(np.concatenate(keys), return_index=True)
-    return container[first], key, np.concatenate(offsets)[first], np.concatenate(sizes)[first]
+    of_entry = np.repeat(np.arange(len(rows), dtype=np.int32), [len(key) for key in keys])
+    entry_key, offset, size = np.concatenate(keys), np.concatenate(offsets), np.concatenate(sizes)
+    exists = offset != MISSING
+    # Entries with both files go first; among equal ones the order remains.
+    order = np.argsort(~exists.all(axis=1), kind="stable")
+    key, first = np.unique(entry_key[order], return_index=True)
+    entry = np.stack([order[first]] * 2, axis=1)
+    for kind in (JPG, JSON):
+        candidates = order[exists[order, kind]]
+        found, first = np.unique(entry_key[candidates], return_index=True)
+        entry[np.searchsorted(key, found), kind] = candidates[first]
+    kinds = np.arange(2)
+    return of_entry[entry], key, offset[entry, kinds], size[entry, kinds]
 
 
 def _pair(

@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 from sam_jax.data import decode
+from sam_jax.data.decode_masks import Masks, check_masks, decode_mask
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
 from sam_jax.data.sources.base import FileSource
 from sam_jax.masks import rle
@@ -60,7 +61,7 @@ class Tfds(FileSource):
         """Reads the file of an image in a record."""
         return self._encoded(self._features(index))
 
-    def read_masks(self, index: int) -> list[RLE]:
+    def read_masks(self, index: int) -> Masks:
         """Reads the masks in a record."""
         return self._masks(self._features(index))
 
@@ -80,12 +81,12 @@ class Tfds(FileSource):
         name = "image/content" if self.dataset == "segment_anything" else "image"
         return _value(features, name, bytes)
 
-    def _masks(self, features: Any) -> list[RLE]:
+    def _masks(self, features: Any) -> Masks:
         if self.dataset == "segment_anything":
             return _segment_anything_masks(features)
         if self.dataset == "lvis":
             return _lvis_masks(features)
-        return []
+        return Masks([], [])
 
 
 def open_tfds(location: str, decode_size: tuple[int, int] | None = None) -> Tfds:
@@ -142,7 +143,7 @@ def _how_to_build(name: str, folder: str | None, problem: str) -> str:
     )
 
 
-def _segment_anything_masks(features: Any) -> list[RLE]:
+def _segment_anything_masks(features: Any) -> Masks:
     size = decode.check_size(
         _value(features, "image/height", int), _value(features, "image/width", int)
     )
@@ -156,17 +157,19 @@ def _segment_anything_masks(features: Any) -> list[RLE]:
         {"size": sizes[2 * i : 2 * i + 2], "counts": text.decode("ascii", "replace")}
         for i, text in enumerate(counts)
     ]
-    return decode.check_masks(masks, size)
+    return check_masks(masks, size)
 
 
-def _lvis_masks(features: Any) -> list[RLE]:
+def _lvis_masks(features: Any) -> Masks:
     _value(features, "image", bytes)  # a record without an image is broken, with or without masks
     files = _values(features, "objects/segmentation", bytes)
     if not files:
         raise BadSample("no masks", "the image has no annotations")
-    masks = [rle.encode(decode.decode_mask(data)) for data in files]
-    height, width = masks[0]["size"]
-    return decode.check_masks(masks, (height, width))
+    return check_masks(files, None, _read_mask)
+
+
+def _read_mask(data: bytes) -> RLE:
+    return rle.encode(decode_mask(data, "the file"))
 
 
 def _value(features: Any, name: str, kind: type) -> Any:

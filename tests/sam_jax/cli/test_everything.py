@@ -1,5 +1,6 @@
 """Tests `sam-jax everything`. One test uses the model, and the others a fake generator."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from sam_jax.cli import everything
 from sam_jax.cli.main import main
 from sam_jax.data.open import open_source
+from sam_jax.engine.folder import hold_number
 from sam_jax.everything import generator
 from sam_jax.masks import rle
 from tests.sam_jax.engine import bright
@@ -28,6 +30,7 @@ class Bright(generator.SamAutomaticMaskGenerator):
 @pytest.fixture
 def fake_generator(monkeypatch):
     monkeypatch.setattr(everything, "SamAutomaticMaskGenerator", Bright)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 
 @pytest.fixture
@@ -60,6 +63,7 @@ def test_a_model_segments_a_file(tmp_path, monkeypatch, capsys):
     assert "segmented 1 of 1 images, 1 of them in this run: " in capsys.readouterr().out
     assert sorted(os.listdir(out)) == [
         "everything.json",
+        "images.json",
         "instances.json",
         "overlays",
         "sa_0.jpg",
@@ -153,6 +157,133 @@ def test_processes_share_the_images_and_the_last_writes_coco(
     assert run(photos, out, "--index", "1:", "--processes", "9", "--process", "8") == 0
 
 
+@pytest.mark.parametrize("spelling", ["photos", "./photos/", "images:photos", "~/photos"])
+def test_an_index_names_the_image_of_each_id(
+    fake_generator, photos, tmp_path, monkeypatch, spelling
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (photos / "below").mkdir()
+    name = os.fsdecode(b"below/\xff.png")  # is no UTF-8
+    Image.new("RGB", (60, 40)).save(photos / name)
+    out = tmp_path / "out"
+    options = ["--index", "1:", "--processes", "2"]
+    assert run(spelling, out, *options, "--process", "1") == 0
+    index = (out / "images.json").read_bytes()
+    expected = {"1": "b\n.jpg", "2": name, "3": "c.png", "4": "d.png", "5": "e.jpg"}
+    assert json.loads(index) == expected
+    assert run(spelling, out, *options, "--process", "0") == 0
+    assert (out / "images.json").read_bytes() == index
+
+
+def test_the_index_of_a_file_is_its_name(fake_generator, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos)
+    for i, spelling in enumerate(("c.png", photos / "c.png", "../photos/c.png")):
+        assert run(spelling, tmp_path / str(i)) == 0
+        assert json.loads((tmp_path / str(i) / "images.json").read_text()) == {"0": "c.png"}
+
+
+def test_damaged_results_are_named_and_made_again(fake_generator, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(photos, out, "--overlays") == 0
+    json_file, jpeg_file = out / "sa_2.json", out / "sa_2.jpg"
+    text, jpeg = json_file.read_bytes(), jpeg_file.read_bytes()
+    other = (out / "sa_4.json").read_bytes()
+    for damaged in (b"", b"{", bytes(len(text)), text[:-40], text[: len(text) // 2] * 2, other):
+        json_file.write_bytes(damaged)
+        capsys.readouterr()
+        assert run(photos, out, "--overlays") == 0
+        printed = capsys.readouterr().out
+        assert f"{out}/sa_2.json or its image is damaged: it is made again" in printed
+        assert "segmented 3 of 5 images, 1 of them in this run: " in printed
+        assert json_file.read_bytes() == text
+    overlay = out / "overlays" / "sa_2.png"
+    for damage in (
+        jpeg_file.unlink,
+        lambda: jpeg_file.write_bytes(b""),
+        overlay.unlink,
+        lambda: (json_file.unlink(), os.mkfifo(json_file)),
+    ):
+        damage()
+        assert run(photos, out, "--overlays") == 0
+        assert (jpeg_file.read_bytes(), json_file.read_bytes()) == (jpeg, text)
+        assert overlay.is_file()
+        assert "is damaged: " in capsys.readouterr().out
+    assert run(photos, out, "--overlays") == 0
+    assert "is damaged: " not in capsys.readouterr().out
+
+
+def test_coco_names_a_damaged_file(fake_generator, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(photos, out) == 0
+    path = out / "sa_2.json"
+    path.write_bytes(path.read_bytes().replace(b'"annotations": [', b'"annotations": [?', 1))
+    assert run(photos, out, "--coco") == 1
+    error = capsys.readouterr().err
+    assert f"{path} is damaged (" in error
+    assert "remove it, and run the same command again" in error
+    assert error.count("\n") == 1
+    assert not (out / "instances.json").exists()
+    path.unlink()
+    assert run(photos, out, "--coco") == 0
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_full_disk_is_named_and_leaves_no_partial_file(
+    fake_generator, photos, tmp_path, monkeypatch, capsys, error
+):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert run(photos, whole) == 0
+    fsync, calls = os.fsync, []
+
+    def fail(file):
+        calls.append(file)
+        if len(calls) > 4:
+            raise OSError(error, os.strerror(error))
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        capsys.readouterr()
+        assert run(photos, out) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    described = f"[Errno {error}] {os.strerror(error)}: '{out}/sa_"
+    assert message.startswith(f"sam-jax everything: {described}")
+    assert message.endswith("': what is finished stays; run the same command again\n")
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+    for path in out.iterdir():
+        assert path.read_bytes() == (whole / path.name).read_bytes()
+    assert run(photos, out) == 0
+    for path in (*whole.glob("sa_*"), whole / "images.json"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("scores", "lower"),
+    [
+        ((0.71, 0.96), "lower --pred-iou-thresh (now 0.88). The"),
+        ((0.91, 0.9), "lower --stability-score-thresh (now 0.95). The"),
+        ((0.99, 0.99), "--pred-iou-thresh (now 0.88) and --stability-score-thresh (now 0.95). The"),
+    ],
+)
+def test_thresholds_that_no_mask_passes_are_named(
+    photos, tmp_path, monkeypatch, capsys, scores, lower
+):
+    class Strict(Bright):
+        generate = staticmethod(lambda image: bright.generate(image)[:0])
+        best_scores = staticmethod(lambda image: generator.BestScores(*scores))
+
+    monkeypatch.setattr(everything, "SamAutomaticMaskGenerator", Strict)
+    assert run(photos, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert lower in printed
+    expected = f"in {photos}/a.jpg are {scores[0]:.3f} for the predicted IoU and {scores[1]:.3f} "
+    assert expected in printed
+    assert run(photos, tmp_path / "out") == 0
+    assert "passed the thresholds" not in capsys.readouterr().out
+
+
 def test_other_settings_are_refused(fake_generator, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out, "--preset", "sa1b", "--crop-n-layers", "1", "--dtype", "bfloat16") == 0
@@ -211,3 +342,30 @@ def test_wrong_arguments_are_reported_in_one_line(
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert len(os.listdir(photos)) == 5
+
+
+def test_a_second_process_of_the_same_number_is_rejected(fake_generator, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    unfinished = out / ".sa_0.jpg.process0.ab12.tmp"
+    with hold_number(out, 0):
+        unfinished.touch()
+        assert run(photos, out) == 1
+        message = f"process number 0 of {out} is in use by process {os.getpid()} on "
+        assert message in capsys.readouterr().err
+        assert sorted(os.listdir(out)) == [".process0.lock", unfinished.name]
+        # Another number may work in the folder at the same time.
+        assert run(photos, out, "--process", "1", "--processes", "3") == 0
+        assert unfinished.exists()
+    assert run(photos, out) == 0
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+
+
+def test_unfinished_files_of_a_process_that_runs_are_kept(fake_generator, photos, tmp_path):
+    out = tmp_path / "out"
+    unfinished = out / ".sa_9.jpg.process3.ab12.tmp"
+    with hold_number(out, 3):
+        unfinished.touch()
+        assert run(photos, out) == 0
+        assert unfinished.exists()
+    assert run(photos, out) == 0
+    assert not unfinished.exists()

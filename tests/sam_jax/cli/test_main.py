@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 import sam_jax
+from sam_jax.cli.lazy_parser import join_negative_values
 from sam_jax.cli.main import main
 from sam_jax.evaluate.protocol import EVALUATIONS
 from sam_jax.masks import rle
@@ -64,6 +66,63 @@ def test_every_subcommand_has_an_example(verb, capsys):
         main([*verb.split(), "--help"])
     assert stop.value.code == 0
     assert f"example: sam-jax {verb} " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "joined"),
+    [
+        (["--point", "-5,10", "--box", "-1,-2,3,4"], ["--point=-5,10", "--box=-1,-2,3,4"]),
+        (["--index", "-3:", "--x", "-.5"], ["--index=-3:", "--x=-.5"]),
+        (["--overlays", "--out", "x", "-5"], ["--overlays", "--out", "x", "-5"]),
+        (["--point=1,2", "-5,10", "-h"], ["--point=1,2", "-5,10", "-h"]),
+    ],
+)
+def test_values_may_begin_with_a_minus_sign(words, joined):
+    assert join_negative_values(words) == joined
+
+
+def test_a_home_folder_is_expanded_in_every_path(weights, photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(weights, tmp_path / "tiny")
+    shutil.copy(photo, tmp_path / "photo.png")
+    command = ["predict", "~/photo.png", "--weights=~/tiny", "--out=~/masks"]
+    assert main([*command, "--point", "-5,10", "--masks", "1"]) == 0
+    assert json.loads((tmp_path / "masks" / "masks.json").read_text())["points"] == [[-5.0, 10.0]]
+    assert main(["convert", "~/tiny", "~/tiny.pth"]) == 0
+    assert (tmp_path / "tiny.pth").exists()
+    assert main(["info", "--weights=~/tiny.pth"]) == 0
+    assert main(["dataset", "check", "images:~/masks", "--json=~/report.json"]) in (0, 1)
+    assert (tmp_path / "report.json").exists()
+    assert not os.path.lexists("~")
+
+
+def test_a_result_that_cannot_be_written_is_named_before_computing(photo, tmp_path, capsys):
+    for out, message in (
+        (photo, f"--out {photo}: {photo} is not a folder"),
+        (f"{photo}/masks", f"{photo} is not a folder"),
+    ):
+        assert main(["predict", photo, "--weights", "none", "--point", "1,1", "--out", out]) == 1
+        assert message in capsys.readouterr().err
+        assert main(["everything", photo, "--weights", "none", "--out", out]) == 1
+        assert message in capsys.readouterr().err
+        assert main(["dataset", "stats", "scenes:8x8", "--out", out]) == 1
+        assert message in capsys.readouterr().err
+    json_option = ["--json", str(tmp_path / "missing" / "x.json")]
+    for command in (
+        ["dataset", "check", "scenes:8x8"],
+        ["evaluate", "clicks", "--weights", "none", "--source", "scenes:8x8"],
+    ):
+        assert main([*command, *json_option]) == 1
+        assert f"there is no folder {tmp_path / 'missing'}" in capsys.readouterr().err
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sam_jax.cli.info.run", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "sam-jax info: interrupted\n"
 
 
 def test_python_m_is_the_same_program():
@@ -172,7 +231,7 @@ def test_wrong_usage_has_exit_code_2(weights, photo, tmp_path, options, message,
     [
         ([], "there is no prompt"),
         (["--point", "nan,3"], "point_coords must be finite"),
-        (["--box", "9,9,3,3"], "box must have x0 < x1"),
+        (["--box", "9,9,3,3"], "--box must have X0 < X1 and Y0 < Y1; got [9.0, 9.0, 3.0, 3.0]"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_file(weights, photo, tmp_path, options, message, capsys):
@@ -259,6 +318,7 @@ def test_dataset_check_of_a_source_without_errors(labels, tmp_path, capsys):
     assert capsys.readouterr().out == "2 of 2 samples are usable, 2 masks\n"
     result = json.loads(report.read_text())
     expected = {"samples": 2, "usable": 2, "masks": 2, "reasons": {}, "bad": []}
+    expected |= {"skipped_masks": {}, "used_in_part": []}
     assert result == {"source": f"labels:{labels}", **expected}
 
 

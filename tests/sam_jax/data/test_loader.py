@@ -458,3 +458,36 @@ def test_other_errors_are_not_hidden():
 
     with pytest.raises(ZeroDivisionError):
         loader(Faulty()).batch(0)
+
+
+# Unusable masks of usable images.
+
+
+@dataclasses.dataclass(frozen=True)
+class WithSkippedMasks(ColoredMasks):
+    """The same source, where annotations of some images were skipped."""
+
+    partial: tuple[int, ...] = ()
+
+    def __getitem__(self, index):
+        example = super().__getitem__(index)
+        if index not in self.partial:
+            return example
+        problems = ["empty mask", "broken mask", "empty mask"]
+        skipped = [BadSample(reason, f"mask {i}: bad") for i, reason in enumerate(problems)]
+        return dataclasses.replace(example, skipped=skipped)
+
+
+def test_images_with_skipped_masks_are_used_and_reported():
+    source = WithSkippedMasks(bad=(3,), partial=(1, 4))
+    order = np.array([4, 3, 1, 0])
+    load = loader(source, indices=order, batch_size=4)
+    plain = loader(ColoredMasks(bad=(3,)), indices=order, batch_size=4)
+    for step, (batch, skipped) in enumerate(load.batches(0, 3)):
+        assert_same((batch, [s for s in skipped if not s.skipped_masks]), plain.batch(step))
+        partial = {s.index for s in skipped if s.skipped_masks}
+        assert partial == set(batch.image_id.tolist()) & {1, 4}
+        assert skipped == load.batch(step)[1]
+    one = next(s for s in skipped if s.skipped_masks)
+    assert (one.reason, one.detail) == ("empty mask", "mask 0: bad")
+    assert one.skipped_masks == {"broken mask": 1, "empty mask": 2}

@@ -11,6 +11,11 @@ from sam_jax.masks import rle
 
 MASK = rle.encode(np.ones((4, 6), bool))
 BROKEN = {"size": [4, 6], "counts": [25]}
+SKIPPED = [
+    BadSample("empty mask", "mask 0: no pixels"),
+    BadSample("broken mask", "mask 2: cut short"),
+    BadSample("empty mask", "mask 3: no pixels"),
+]
 
 
 class Fake(Source):
@@ -23,7 +28,8 @@ class Fake(Source):
         if index == 1:
             raise BadSample("broken image", "cut short")
         masks = [MASK] * index if index != 3 else [MASK, BROKEN]
-        return Example(image=np.zeros((4, 6, 3), np.uint8), masks=masks)
+        image = np.zeros((4, 6, 3), np.uint8)
+        return Example(image, masks, SKIPPED if index == 4 else ())
 
     def name(self, index):
         return f"{index}.jpg"
@@ -37,6 +43,9 @@ def test_every_sample_has_a_finding():
     assert str(findings[1]) == "1.jpg: broken image: cut short"
     assert "mask 1: counts[0] must be an int from 0 to 24" in str(findings[3])
     assert str(findings[2]) == "2.jpg: usable: 2 masks"
+    assert str(findings[4]) == (
+        "4.jpg: usable: 4 masks without 1 broken mask, 2 empty mask: mask 0: no pixels"
+    )
 
 
 def test_a_summary_can_be_written_as_json():
@@ -47,6 +56,15 @@ def test_a_summary_can_be_written_as_json():
         "usable": 3,
         "masks": 6,
         "reasons": {"broken image": 1, "broken mask": 1},
+        "skipped_masks": {"empty mask": 2, "broken mask": 1},
+        "used_in_part": [
+            {
+                "index": 4,
+                "name": "4.jpg",
+                "skipped_masks": {"broken mask": 1, "empty mask": 2},
+                "detail": "mask 0: no pixels",
+            }
+        ],
     }
     assert bad[0] == {"index": 1, "name": "1.jpg", "reason": "broken image", "detail": "cut short"}
 
@@ -55,7 +73,7 @@ def test_reasons_come_most_frequent_first():
     reasons = ["no masks", "empty mask", "empty mask"]
     findings = [Finding(i, "x", reason=reason) for i, reason in enumerate(reasons)]
     assert list(summarize(findings)["reasons"].items()) == [("empty mask", 2), ("no masks", 1)]
-    assert summarize([]) == {"samples": 0, "usable": 0, "masks": 0, "reasons": {}, "bad": []}
+    assert set(map(str, summarize([]).values())) == {"0", "{}", "[]"}
 
 
 @pytest.mark.parametrize(

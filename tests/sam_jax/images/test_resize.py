@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam_jax.images import resize
 from sam_jax.images.resize import (
     apply_coords,
     fit_size,
@@ -61,4 +62,22 @@ def test_masks_are_resized_twice_and_cropped_between(size, canvas):
 def test_one_low_resolution_pixel_is_spread_evenly():
     assert np.array_equal(
         postprocess_masks(np.full((1, 1, 1), 3, np.float32), (4, 5), (8, 8)), np.full((1, 4, 5), 3)
+    )
+
+
+@pytest.mark.parametrize("size", [(90, 140), (140, 90), (48, 72), (20, 30), (1, 700), (700, 1)])
+@pytest.mark.parametrize("band", [50, 1000])
+def test_bands_give_the_same_pixels(monkeypatch, size, band):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    expected, input_size = resize_and_pad(image, (48, 72))
+    resized = Image.fromarray(image).resize(input_size[::-1], Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(expected[: input_size[0], : input_size[1]], resized)
+    monkeypatch.setattr(resize, "BAND_PIXELS", band)
+    np.testing.assert_array_equal(resize_and_pad(image, (48, 72))[0], expected)
+    for resample in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS):
+        resized = Image.fromarray(image).resize((33, 61), resample)
+        np.testing.assert_array_equal(resize.resize_rgb(image, (61, 33), resample), resized)
+    turned = np.rot90(image[:, ::-1])
+    np.testing.assert_array_equal(
+        resize_and_pad(turned, (72, 48))[0], resize_and_pad(turned.copy(), (72, 48))[0]
     )

@@ -48,6 +48,26 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("step", ["open", "write", "replace"])
+def test_errors_name_the_file(tmp_path, monkeypatch, step):
+    def fail(*args):
+        raise OSError(28, "No space left on device", *args[:1], None, *args[1:])
+
+    def write():
+        with atomic_path(tmp_path / "a") as temporary:
+            if step == "open":
+                fail(str(temporary))
+            temporary.write_bytes(b"half")
+            if step == "write":
+                fail()
+
+    if step == "replace":
+        monkeypatch.setattr(os, "replace", lambda a, b: fail(str(a), str(b)))
+    with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left on device: '{tmp_path}/a'$"):
+        write()
+    assert os.listdir(tmp_path) == []
+
+
 def test_json_round_trips(tmp_path):
     write_json(tmp_path / "a.json", {"a": [1, 2.5]})
     text = (tmp_path / "a.json").read_text()

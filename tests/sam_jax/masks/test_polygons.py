@@ -1,9 +1,16 @@
 """Tests polygons. tests/reference/test_polygons.py compares pixels with pycocotools."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from sam_jax.masks.polygons import PolygonError, rasterize
+from sam_jax.masks import polygons, rle
+from sam_jax.masks.polygons import PolygonError
+
+
+def rasterize(corners, size):
+    return rle.decode(polygons.rasterize(corners, size))
 
 
 def box(x0, y0, x1, y1):
@@ -38,8 +45,24 @@ def test_a_disc_has_its_area():
     assert rasterize([points.ravel().tolist()], (100, 100)).sum() == pytest.approx(5027, rel=0.01)
 
 
+def test_random_polygons_are_joined():
+    rng = np.random.default_rng(0)
+    for count in [*range(1, 7)] * 5:
+        several = [rng.uniform(-5, 25, 2 * rng.integers(3, 9)).tolist() for _ in range(count)]
+        union = np.any([rasterize([one], (18, 21)) for one in several], axis=0)
+        assert rle.encode(union) == polygons.rasterize(several, (18, 21))
+
+
+def test_a_large_image_takes_no_memory_for_its_pixels():
+    tracemalloc.start()
+    mask = polygons.rasterize([box(10, 10, 50, 50), box(8000, 8000, 8050, 8050)], (8192, 8192))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert rle.area(mask) == 40 * 40 + 50 * 50
+
+
 @pytest.mark.parametrize(
-    "polygons",
+    "corners",
     [
         None,
         [],
@@ -58,8 +81,9 @@ def test_a_disc_has_its_area():
         [[1, 2, 3, 4, 5, 1e7]],
         [[1, 2, 3, 4, 5, 6], None],
         [[-1e6, 0, 1e6, 1, 0, 5]],
+        [box(0, 0, 1e5, 1e5)] * 3,
     ],
 )
-def test_values_that_are_not_polygons_are_errors(polygons):
+def test_values_that_are_not_polygons_are_errors(corners):
     with pytest.raises(PolygonError):
-        rasterize(polygons, (8, 8))
+        polygons.rasterize(corners, (8, 8))

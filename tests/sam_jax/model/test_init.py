@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam_jax.model import image_encoder
 from sam_jax.model.init import init_variables, variable_shapes
 from sam_jax.model.mae import mae_tiny
 from sam_jax.model.sam import sam_tiny, sam_vit_b
@@ -100,3 +101,71 @@ def test_the_seed_determines_the_initial_values(jit):
 
     assert all(jax.tree.leaves(equal(first, again)))
     assert not equal(first, other)["params"]["mask_token"]
+
+
+SHAPED = {
+    "windows and global blocks": sam_tiny(depth=4, global_blocks=(1, 3), window_size=3),
+    "no global block": sam_tiny(depth=3, global_blocks=(), window_size=3, decoder_depth=3),
+    "no windows": sam_tiny(scan_blocks=True, remat="blocks", drop_path=0.1, decoder_depth=1),
+    "an encoder": sam_tiny(depth=3, window_size=3).image_encoder,
+    "an autoencoder": mae_tiny(depth=3, decoder_depth=2, mask_ratio=0.9),
+}
+
+
+@pytest.mark.parametrize("model", SHAPED.values(), ids=SHAPED.keys())
+def test_shapes_are_those_of_the_initial_variables(model):
+    traced = jax.eval_shape(lambda: init_variables(model, 0))
+    flat = flax.traverse_util.flatten_dict(traced, sep="/")
+    assert list(variable_shapes(model).items()) == list(flat.items())
+
+
+def test_the_number_of_blocks_does_not_change_other_initial_values(jit):
+    def init(**fields):
+        flat = flax.traverse_util.flatten_dict(init_variables(sam_tiny(**fields), 3), sep="/")
+        names = ("pos_embed", "neck/conv2/kernel", "gaussian", "iou_head/lin1/kernel")
+        return {path: x for path, x in flat.items() if path.endswith(names)}
+
+    one, two = jit(lambda: init(depth=1, global_blocks=(0,)))(), jit(init)()
+    assert len(one) == len(two) == 4
+    for path, x in one.items():
+        np.testing.assert_array_equal(x, two[path], err_msg=path)
+
+
+def test_shapes_of_many_blocks_are_found_without_tracing_each(monkeypatch):
+    calls = []
+    block = image_encoder.Block.__call__
+    monkeypatch.setattr(
+        image_encoder.Block, "__call__", lambda *args: calls.append(args) or block(*args)
+    )
+    model = sam_tiny(depth=256, decoder_depth=256, iou_hidden_dim=13)
+    assert len(variable_shapes(model)) > 256 * (13 + 20)
+    assert len(calls) <= 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 257}, "image_encoder.depth must be at most 256; got 257"),
+        ({"decoder_depth": 10**9}, "mask_decoder.depth must be at most 256; got 1000000000"),
+        (
+            {"embed_dim": 1 << 40},
+            "image_encoder.embed_dim must be at most 16384; got 1099511627776",
+        ),
+        ({"window_size": 1 << 15}, "image_encoder.window_size must be at most 16384; got 32768"),
+        (
+            {"image_size": (64, 1 << 15)},
+            r"image_encoder.image_size must be at most 16384; got \(64, ",
+        ),
+        ({"position_scale": 1e308}, "prompt_encoder.position_scale must be at most 16384; got 1e"),
+        ({"mask_channels": 1 << 20}, "prompt_encoder.mask_channels must be at most 16384"),
+        (
+            {"global_blocks": (0, 2)},
+            r"image_encoder.global_blocks must be indices .*2; got \(0, 2\)",
+        ),
+        ({"global_blocks": (0, 0, 0)}, r"image_encoder.global_blocks must be .*got \(0, 0, 0\)"),
+        ({"global_blocks": (7,) * 300_000}, r"image_encoder.global_blocks .*got \(7.*\.\.\.\)$"),
+    ],
+)
+def test_fields_that_ask_for_too_much_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        sam_tiny(**fields).validate()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT
+from sam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT, UNLABELLED
 from sam_jax.predict.prompts import (
     PROMPT_KEYS,
     ObjectPrompt,
@@ -46,8 +46,21 @@ def test_without_points_and_box_there_are_no_tokens(prompt):
     assert tokens(prompt) == ([], [])
 
 
-def test_empty_points_give_no_tokens():
-    assert tokens({"point_coords": np.zeros((0, 2)), "point_labels": []}) == ([], [])
+def test_empty_points_give_the_padding_point_unless_there_is_a_box():
+    empty = {"point_coords": np.zeros((0, 2)), "point_labels": []}
+    assert tokens(empty) == ([(0, 0)], [NOT_A_POINT])
+    assert tokens(empty | BOX) == tokens(BOX)
+
+
+def test_other_labels_are_the_official_ones():
+    prompt = {"point_coords": [[10, 20]] * 5, "point_labels": [1, 0, -1, 2, 3]}
+    _, labels = tokens(prompt)
+    assert labels == [1, 0, NOT_A_POINT, UNLABELLED, UNLABELLED, NOT_A_POINT]
+
+
+def test_boxes_may_be_reversed_or_empty():
+    assert tokens({"box": [50, 25, 5, 0]}) == ([(32, 16), (3.2, 0)], [2, 3])
+    assert tokens({"box": [5, 0, 5, 0]}) == ([(3.2, 0), (3.2, 0)], [2, 3])
 
 
 def test_axes_have_different_scales_since_sides_are_rounded():
@@ -136,8 +149,8 @@ def test_stacking_marks_objects_with_masks():
         ({"point_coords": [[1, 2, 3]], "point_labels": [1]}, r"point_coords.*got \(1, 3\)"),
         ({"point_coords": [[1, 2]], "point_labels": [1, 0]}, r"point_labels.*\(1,\).*got \(2,\)"),
         ({"point_coords": [[1, 2]], "point_labels": 1}, r"point_labels.*\(1,\).*got \(\)"),
-        ({"point_coords": [[1, 2]], "point_labels": [2]}, r"point_labels.*1.*0.*got \[2"),
-        ({"point_coords": [[1, 2]], "point_labels": [-1]}, r"point_labels.*1.*0.*got \[-1"),
+        ({"point_coords": [[1, 2]], "point_labels": [4]}, r"point_labels.*1.*0.*got \[4"),
+        ({"point_coords": [[1, 2]], "point_labels": [-2]}, r"point_labels.*1.*0.*got \[-2"),
         ({"point_coords": [[1, 2]], "point_labels": [0.5]}, r"point_labels.*1.*0.*got \[0.5"),
         ({"point_coords": [[1, 2]], "point_labels": [np.nan]}, r"point_labels must be finite"),
         ({"point_coords": [[np.nan, 2]], "point_labels": [1]}, r"point_coords must be finite"),
@@ -151,9 +164,6 @@ def test_stacking_marks_objects_with_masks():
         ({"point_coords": [[1, 2]], "point_labels": [None]}, r"point_labels.*numbers; got"),
         ({"box": [1, 2, 3]}, r"box must have shape \(4,\).*got \(3,\)"),
         ({"box": [[1, 2, 3, 4]] * 2}, r"box must have shape \(4,\).*got \(2, 4\)"),
-        ({"box": [5, 2, 5, 9]}, r"box must have x0 < x1 and y0 < y1; got \[5.0, 2.0, 5.0, 9.0\]"),
-        ({"box": [5, 9, 7, 2]}, r"box must have x0 < x1 and y0 < y1; got"),
-        ({"box": [0, 0, 0, 0]}, r"box must have x0 < x1 and y0 < y1; got"),
         ({"box": [0, 0, np.nan, 1]}, r"box must be finite"),
         ({"box": [0, 0, np.inf, 1]}, r"box must be finite"),
         ({"box": [0, 0, 1e39, 1]}, r"box must be finite"),

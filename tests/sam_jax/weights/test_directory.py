@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sam_jax.model.sam import FLAT_FIELDS, Sam, replace_fields, sam_tiny
-from sam_jax.weights import safetensors_file
-from sam_jax.weights.formats import convert_file, load, save
+from sam_jax.weights import formats, safetensors_file
+from sam_jax.weights.formats import convert_file, load
 from sam_jax.weights.model_json import sam_from_json, sam_to_json
 from sam_jax.weights.tensors import WeightsError
 from tests.sam_jax.weights.official_state import assert_same_variables, flatten
@@ -22,6 +22,12 @@ def folder(monkeypatch, tmp_path):
     """Changes to an empty working folder, and returns it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def save(path, model, variables):
+    """Saves a weights directory without digests, whose files can be changed."""
+    formats.save(path, model, variables)
+    Path(path, "SHA256SUMS").unlink()
 
 
 def change_model(version, **fields):

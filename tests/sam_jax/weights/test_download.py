@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import logging
 import os
 import re
 import signal
@@ -340,6 +341,79 @@ def test_a_server_that_does_not_answer_times_out(site, monkeypatch):
     with pytest.raises(DownloadError, match="timed out"):
         fetch("small", base_url=site.url)
     done.set()
+
+
+def trickle(request, start, pause):
+    """Sends a part of the content, and then one byte at a time."""
+    request.send_response(200)
+    request.send_header("Content-Length", str(len(CONTENT)))
+    request.end_headers()
+    with contextlib.suppress(ConnectionError):
+        request.wfile.write(CONTENT[:start])
+        for byte in CONTENT[start:]:
+            if pause.wait(0.02):
+                break
+            request.wfile.write(bytes([byte]))
+    request.close_connection = True
+
+
+def test_a_slow_server_is_given_up(site, cache, monkeypatch):
+    monkeypatch.setattr(download, "_TIMEOUT", 0.3)
+    done = threading.Event()
+    site.answer = lambda request: trickle(request, 5000, done)
+    with pytest.raises(DownloadError, match=r"only \d+ bytes arrived in \d+ s.*again to continue"):
+        fetch("small", base_url=site.url)
+    done.set()
+    (part,) = files(cache).items()
+    assert part[0] == f"{NAME}.part"
+    assert part[1] >= 5000
+    site.answer = send  # the lock is free, and the download goes on where it ended
+    assert fetch("small", base_url=site.url).read_bytes() == CONTENT
+    assert site.ranges == [None, f"bytes={part[1]}-"]
+
+
+def test_slow_headers_are_given_up(site, monkeypatch):
+    monkeypatch.setattr(download, "_TIMEOUT", 0.2)
+    done = threading.Event()
+
+    def answer(request):
+        with contextlib.suppress(ConnectionError):
+            request.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            while not done.wait(0.02):
+                request.wfile.write(b"x")
+        request.close_connection = True
+
+    site.answer = answer
+    with pytest.raises(DownloadError, match=r"did not answer in 0\.6"):
+        fetch("small", base_url=site.url)
+    done.set()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl")
+def test_those_who_wait_say_for_whom(site, cache, monkeypatch, caplog):
+    monkeypatch.setattr(download, "_POLL", 0.01)
+    started, go_on = threading.Event(), threading.Event()
+
+    def answer(request):
+        started.set()
+        go_on.wait(60)
+        send(request)
+
+    def report(record):
+        go_on.set()  # the first download ends as soon as the second has said that it waits
+        return True
+
+    site.answer = answer
+    monkeypatch.setattr(download.log, "filters", [report])
+    first = threading.Thread(target=fetch, args=["small"], kwargs={"base_url": site.url})
+    first.start()
+    assert started.wait(60)
+    with caplog.at_level(logging.WARNING, logger="sam_jax"):
+        assert fetch("small", base_url=site.url).read_bytes() == CONTENT
+    first.join()
+    message = rf"waiting for process {os.getpid()} on .+, which downloads {re.escape(NAME)} \(0 s"
+    assert re.match(message, caplog.messages[0])
+    assert site.ranges == [None]
 
 
 def test_answers_that_are_not_http_are_errors(site):

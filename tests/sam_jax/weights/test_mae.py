@@ -151,6 +151,7 @@ def test_tensors_of_another_model_are_refused(variables, kind):
     ],
 )
 def test_invalid_fields_are_named(saved, field, value, message):
+    (saved / directory.SUMS).unlink()
     fields = json.loads((saved / directory.MAE_JSON).read_text()) | {field: value}
     (saved / directory.MAE_JSON).write_text(json.dumps(fields))
     with pytest.raises(WeightsError, match=message):

@@ -21,6 +21,7 @@ from tests.sam_jax.weights.torch_pickles import (
     SYSTEM,
     VALID,
     archive,
+    checkpoint,
     parameter,
     push,
     storage,
@@ -139,7 +140,7 @@ def mutations(content: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("what", ["archive", "pickle"])
 def test_mutated_files_are_read_or_refused(folder, what):
-    count = 2000
+    count = 500  # `tests.fuzz` reads more
     path = folder / "file.pth"
     path.write_bytes(archive(SEED_PICKLE))
     assert torch_file.read(path)["args"]["names"] == ["os", "system", None, True]
@@ -153,7 +154,7 @@ def test_mutated_files_are_read_or_refused(folder, what):
             path.write_bytes(file)
             with contextlib.suppress(torch_file.TorchFileError):
                 read += isinstance(torch_file.read(path), dict)
-    assert count // 100 < read < count - count // 100  # some are read and some are refused
+    assert 0 < read < count  # some are read and some are refused
 
 
 # Reading.
@@ -213,6 +214,67 @@ def test_reads_a_checkpoint(folder):
         np.testing.assert_array_equal(model[name], array)
         assert not model[name].flags.writeable
     assert np.shares_memory(model["plain"], model["transposed"])
+
+
+SKIPPED = {
+    "collections Counter": b"ccollections\nCounter\n" + push(({"a": 1},)) + b"R",
+    "torch Size": b"ctorch\nSize\n" + push(((1, 2),)) + b"R",
+    "torch device": b"ctorch\ndevice\n" + push(("cuda", 0)) + b"R",
+    "torch bfloat16": b"ctorch\nbfloat16\n",
+    "torch FloatStorage": b"ctorch\nFloatStorage\n",
+    "__builtin__ set": b"c__builtin__\nset\n" + push(([1, 2],)) + b"R",
+    "__builtin__ bytearray": b"c__builtin__\nbytearray\n" + push(("a", "latin-1")) + b"R",
+    "__builtin__ complex": b"c__builtin__\ncomplex\n" + push((0.0, 1.0)) + b"R",
+    "_codecs encode": b"c_codecs\nencode\n" + push(("abc", "latin1")) + b"R",
+    "torch.serialization _get_layout": b"ctorch.serialization\n_get_layout\n)R",
+    "torch ComplexFloatStorage": tensor(storage(b"ctorch\nComplexFloatStorage\n")),
+    "torch.storage UntypedStorage": storage(b"ctorch.storage\nUntypedStorage\n"),
+    "torch._utils _rebuild_qtensor": b"ctorch._utils\n_rebuild_qtensor\n" + push((1, 2)) + b"R",
+    "numpy.core.multiarray scalar": b"cnumpy.core.multiarray\nscalar\n"
+    + push((b"cnumpy\ndtype\n" + push(("f8",)) + b"R" + push((3, None)) + b"b", "bytes"))
+    + b"R",
+    "builtins int": b"\x8a\xff" + b"\x7f" * 255,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_other_values_beside_the_weights_are_skipped(folder, name):
+    path = folder / "file.pth"
+    pickle = b"\x80\x02" + push({"value": SKIPPED[name], "weight": tensor()}) + b"."
+    path.write_bytes(archive(pickle))
+    read = torch_file.read(path)
+    assert read["value"] == torch_file.Global(name)
+    np.testing.assert_array_equal(read["weight"], [1, 2])
+
+
+def test_keys_that_are_not_plain_values_are_dropped(folder):
+    path = folder / "file.pth"
+    huge = b"\x8a\x0b" + ((2**61 - 1) << 20).to_bytes(11, "little")  # of the same hash as others
+    keys = [push(key) for key in (1.5, None, True, 7, "a")] + [huge, push((1, 2)), b"]"]
+    path.write_bytes(checkpoint(b"}(" + b"".join(key + push(0) for key in keys) + b"u"))
+    assert torch_file.read(path)["value"] == dict.fromkeys((1.5, None, True, 7, "a"), 0)
+
+
+@pytest.mark.parametrize("function", ["tensor", "parameter", "parameter with state"])
+def test_tensors_with_attributes_are_read(folder, function):
+    path = folder / "file.pth"
+    state = push({"note": "x"})
+    value = {
+        "tensor": b"ctorch._tensor\n_rebuild_from_type_v2\n"
+        + push((
+            b"ctorch._utils\n_rebuild_tensor_v2\n",
+            b"ctorch\nTensor\n",
+            (storage(), 0, (2,), (1,), False, ORDERED_DICT),
+            state,
+        ))
+        + b"R",
+        "parameter": parameter(tensor()),
+        "parameter with state": b"ctorch._utils\n_rebuild_parameter_with_state\n"
+        + push((tensor(), True, ORDERED_DICT, state))
+        + b"R",
+    }[function]  # fmt: skip
+    path.write_bytes(checkpoint(value))
+    np.testing.assert_array_equal(torch_file.read(path)["value"], [1, 2])
 
 
 def test_large_memo_indices_take_no_memory(folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data import decode
+from sam_jax.data.decode_masks import check_masks
 from sam_jax.data.example import BadSample, Source
 from sam_jax.data.sources.base import FileSource
 from sam_jax.masks import rle
@@ -34,7 +34,7 @@ class WithMasks(ImagesOnly):
 
     def read_masks(self, index):
         masks = [rle.encode(np.ones(self.size, bool))] * (index + 1)
-        return decode.check_masks(masks, self.size)
+        return check_masks(masks, self.size)
 
 
 @pytest.fixture

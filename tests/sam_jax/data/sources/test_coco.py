@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data.example import BadSample, SourceError
+from sam_jax.data.example import BadSample, SourceError, count_reasons
 from sam_jax.data.sources.coco import open_coco
 from sam_jax.masks import rle
 
@@ -117,14 +117,17 @@ EMPTY = rle.encode(np.zeros(SIZE, bool))
 @pytest.mark.parametrize(
     ("segmentation", "expected"),
     [
-        (None, "broken mask"),
+        (None, "empty mask"),
         (7, "broken mask"),
         ("polygon", "broken mask"),
-        ([], "broken mask"),
+        ([], "empty mask"),
         ([[]], "broken mask"),
         ([[1, 2, 3, 4]], "broken mask"),
         ([[1, 2, 3, 4, 5, None]], "broken mask"),
         ([[1, 2, 3, 4, 5, 1e300]], "broken mask"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "broken mask"),
+        ([*BOX, [1, 2, 3, 4]], "broken mask"),
+        ([[1, 2, 9, 2, 5, 2]], "empty mask"),
         ({}, "broken mask"),
         ({"size": list(SIZE), "counts": [601]}, "broken mask"),
         ({"size": list(SIZE), "counts": ["600"]}, "broken mask"),
@@ -134,9 +137,25 @@ EMPTY = rle.encode(np.zeros(SIZE, bool))
         ([[50, 50, 60, 50, 60, 60]], "empty mask"),
     ],
 )
-def test_reasons_of_bad_segmentations(tmp_path, segmentation, expected):
-    annotations = [annotation(1), annotation(1, segmentation)]
-    assert reason(open_coco(write(tmp_path, [image(1)], annotations))) == expected
+def test_a_bad_segmentation_is_skipped_and_the_other_masks_are_used(
+    tmp_path, segmentation, expected
+):
+    annotations = [annotation(1, segmentation), annotation(1), annotation(1, segmentation)]
+    example = open_coco(write(tmp_path, [image(1)], annotations))[0]
+    assert [np.array_equal(rle.decode(mask), mask_of_box()) for mask in example.masks] == [True]
+    assert count_reasons(example.skipped) == {expected: 2}
+    assert example.skipped[1].detail.startswith("mask 2: ")
+    assert reason(open_coco(write(tmp_path, [image(1)], annotations[:1]))) == expected
+
+
+def test_an_annotation_without_a_segmentation_is_skipped(tmp_path):
+    annotations = [annotation(1), annotation(1)]
+    del annotations[0]["segmentation"]
+    example = open_coco(write(tmp_path, [image(1)], annotations))[0]
+    assert len(example.masks) == 1
+    assert [str(problem) for problem in example.skipped] == [
+        "empty mask: mask 0: it has no segmentation"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,12 +166,19 @@ def test_reasons_of_bad_segmentations(tmp_path, segmentation, expected):
         ({"file_name": "../1.jpg"}, "broken json"),
         ({"file_name": "a/../../1.jpg"}, "broken json"),
         ({"file_name": "/etc/passwd"}, "broken json"),
+        ({"file_name": "..\\1.jpg"}, "broken json"),
+        ({"file_name": "\\etc\\passwd"}, "broken json"),
+        ({"file_name": "c:\\images\\1.jpg"}, "broken json"),
         ({"file_name": "a\0.jpg"}, "missing file"),
         ({"file_name": "\ud800.jpg"}, "missing file"),
         ({"file_name": "other.png"}, "missing file"),
         ({"file_name": "."}, "missing file"),
         ({"height": None}, "broken json"),
         ({"height": "20"}, "broken json"),
+        ({"height": 20.5}, "broken json"),
+        ({"height": float("nan")}, "broken json"),
+        ({"height": float("inf")}, "broken json"),
+        ({"height": 0.0}, "broken json"),
         ({"height": 10**7, "width": 10**7}, "broken image"),
         ({"height": 21}, "size mismatch"),
     ],
@@ -172,6 +198,16 @@ def test_reasons_of_bad_images(tmp_path, fields, expected):
     assert source.name(0).startswith(folder)
 
 
+def test_honest_oddities_are_read(tmp_path):
+    """Backslashes, sizes as floats, and NaN where nobody reads it."""
+    fields = {"file_name": "train\\a\\1.jpg", "height": 20.0, "width": 30.0, "score": float("nan")}
+    images, annotations = [image(1, **fields)], [annotation(1, area=float("nan"))]
+    source = open_coco(write(tmp_path, images, annotations, info={"year": float("inf")}))
+    save(tmp_path / "images" / "train" / "a" / "1.jpg")
+    assert source.name(0) == str(tmp_path / "images" / "train" / "a" / "1.jpg")
+    assert len(source[0].masks) == 1
+
+
 def test_a_broken_image_is_a_bad_sample(tmp_path):
     source = open_coco(write(tmp_path, [image(1)], [annotation(1)]))
     data = (tmp_path / "images" / "1.jpg").read_bytes()
@@ -182,8 +218,9 @@ def test_a_broken_image_is_a_bad_sample(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be used"),
-        ('{"images": NaN}', "NaN is not a number"),
+        ("{", r"coco: .*instances\.json: Expecting property name"),
+        ('{"annotations": NaN}', "must hold a dict with a list 'annotations'"),
+        ('{"annotations": [{"image_id": NaN}]}', r"annotations\[0\] in .* must be a dict"),
         ("[" * 100_000, "nested too deeply"),
         ("[]", "must hold a dict with a list 'annotations'"),
         ('{"annotations": []}', "must hold a dict with a list 'images'"),

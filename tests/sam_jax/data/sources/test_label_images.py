@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data.example import BadSample, SourceError
+from sam_jax.data.example import BadSample, SourceError, count_reasons
+from sam_jax.data.sources import label_images
 from sam_jax.data.sources.label_images import open_labels
 from sam_jax.masks import rle
 
@@ -58,10 +59,14 @@ def assert_masks(example, labels):
         assert np.array_equal(rle.decode(mask), labels == number)
 
 
-def reason(source, index=0):
+def bad_sample(source, index=0):
     with pytest.raises(BadSample) as error:
         source[index]
-    return error.value.reason
+    return error.value
+
+
+def reason(source, index=0):
+    return bad_sample(source, index).reason
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -203,19 +208,73 @@ def test_reasons_of_bad_masks(tmp_path):
     for path in masks[3]:
         path.unlink()
     source = open_labels(folder)
-    reasons = [reason(source, 3 - i) for i in range(4)]
-    assert reasons == ["size mismatch", "empty mask", "broken mask", "no masks"]
+    for i, expected in enumerate(["size mismatch", "empty mask", "broken mask"]):
+        example = source[3 - i]
+        assert len(example.masks) == len(masks[i]) - 1
+        assert count_reasons(example.skipped) == {expected: 1}
+    assert example.skipped[0].detail == f"mask 1: {masks[2][1]} is not a PNG"
+    assert reason(source, 0) == "no masks"
     masks[3][0].parent.rmdir()
     assert reason(source, 0) == "no masks"
+    for path in masks[1]:
+        save(path, np.zeros(SIZE, np.uint8))
+    assert reason(source, 2) == "empty mask"
+
+
+def test_the_size_of_most_masks_counts(tmp_path):
+    folder = write_folders(tmp_path, [labels_of(0)])
+    first, *others = sorted((tmp_path / "9" / "masks").iterdir())
+    save(first, np.ones((3, 3), np.uint8))
+    example = open_labels(folder)[0]
+    assert len(example.masks) == len(others)
+    assert example.skipped[0].detail == "mask 0: it is 3 x 3, most are 14 x 22"
+
+
+@pytest.mark.parametrize("save_mode", ["RGBA", "LA", "P"])
+def test_masks_in_the_alpha_channel(tmp_path, save_mode):
+    folder = write_folders(tmp_path, [labels_of(0, count=1)])
+    path = next((tmp_path / "9" / "masks").iterdir())
+    alpha = np.zeros(SIZE, np.uint8)
+    alpha[2:12, 5:15] = 255
+    for color in (0, 255):
+        pixels = np.full((*SIZE, 4), color, np.uint8)
+        pixels[..., 3] = alpha
+        image = Image.fromarray(pixels)
+        image = image.quantize(4) if save_mode == "P" else image.convert(save_mode)
+        image.save(path)
+        assert rle.decode(open_labels(folder)[0].masks[0]).sum() == 100
+    opaque = np.full((*SIZE, 4), 255, np.uint8)
+    opaque[..., :3] = alpha[..., None]
+    Image.fromarray(opaque).save(path)
+    assert rle.area(open_labels(folder)[0].masks[0]) == 100
+
+
+def test_a_broken_label_map_is_named(tmp_path):
+    folder = write(tmp_path, [labels_of(0)])
+    path = tmp_path / "images" / "0_label.png"
+    content = path.read_bytes()
+    for damaged in (b"text", content[:60], content[:-30]):
+        path.write_bytes(damaged)
+        details = {str(bad_sample(open_labels(folder))) for _ in range(2)}
+        assert len(details) == 1
+        assert str(path) in details.pop()
+    noise = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE).astype(np.uint16)
+    save(path, noise)
+    assert len(open_labels(folder)[0].masks) == noise.size - 1
+
+
+def test_a_label_map_of_too_many_runs_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_images, "MAX_RUNS", 10)
+    assert "at most 10 runs" in str(bad_sample(open_labels(write(tmp_path, [labels_of(0)]))))
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "cannot be used"),
+        ("{", r"labels: .*index\.json: Expecting property name"),
         ("{}", "must hold a list of images; got a dict of 0"),
         ("[]", "must hold a list of images; got a list of 0"),
-        ("[NaN]", "NaN is not a number"),
+        ("NaN", "must hold a list of images; got nan"),
     ],
 )
 def test_errors_of_opening(tmp_path, index, message):

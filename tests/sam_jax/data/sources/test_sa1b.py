@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import tarfile
 import zlib
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax.data.example import BadSample, SourceError
+from sam_jax.data.example import BadSample, SourceError, count_reasons
 from sam_jax.data.sources import sa1b
 from sam_jax.data.sources.sa1b import open_sa1b
 from sam_jax.io import tar_index
@@ -176,11 +177,10 @@ SEGMENTATION = ("annotations", 1, "segmentation")
         ("null", "broken json"),
         (b"\xff\xfe\x00", "broken json"),
         ("[" * 100_000, "broken json"),
-        (json.dumps(record(1)).replace("0.9", "NaN"), "broken json"),
-        (json.dumps(record(1)).replace("0.9", "-Infinity"), "broken json"),
         (json.dumps(record(1)).replace("0.9", "9" * 5000), "broken json"),
         (changed(["image"], None), "broken json"),
-        (changed(["image", "height"], 24.0), "broken json"),
+        (changed(["image", "height"], 24.5), "broken json"),
+        (changed(["image", "height"], float("nan")), "broken json"),
         (changed(["image", "height"], True), "broken json"),
         (changed(["image", "width"], 0), "broken json"),
         (changed(["image", "width"], 10**400), "broken json"),
@@ -188,22 +188,71 @@ SEGMENTATION = ("annotations", 1, "segmentation")
         (changed(["image", "height"], 25), "size mismatch"),
         (changed(["annotations"], {}), "broken json"),
         (changed(["annotations"], []), "no masks"),
-        (changed(["annotations", 0], "mask"), "broken json"),
-        (changed(["annotations", 0], {}), "broken json"),
+    ],
+)
+def test_reasons_of_bad_jsons(tmp_path, content, expected):
+    write(tmp_path, 1, content)
+    assert reason(open_sa1b(str(tmp_path))) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (changed(["annotations", 1], "mask"), "broken json"),
+        (changed(["annotations", 1], {}), "broken json"),
         (changed(SEGMENTATION, None), "broken mask"),
         (changed(SEGMENTATION, [[1, 2, 3, 4, 5, 6]]), "broken mask"),
         (changed([*SEGMENTATION, "counts"], "~"), "broken mask"),
         (changed([*SEGMENTATION, "counts"], "0"), "broken mask"),
         (changed([*SEGMENTATION, "counts"], [1.5]), "broken mask"),
+        (changed([*SEGMENTATION, "counts"], [float("nan")]), "broken mask"),
         (changed([*SEGMENTATION, "size"], 3), "broken mask"),
         (changed([*SEGMENTATION, "size"], [10**30, 1]), "broken mask"),
         (changed(SEGMENTATION, OTHER), "size mismatch"),
         (changed(SEGMENTATION, EMPTY), "empty mask"),
     ],
 )
-def test_reasons_of_bad_jsons(tmp_path, content, expected):
+def test_a_bad_mask_is_skipped_and_the_other_is_used(tmp_path, content, expected):
     write(tmp_path, 1, content)
-    assert reason(open_sa1b(str(tmp_path))) == expected
+    source = open_sa1b(str(tmp_path))
+    assert source[0].masks == [record(1)["annotations"][0]["segmentation"]]
+    assert count_reasons(source[0].skipped) == {expected: 1}
+    del content["annotations"][0]
+    write(tmp_path, 1, content)
+    assert reason(source) == expected
+
+
+def test_nan_where_nobody_reads_it(tmp_path):
+    for value in ("NaN", "-Infinity"):
+        write(tmp_path, 1, json.dumps(record(1)).replace("0.9", value))
+        assert len(open_sa1b(str(tmp_path))[0].masks) == 2
+
+
+def test_a_broken_json_is_named(tmp_path):
+    write(tmp_path, 1, "{")
+    with pytest.raises(BadSample, match=r"sa_1\.json: Expecting property name"):
+        open_sa1b(str(tmp_path))[0]
+
+
+def test_images_and_jsons_in_separate_folders_and_tars(folder, tmp_path):
+    (tmp_path / "jsons").mkdir()
+    for number in IDS[:3]:
+        os.rename(folder / f"sa_{number}.json", tmp_path / "jsons" / f"sa_{number}.json")
+    source = open_sa1b(str(tmp_path))
+    assert len(source) == len(IDS)
+    examples = [source[i] for i in range(len(IDS))]
+    for i, number in enumerate(IDS):
+        assert source.name(i) == str(folder / f"sa_{number}.jpg")
+        assert examples[i].masks == [a["segmentation"] for a in record(number)["annotations"]]
+    pack(tmp_path / "jsons", tmp_path / "jsons.tar")
+    shutil.rmtree(tmp_path / "jsons")
+    source = open_sa1b(str(tmp_path))
+    assert all(same(source[i], example) for i, example in enumerate(examples))
+    # Two files next to each other go before files in separate folders.
+    write(tmp_path / "whole", 20, record(20, masks=1))
+    source = open_sa1b(str(tmp_path))
+    assert source.name(1) == str(tmp_path / "whole" / "sa_20.jpg")
+    assert len(source[1].masks) == 1
 
 
 @pytest.mark.parametrize(
@@ -318,7 +367,10 @@ def test_headers_are_read_once(packed, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty", "folder", "values", "shape"])
+DAMAGES = ("cut", "flip", "text", "empty", "folder", "pipe", "values", "sizes", "shape", "deflated")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_index_is_rewritten(packed, monkeypatch, damage):
     expected, path = open_sa1b(packed), f"{packed}.index.npz"
     with open(path, "rb") as file:
@@ -329,8 +381,17 @@ def test_a_damaged_index_is_rewritten(packed, monkeypatch, damage):
     os.remove(path)
     if damage == "folder":
         os.mkdir(path)
-    elif damage in ("values", "shape"):
-        np.savez(path, stamp=stamp, rows=-rows if damage == "values" else rows[:, :3])
+    elif damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "deflated":
+        np.savez_compressed(path, stamp=stamp, rows=rows)
+    elif damage in ("values", "sizes", "shape"):
+        changed = {
+            "values": -rows,
+            "sizes": rows + np.array([0, 0, 0, 1 << 31]),
+            "shape": rows[:, :3],
+        }
+        np.savez(path, stamp=stamp, rows=changed[damage])
     else:
         written = {"cut": data[:-30], "flip": data, "text": b"text", "empty": b""}[damage]
         with open(path, "wb") as file:
@@ -374,7 +435,7 @@ def test_other_processes_read_the_same(packed, method):
 def test_a_source_is_small_and_can_be_pickled(packed):
     source = open_sa1b(packed)
     numbers = (source.container, source.key, source.offset, source.size)
-    assert sum(n.nbytes for n in numbers) == 36 * len(IDS)
+    assert sum(n.nbytes for n in numbers) == 40 * len(IDS)
     assert same(pickle.loads(pickle.dumps(source))[2], source[2])
 
 
