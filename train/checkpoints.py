@@ -6,7 +6,6 @@ the array was restored. A damaged checkpoint is renamed and kept, and the one be
 checkpoint that cannot be read for any other reason stops the run, and nothing is changed.
 """
 
-import contextlib
 import functools
 import gc
 import logging
@@ -153,9 +152,17 @@ class Checkpoints:
             )
 
     def close(self) -> None:
-        """Waits until everything is saved. A checkpoint that cannot be saved is logged."""
-        self._finish_saving()
-        if not self.failed:
+        """Waits until everything is saved. A checkpoint that cannot be saved is logged.
+
+        Hosts do not wait for each other here, since another host may have failed.
+        """
+        if self._saving is not None:
+            if reason := failure_of(self.manager.wait_until_finished):
+                self._give_up(self._saving, reason)
+            else:
+                self.manager.close()
+            self._saving = None
+        elif not self.failed:
             self.manager.close()
 
     def _restore_step(self, step: int, make_state: Callable[[int], TrainState]) -> TrainState:
@@ -252,26 +259,25 @@ class Checkpoints:
 
     def _try_to_save(self, step: int, action: Callable[[], Any]) -> bool:
         """Returns True if a part of saving succeeded on all hosts; otherwise logs the reason."""
-        reason = None
-        try:
-            action()
-        except Exception as error:  # orbax raises bare ones
-            reason = _one_line(error)
+        reason = failure_of(action)
         if not max_over_hosts(int(reason is not None)):
             return True
+        self._give_up(step, reason or "another host failed")
+        return False
+
+    def _give_up(self, step: int, reason: str) -> None:
+        """Logs that a checkpoint could not be saved, and closes the manager.
+
+        The manager keeps the error and unfinished tasks. The next save opens the folder again.
+        """
         self.failed += 1
         log.warning(
-            "checkpoint %d could not be saved: %s; the run continues",
-            step,
-            reason or "another host failed",
+            "checkpoint %d could not be saved: %s; the ones before it are kept", step, reason
         )
-        # The manager keeps the error and unfinished tasks. The next save opens the folder again.
-        with contextlib.suppress(Exception):  # the same error again
-            self.manager.close()
+        failure_of(self.manager.close)  # the same error again
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             gc.collect()  # the unfinished tasks
-        return False
 
 
 def open_manager(folder: epath.Path) -> ocp.CheckpointManager:
@@ -402,6 +408,15 @@ def _unreadable(folder: epath.Path, error: OSError) -> CheckpointError:
         f"{folder} cannot be read: {error}. Nothing was changed. Make it readable and start again, "
         f"or rename it to {folder.name}.damaged to resume from the checkpoint before it"
     )
+
+
+def failure_of(action: Callable[[], Any]) -> str | None:
+    """Calls a function and returns the message of the error that it raises, or None."""
+    try:
+        action()
+    except Exception as error:  # orbax raises bare ones
+        return _one_line(error)
+    return None
 
 
 def _one_line(error: BaseException) -> str:

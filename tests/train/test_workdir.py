@@ -43,6 +43,24 @@ def test_values_that_are_not_finite_are_written_as_null(tmp_path):
     }
 
 
+@pytest.mark.parametrize("content", ["", '{"model": {"image_', "[]", "\0\0\0\0"])
+def test_a_damaged_config_is_repaired_from_a_checkpoint(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"config.json is damaged, and no checkpoint holds"):
+        check_or_create(tmp_path, tiny, 0)
+    assert (tmp_path / "config.json").read_text() == content
+    for step in (2, 4, 10):
+        folder = tmp_path / "checkpoints" / str(step) / "record"
+        folder.mkdir(parents=True)
+        config = tiny if step == 4 else dataclasses.replace(tiny, seed=step)
+        record = json.dumps(make_record(step, config, {}, {}))
+        (folder / "metadata").write_text(record if step < 10 else record[:99])
+    with pytest.raises(ConfigError, match="seed was 0, is 3"):
+        check_or_create(tmp_path, dataclasses.replace(tiny, seed=3), 0)
+    check_or_create(tmp_path, tiny, 0)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(tiny)
+
+
 def test_images_used_in_part_are_listed_and_not_counted(tmp_path):
     bad_samples = BadSamples(tmp_path / "bad_samples.jsonl", 0.1, 10)
     partial = [
@@ -119,21 +137,3 @@ def test_a_list_of_bad_samples_that_cannot_be_written_does_not_end_a_run(tmp_pat
     assert "one.jpg is unusable, and cannot be listed: [Errno 2]" in caplog.text
     with pytest.raises(ConfigError, match="3 of 4 images are unusable"):
         samples.add([SkippedSample(i, f"{i}.jpg", "broken image", "") for i in (2, 3)])
-
-
-@pytest.mark.parametrize("content", ["", '{"model": {"image_', "[]", "\0\0\0\0"])
-def test_a_damaged_config_is_repaired_from_a_checkpoint(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"config.json is damaged, and no checkpoint holds"):
-        check_or_create(tmp_path, tiny, 0)
-    assert (tmp_path / "config.json").read_text() == content
-    for step in (2, 4, 10):
-        folder = tmp_path / "checkpoints" / str(step) / "record"
-        folder.mkdir(parents=True)
-        config = tiny if step == 4 else dataclasses.replace(tiny, seed=step)
-        record = json.dumps(make_record(step, config, {}, {}))
-        (folder / "metadata").write_text(record if step < 10 else record[:99])
-    with pytest.raises(ConfigError, match="seed was 0, is 3"):
-        check_or_create(tmp_path, dataclasses.replace(tiny, seed=3), 0)
-    check_or_create(tmp_path, tiny, 0)
-    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(tiny)
