@@ -104,7 +104,8 @@ class Watchdog:
             self._end(waited)
         elif waited >= self._warn_after and not self._activity and not self._has_warned:
             self._has_warned = True
-            print(f"train: {self._message(waited)}", file=sys.stderr, flush=True)
+            # On a new line, after the progress bar.
+            print(f"\ntrain: {self._message(waited)}", file=sys.stderr, flush=True)
 
     def _limit(self) -> float:
         if self._activity or not self._durations:  # nobody knows how long the first step takes

@@ -1,9 +1,19 @@
-"""Tests of the watchdog with a fake clock, and of its thread."""
+"""Tests of the watchdog with a fake clock, and in a run whose data stops."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from tests import compilation
+from tests.processes import is_alive, wait_until
+from tests.train.running import CONFIG, ROOT
+from train.metrics import read_rows
 from train.watchdog import Watchdog
 
 
@@ -129,3 +139,55 @@ def test_the_thread_ends_a_run_and_ends_with_the_block(tmp_path):
     with watchdog:
         assert ended.wait(60)
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+TRAIN = """
+import functools, sys
+import train.run
+from train import __main__ as command, peers
+from train.watchdog import Watchdog
+
+if __name__ == "__main__":
+    train.run.Watchdog = functools.partial(Watchdog, min_step_limit=3, warn_after=1)
+    sys.exit(peers.end_together(command.main))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_whose_data_worker_is_stopped_says_so_and_ends(tmp_path):
+    config, script = tmp_path / "small.py", tmp_path / "main.py"
+    config.write_text(CONFIG)
+    script.write_text(TRAIN)
+    command = [sys.executable, script, config, "--workdir", tmp_path / "run"]
+    command += ["--set", "num_steps=100000", "data.workers=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": compilation.XLA_FLAGS}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    timer = threading.Timer(300, process.kill)
+    timer.start()
+    with process:
+        while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task").glob("*/children")
+        pids = [int(pid) for path in children for pid in path.read_text().split()]
+        (worker,) = [pid for pid in pids if "spawn_main" in read_command(pid)]
+        os.kill(worker, signal.SIGSTOP)
+        error = process.stderr.read()
+    timer.cancel()
+    assert process.returncode == 75, error
+    lines = [line for line in error.splitlines() if line.startswith("train: ")]
+    reason = f"process {worker}, which loads data, is stopped"
+    assert len(lines) == 2, error
+    assert all(line.startswith("train: no step has finished for ") for line in lines), error
+    assert all(f" s; {reason}" in line for line in lines), error
+    stacks = tmp_path / "run" / "stacks.txt"
+    assert lines[-1].endswith(f"; the stacks of all threads are in {stacks}"), error
+    assert "train_stage" in stacks.read_text()
+    assert "Traceback" not in error
+    wait_until(lambda: not is_alive(worker))
+
+
+def read_command(pid):
+    """Returns the command line of a process."""
+    return Path(f"/proc/{pid}/cmdline").read_text()

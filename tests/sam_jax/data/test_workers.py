@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from sam_jax.data.example import Example, SourceError
 from sam_jax.data.loader import Loader
 from sam_jax.data.segmentation_batch import SegmentationTransform
 from sam_jax.data.sources.synthetic import SyntheticScenes
+from tests.processes import is_alive, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -53,21 +53,6 @@ if __name__ == "__main__":
     while True:
         next(batches)
 """
-
-
-def is_alive(pid):
-    """Returns False for processes that ended, also if their parent has not noticed it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
