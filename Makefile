@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train pretrain test test-slow test-colabs test-reference test-tpu lint docs docs-links bench clean
+.PHONY: install train pretrain test test-slow test-long test-colabs test-reference test-tpu lint docs docs-links bench clean
 
 install: .venv/test
 
@@ -33,10 +33,13 @@ pretrain: .venv/test
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-		-m 'not slow and not reference and not colab and not tpu'
+		-m 'not slow and not long and not reference and not colab and not tpu'
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+test-long: .venv/test
+	$(BIN)/python -m pytest -m long
 
 test-colabs: .venv/test
 	$(BIN)/python -m pytest -m colab

@@ -105,7 +105,7 @@ class Checkpoints:
             be damaged cannot be read.
           ConfigError: If that one is of a run with another configuration or other images.
         """
-        hide_remaining_reads()
+        hide_remaining_errors()
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 return self._restore_step(step, make_state)
@@ -143,9 +143,9 @@ class Checkpoints:
                 self.manager = open_manager(self.folder)
             self.manager.save(step, args=args)
 
-        if self._try_to_save(step, start):
+        if self.failed < MAX_FAILED_SAVES and self._try_to_save(step, start):
             self._saving = step
-        elif self.failed >= MAX_FAILED_SAVES:
+        if self.failed >= MAX_FAILED_SAVES:
             raise CheckpointError(
                 f"the last {self.failed} checkpoints could not be saved to {self.folder}; see the "
                 "reasons above. With these removed, the same command resumes the run"
@@ -320,8 +320,8 @@ def on_all_hosts(action: Callable[[], Result]) -> Result:
 
 
 @functools.cache
-def hide_remaining_reads() -> None:
-    """Hides errors of orbax's other reads, which it leaves behind when one of them has failed.
+def hide_remaining_errors() -> None:
+    """Hides errors of orbax's other reads and writes, which go on when one of them has failed.
 
     They would be printed with their tracebacks, perhaps much later.
     """
@@ -333,6 +333,9 @@ def hide_remaining_reads() -> None:
             hook(unraisable)
 
     sys.unraisablehook = hide
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
 
 
 def _read_record(folder: epath.Path) -> dict[str, Any] | None:

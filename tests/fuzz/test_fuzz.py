@@ -27,7 +27,7 @@ def test_mutated_files_are_read_or_refused(name, tmp_path, monkeypatch):
     assert "antigravity" not in sys.modules
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", TABLES)
 def test_20_000_mutated_files_are_read_or_refused(name):
     command = [sys.executable, "-m", "tests.fuzz", "--count", "20000", "--table", name]

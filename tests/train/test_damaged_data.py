@@ -11,7 +11,7 @@ from tests.train.running import CONFIG, finish, losses, start_run
 HELD_OUT = 30
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_lists_all_damage_and_is_repeatable(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # the names of the images are not
     config, corpus = tmp_path / "small.py", tmp_path / "corpus"

@@ -12,7 +12,7 @@ import sam_jax
 from tests.train.running import CONFIG, finish, losses, start_run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hosts_with_four_devices_match_one_host_with_eight(tmp_path):
     config = tmp_path / "small.py"
     config.write_text(CONFIG)

@@ -31,7 +31,7 @@ def count_rows(workdir):
     return len(read_rows(path)) if path.exists() else 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_runs_that_are_killed_twenty_times_have_the_same_result(context, tmp_path):
     config = tmp_path / "small.py"
     config.write_text(CONFIG)
@@ -71,7 +71,7 @@ def test_two_runs_that_are_killed_twenty_times_have_the_same_result(context, tmp
         assert "Traceback" not in (tmp_path / f"{name}.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_save_that_is_killed_at_ten_places_leaves_the_checkpoint_before_it(context, tmp_path):
     mesh = make_mesh(8)
     before = tmp_path / "before"

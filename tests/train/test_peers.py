@@ -164,7 +164,7 @@ def config(tmp_path):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_process_ends_the_other(config, tmp_path, victim):
     pair = start_pair(config, tmp_path / "run", "batch_size=4", "num_steps=100000", devices=2)
@@ -185,7 +185,7 @@ def test_a_frozen_process_ends_the_other(config, tmp_path, victim):
     assert seconds < longest_end()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_supervised_processes_of_which_either_is_killed_have_the_same_result(tmp_path):
     config = tmp_path / "autoencoder.py"
     config.write_text(AUTOENCODER)
@@ -230,7 +230,7 @@ def child_of(supervisor):
     return int(children[0]) if children else None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_run_in_one_workdir_is_rejected(config, tmp_path):
     first = start_run(config, tmp_path / "run", "num_steps=100000")
     try:

@@ -41,7 +41,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_threads_and_open_files_do_not_grow(tmp_path):
     config, script = tmp_path / "autoencoder.py", tmp_path / "main.py"

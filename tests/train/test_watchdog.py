@@ -153,7 +153,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_whose_data_worker_is_stopped_says_so_and_ends(tmp_path):
     config, script = tmp_path / "small.py", tmp_path / "main.py"

@@ -55,7 +55,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_processes_are_named_if_stopped_reported_if_killed_and_end_with_the_run(tmp_path):
     script = tmp_path / "load.py"
