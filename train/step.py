@@ -57,7 +57,7 @@ def make_step(
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             new = optax.apply_updates(state.params, updates), opt_state
             old = state.params, state.opt_state
-            # XLA fuses the selection with the update, so that it costs no pass over the state.
+            # XLA fuses the selection with the update, which has to wait for the norm.
             params, opt_state = jax.tree.map(functools.partial(jnp.where, is_finite), new, old)
             state = dataclasses.replace(
                 state, step=state.step + 1, params=params, opt_state=opt_state
