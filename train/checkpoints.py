@@ -275,9 +275,7 @@ class Checkpoints:
             "checkpoint %d could not be saved: %s; the ones before it are kept", step, reason
         )
         failure_of(self.manager.close)  # the same error again
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            gc.collect()  # the unfinished tasks
+        drop_unfinished_tasks()
 
 
 def open_manager(folder: epath.Path) -> ocp.CheckpointManager:
@@ -338,6 +336,16 @@ def hide_remaining_errors() -> None:
     )
 
 
+def drop_unfinished_tasks() -> None:
+    """Drops reads and writes that orbax has not begun because another one has failed.
+
+    Otherwise Python would warn of each of them, perhaps much later.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        gc.collect()
+
+
 def _read_record(folder: epath.Path) -> dict[str, Any] | None:
     try:
         return read_record(str(folder))
@@ -377,6 +385,7 @@ def _read_state(folder: epath.Path, target: Any, record: dict[str, Any] | None) 
                     f"{folder} needs more memory than there is: {reason}. Use more devices, or a "
                     "larger fsdp"
                 ) from error
+        drop_unfinished_tasks()
         try:
             _read_all_bytes(str(folder))
         except OSError as error:
