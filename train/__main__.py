@@ -12,6 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sam_jax.data.example import SourceError
 from sam_jax.io.console import escape_output
+from sam_jax.io.tpu import has_tpu, silence_libtpu
 from train import peers
 from train.checkpoints import CheckpointError
 from train.config import ConfigError
@@ -20,8 +21,11 @@ from train.overrides import load_config, override, to_json
 from train.preemption import Stopped, StopSignals, kill_children
 from train.run import run
 
-# Programs for accelerators take minutes to compile. The next run finds them here.
+# Large programs take minutes to compile. The next run finds them here.
 COMPILATION_CACHE = Path.home() / ".cache" / "sam_jax" / "compiled"
+
+
+log = logging.getLogger("train")
 
 
 def main() -> int:
@@ -31,6 +35,7 @@ def main() -> int:
       0 done, 1 failed, 2 wrong usage, 130 stopped by SIGINT, 143 stopped by SIGTERM.
     """
     escape_output()
+    silence_libtpu()
     args = make_parser().parse_args()
     # Some import has configured the root logger before.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
@@ -39,6 +44,8 @@ def main() -> int:
         with signals.installed(), logging_redirect_tqdm():
             if connect(args.coordinator, args.processes, args.process):
                 signals.connect()
+            # Other hosts log the same: only warnings of them are of interest.
+            log.setLevel(logging.WARNING if jax.process_index() else logging.INFO)
             train(args, signals)
     except Stopped as stop:
         print(f"train: {stop}", file=sys.stderr)
@@ -55,9 +62,10 @@ def train(args: argparse.Namespace, signals: StopSignals) -> None:
     """Runs the config of the command line."""
     jax_config: Any = jax.config  # whose options are not known to type checkers
     config = override(load_config(args.config), args.set)
-    if jax.default_backend() != "cpu" and not jax_config.jax_compilation_cache_dir:
+    if not jax_config.jax_compilation_cache_dir:
         jax_config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
-    print(to_json(config), end="", flush=True)
+    if args.verbose:
+        print(to_json(config), end="", flush=True)
     run(config, args.workdir, signals)
 
 
@@ -75,6 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FIELD=VALUE",
         help="replace fields of the config, e.g. optimizer.peak_lr=1e-4 num_steps=60",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print all fields of the config, as JSON"
     )
     hosts = parser.add_argument_group("several hosts; TPU pods need none of these options")
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
@@ -94,8 +105,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     Returns:
       Whether there are other hosts to connect to.
     """
-    has_tpu = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    if not coordinator and not has_tpu:
+    if not coordinator and not has_tpu():
         return False
     peers.connect(coordinator, processes, process)
     return True

@@ -30,8 +30,8 @@ def print_mask_summary(model: Sam, loader: Loader) -> None:
     """
     batches = load_batches(loader)
     summary = summarize_resolution(choose_masks(batches), model.image_size, model.low_res)
-    print(f"resolution: {format_resolution(summary)}")
-    print(describe_slots(batches), flush=True)
+    print(f"masks    {format_resolution(summary)}")
+    print(f"slots    {describe_slots(batches)}", flush=True)
     if summary["bound"] < LOW_BOUND:
         log.warning(
             "the model's resolution is low for these masks: a larger model.image_encoder.image_size"
@@ -64,7 +64,7 @@ def choose_masks(batches: Sequence[Batch]) -> list[Bool[np.ndarray, "h w"]]:
 def describe_slots(batches: Sequence[Batch]) -> str:
     """Describes how many of the mask slots of batches hold masks."""
     share = float(np.mean([batch.valid for batch in batches]))
-    text = f"mask slots: {share:.0%} hold masks".replace("%", " %")
+    text = f"{100 * share:.0f} % of the mask slots of a batch hold masks"
     if share < 1:
         text += "; the others cost as much"
     if share < FEW_MASKS:

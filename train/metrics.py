@@ -17,6 +17,9 @@ from tqdm import tqdm
 from sam_jax.io.atomic import replace_nonfinite, write_json_lines
 
 T = TypeVar("T")
+Row = dict[str, Any]  # a row of metrics.jsonl or of evaluations.jsonl
+
+SECONDS_PER_LINE = 20
 
 log = logging.getLogger("train")
 
@@ -26,6 +29,9 @@ class Metrics:
 
     `metrics.jsonl` has one object per logged step, `evaluations.jsonl` one per evaluation. A
     resumed run first drops the rows after its checkpoint, so that no step occurs twice.
+
+    A terminal shows a progress bar. In other output there is a line instead, for the logged steps
+    that are at least SECONDS_PER_LINE apart.
 
     If values cannot be written, for instance because the disk is full, they are lost, but the run
     goes on.
@@ -49,10 +55,12 @@ class Metrics:
         for path in (self.path, self.evaluations):
             drop_rows_after(path, start)
         self.board = Board(workdir / "tensorboard", start)
-        self.bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
+        self.stop = stop
+        self.bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True, disable=None)
         self.batch_size = 1
         self.peak_step_seconds: float | None = None
         self._last_log = (time.perf_counter(), start)
+        self._last_line = -math.inf
         self._waited = 0.0
         self._is_failing = False
 
@@ -103,7 +111,13 @@ class Metrics:
             bar["MFU"] = speed["mfu"]
         self._last_log, self._waited = (now, step), 0.0
         self._write(self.path, step, values | speed, values | speed)
-        self.bar.set_postfix({k: f"{v:.3g}" for k, v in bar.items() if v is not None})
+        texts = {name: f"{value:.3g}" for name, value in bar.items() if value is not None}
+        if not self.bar.disable:
+            self.bar.set_postfix(texts)
+        elif now - self._last_line > SECONDS_PER_LINE or step == self.stop:
+            self._last_line = now
+            described = ", ".join(f"{name} {text}" for name, text in texts.items())
+            log.info("step %d of %d: %s", step, self.stop, described)
 
     def has_evaluation(self, step: int) -> bool:
         """Returns whether the evaluation after a step was written."""

@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,17 +43,21 @@ from train.sharding import (
 )
 from train.state import TrainState, init_state
 from train.step import make_step
+from train.summary import describe_run, format_summary, write_summary
 from train.tasks.base import Task, make_task
 from train.watchdog import Watchdog
 from train.workdir import BadSamples, check_or_create, lock, write_evaluation
+
+log = logging.getLogger("train")
 
 
 def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = None) -> None:
     """Trains, or resumes the run in the workdir; then evaluates and reports.
 
-    Afterwards the workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/, weights/
-    (for `sam_jax.load`), evaluation.json, objects.jsonl and report/; also bad_samples.jsonl and
-    profile/ if there were any. It may be in an object store (gs://...), see `remote_workdir.py`.
+    Afterwards the workdir holds config.json, summary.json, metrics.jsonl, tensorboard/,
+    checkpoints/, weights/ (for `sam_jax.load`), evaluation.json, objects.jsonl and report/; also
+    bad_samples.jsonl and profile/ if there were any. It may be in an object store (gs://...), see
+    `remote_workdir.py`.
 
     On several hosts, each host reads its share of every batch and saves its shards of the
     checkpoints. The variables are gathered on all hosts for evaluations. The lead host evaluates
@@ -88,9 +95,15 @@ def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = 
         check_or_create(
             remote.folder, config, num_bytes, is_lead_host(), remote.address, remote.checkpoints
         )
+        if is_lead_host():
+            summary = describe_run(
+                config, mesh, variables["params"], train_split, eval_split, remote.address
+            )
+            print(format_summary(summary), flush=True)
+            write_summary(remote.folder, summary)
+            if isinstance(config.model, Sam):
+                print_mask_summary(config.model, make_loader(config, task, train_split))
         remote.push()
-        if is_lead_host() and isinstance(config.model, Sam):
-            print_mask_summary(config.model, make_loader(config, task, train_split))
         meet("start of the training")
         state = train_loop(config, task, remote, mesh, variables, train_split, eval_split, signals)
         variables = gather_variables(mesh, state)
@@ -161,6 +174,8 @@ def train_loop(
     checkpoints = Checkpoints(remote.checkpoints, mesh, config, data)
     state = checkpoints.restore(make_state) or make_state(0)
     done = int(state.step)
+    if done:
+        log.info("resuming from step %d", done)
 
     folder = remote.folder
     bad_samples = BadSamples(
@@ -295,7 +310,8 @@ def train_stage(
             if metrics and done in config.profile[:1]:
                 jax.profiler.start_trace(context.remote.folder / "profile")
             batch = batch_transform(batch)
-            with jax.transfer_guard("disallow"):
+            compilation = log_compilation() if done == start + 1 else contextlib.nullcontext()
+            with compilation, jax.transfer_guard("disallow"):
                 state, values = step(state, shard_batch(mesh, batch))
             context.bad_steps.add(done, values.pop("is_finite"))
             watchdog.advance(values["loss"])
@@ -321,6 +337,15 @@ def train_stage(
             if is_stopped:
                 raise context.signals.stopped(done)
     return state
+
+
+@contextlib.contextmanager
+def log_compilation() -> Iterator[None]:
+    """Logs that the first step of a stage is compiled, and how long that took."""
+    log.info("compiling the step ...")
+    start = time.perf_counter()
+    yield
+    log.info("compiled in %.1f s", time.perf_counter() - start)
 
 
 def save(done: int, state: TrainState, context: Context) -> None:

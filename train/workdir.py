@@ -97,7 +97,7 @@ def check_or_create(
             raise ConfigError(f"{name}/{folder} is a file, and the run needs a folder: rename it")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     # A resumed run replaces the checkpoints and the weights that it has written.
-    needed = num_bytes - sum(size_of(workdir / folder) for folder in FOLDERS)
+    needed = num_bytes - sum(replaceable_size(workdir / folder) for folder in FOLDERS)
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(
             f"{name} needs {needed / 2**20:.0f} MiB of disk space; {free / 2**20:.0f} MiB are free"
@@ -125,8 +125,7 @@ def _read_config(path: Path, checkpoints: str) -> dict[str, Any]:
     config = newest_config(checkpoints)
     if config is None:
         raise ConfigError(
-            f"{path} is damaged, and no checkpoint holds its values: choose another --workdir, or "
-            "restore the file from the output of the run, which begins with it"
+            f"{path} is damaged, and no checkpoint holds its values: choose another --workdir"
         )
     log.warning("%s is damaged; its values are taken from the newest checkpoint", path)
     return config
@@ -149,9 +148,10 @@ def write_evaluation(
         write_json_lines(workdir / "objects.jsonl", objects)
 
 
-def size_of(folder: Path) -> int:
-    """Returns the number of bytes of all files in a folder; 0 if there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def replaceable_size(folder: Path) -> int:
+    """Returns the bytes of all files in a folder, except those of damaged checkpoints."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files if ".damaged" not in str(path))
 
 
 class BadSamples:

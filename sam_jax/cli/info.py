@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import jax
 
@@ -11,7 +12,11 @@ import sam_jax
 from sam_jax.cli.help_texts import WEIGHTS_HELP
 from sam_jax.weights.formats import load
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "einops", "scipy", "pillow", "safetensors")
+# The packages that results depend on. Those of extras may be missing.
+PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "einops"),
+    *("scipy", "pillow", "safetensors", "matplotlib"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    print(f"sam_jax    {sam_jax.__version__}")
-    print(f"python     {platform.python_version()} on {platform.platform()}")
+    _print_line("sam_jax", f"{sam_jax.__version__}, in {Path(sam_jax.__file__).parent}")
+    _print_line("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package:10} {importlib.metadata.version(package)}")
+        _print_line(package, _version(package))
     for device in jax.devices():
-        print(f"device     {device} ({device.device_kind}){_memory_usage(device)}")
+        _print_line("device", f"{device} ({device.device_kind}){_memory_usage(device)}")
     if args.weights is not None:
         _print_model(args.weights)
+
+
+def _print_line(name: str, value: str) -> None:
+    print(f"{name:16} {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _memory_usage(device: jax.Device) -> str:
@@ -44,5 +60,5 @@ def _memory_usage(device: jax.Device) -> str:
 def _print_model(path: str) -> None:
     model, variables = load(path)
     count = sum(x.size for x in jax.tree.leaves(variables["params"]))
-    print(f"weights    {path}: {count:,} trainable parameters, {4 * count / 2**20:.0f} MiB")
+    _print_line("weights", f"{path}: {count:,} trainable parameters, {4 * count / 2**20:.0f} MiB")
     print(model)

@@ -6,9 +6,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import sam_jax
 from sam_jax.cli.former_spellings import translate
 from sam_jax.cli.lazy_parser import LazyParser
 from sam_jax.io.console import escape_output
+from sam_jax.io.tpu import silence_libtpu
 
 # The help text of each verb, and the module that defines its add_arguments(parser) and run(args).
 VERBS = {
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: With exit code 2 after wrong usage, and 0 after --help.
     """
     escape_output()
+    silence_libtpu()
     args = make_parser().parse_args(translate(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args) or 0
@@ -51,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sam-jax",
         description="Segment Anything in JAX. `sam-jax VERB --help` describes a verb.",
     )
+    parser.add_argument("--version", action="version", version=f"sam_jax {sam_jax.__version__}")
     verbs = parser.add_subparsers(
         dest="verb", required=True, metavar="VERB", parser_class=LazyParser
     )

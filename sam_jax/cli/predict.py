@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
     image = read_image(args.image)
     predictor.set_image(image, tiles=args.tiles)
     masks, scores = predict_masks(predictor, prompt, num_masks)
+    for text in outside_of_image(prompt, image.shape[:2]):
+        print(f"warning: {text}", file=sys.stderr)
     records = make_records(masks, scores)
     write_pictures(folder, image, prompt, masks, records)
     # Last: the folder is complete if it has a masks.json.
@@ -119,6 +122,29 @@ def run(args: argparse.Namespace) -> None:
             f"{record['area']} pixels"
         )
     print(f"overlay.png, masks and masks.json are in {args.out}")
+
+
+def outside_of_image(prompt: Prompt, size: tuple[int, int]) -> list[str]:
+    """Describes the points of a prompt, and the box, that lie outside of an image.
+
+    The model accepts them, but they are more likely mistakes, for instance in the order of x and y.
+
+    Args:
+      prompt: The prompt.
+      size: (height, width) of the image in pixels.
+    """
+    height, width = size
+    where = f"lies outside of the image, which is {width} pixels wide and {height} pixels high"
+    texts = [
+        f"--point {x:g},{y:g} {where}"
+        for x, y in prompt.points
+        if not (0 <= x <= width and 0 <= y <= height)
+    ]
+    if prompt.box is not None:
+        left, top, right, bottom = prompt.box
+        if right < 0 or bottom < 0 or left > width or top > height:
+            texts.append(f"--box {','.join(f'{x:g}' for x in prompt.box)} {where}")
+    return texts
 
 
 def predict_masks(

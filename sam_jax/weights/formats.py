@@ -1,5 +1,6 @@
 """Reads and writes models with their weights, in any of the supported formats."""
 
+import difflib
 import logging
 import os
 import re
@@ -120,9 +121,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Sam, dict[str, Any]]:
       path: A weights directory, a Hugging Face folder, or a `.pth` or safetensors file with
         official or Hugging Face names; "sam_vit_b", "sam_vit_l" or "sam_vit_h" for an official
         file, which is downloaded once; or a model that the package contains: "sam_tiny", which was
-        trained on generated scenes, or "sam_nuclei", on microscopy images. A plain vision
-        transformer (MAE, DINOv2, timm, transformers' ViT), in a file or a Hugging Face folder,
-        becomes the encoder of an untrained model.
+        trained on generated scenes, "sam_nuclei", on microscopy images, or "sam_photo", on
+        photographs. A plain vision transformer (MAE, DINOv2, timm, transformers' ViT), in a file or
+        a Hugging Face folder, becomes the encoder of an untrained model.
 
     Returns:
       The model and its {"params", "constants"}, float32 arrays on the default device.
@@ -324,9 +325,12 @@ def _read_state(path: Path) -> dict[Any, Any]:
         return huggingface.read(path)
     if path.is_file():
         return safetensors_file.read(path) if _is_safetensors(path) else torch_file.read(path)
+    names = [*download.OFFICIAL, *PACKAGED]
+    near = difflib.get_close_matches(str(path), names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
     raise FileNotFoundError(
-        f"no weights at {path}: pass a weights directory, a .pth or safetensors file, a "
-        f"Hugging Face folder, or one of {', '.join([*download.OFFICIAL, *PACKAGED])}"
+        f"no weights at {path}{hint}: pass a weights directory, a .pth or safetensors file, a "
+        f"Hugging Face folder, or one of {', '.join(names)}"
     )
 
 

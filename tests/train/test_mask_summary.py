@@ -43,8 +43,8 @@ def test_masks_that_are_large_enough_have_no_warning(capsys, caplog):
     with caplog.at_level(logging.WARNING):
         print_mask_summary(MODEL, loader(squares(100, 2), 2))
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("resolution: objects are 25.0 decoder pixels long")
-    assert second == "mask slots: 100 % hold masks"
+    assert first.startswith("masks    objects are 25.0 decoder pixels long")
+    assert second == "slots    100 % of the mask slots of a batch hold masks"
     assert not caplog.records
 
 
@@ -53,7 +53,7 @@ def test_masks_that_are_too_small_have_a_warning_that_names_fields(capsys, caplo
         print_mask_summary(MODEL, loader(squares(7, 1), 4))
     first, second = capsys.readouterr().out.splitlines()
     assert "1.8 decoder pixels" in first or "2.0 decoder pixels" in first
-    assert second.startswith("mask slots: 25 % hold masks; the others cost as much")
+    assert "25 % of the mask slots of a batch hold masks; the others cost as much" in second
     assert second.endswith(": a lower objective.masks_per_image makes steps faster")
     (record,) = caplog.records
     for field in ("image_size", "patch_size", 'data.jitter_unit="object"'):
@@ -65,10 +65,10 @@ def test_windows_around_objects_raise_the_bound(capsys, caplog):
     with caplog.at_level(logging.WARNING):
         print_mask_summary(MODEL, loader(squares(16, 1), 2, **windows))
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("resolution: objects are 16.0 decoder pixels long")
+    assert first.startswith("masks    objects are 16.0 decoder pixels long")
     assert second == (
-        "mask slots: 50 % hold masks; the others cost as much: a lower objective.masks_per_image "
-        "makes steps faster"
+        "slots    50 % of the mask slots of a batch hold masks; the others cost as much: a lower "
+        "objective.masks_per_image makes steps faster"
     )
     assert not caplog.records
 

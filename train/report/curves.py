@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sam_jax.visualize.style import BLUE, GREY, ORANGE, new_figure, tidy
-
-Row = dict[str, Any]  # a row of metrics.jsonl or of evaluations.jsonl
+from train.metrics import Row
 
 DARK_ORANGE = "#8A5F00"  # for text
 

@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 
 from sam_jax.io.atomic import write_bytes
 from sam_jax.visualize.style import DPI
+from train.metrics import read_rows
+from train.summary import format_duration, read_summary, training_seconds
 
 # Fields of the configuration that the page shows, if the task has them.
 MAIN_FIELDS = (
@@ -28,16 +31,22 @@ MAIN_FIELDS = (
 
 
 def write_page(
-    workdir: Path, title: str, summary: str, body: str, figures: dict[str, Figure]
+    workdir: Path,
+    title: str,
+    summary: str,
+    body: str,
+    figures: dict[str, Figure],
+    commands: Sequence[Sequence[str]],
 ) -> Path:
     """Writes pictures, and then index.html, into workdir/report/.
 
     Args:
-      workdir: The folder of the run, with its config.json.
+      workdir: The folder of the run, with its config.json, summary.json and metrics.jsonl.
       title: The title, as plain text.
       summary: The text under the title, as plain text.
-      body: The HTML between the summary and the configuration.
+      body: The HTML between the summary and the facts of the run.
       figures: The pictures by file name.
+      commands: The words of commands that use the weights of the run.
 
     Returns:
       The path of index.html.
@@ -49,30 +58,33 @@ def write_page(
         figure.savefig(png, format="png", dpi=DPI)
         write_bytes(folder / name, png.getvalue())
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    page = folder / "index.html"
-    write_bytes(page, make_page(config, title, summary, body).encode("utf-8", "backslashreplace"))
-    return page
-
-
-def make_page(config: dict[str, Any], title: str, summary: str, body: str) -> str:
-    """Makes the HTML of a page.
-
-    Args:
-      config: The content of config.json.
-      title: As for `write_page`.
-      summary: As for `write_page`.
-      body: As for `write_page`.
-
-    Returns:
-      The HTML.
-    """
     fields = flatten_dict(config, sep=".")
-    return PAGE.format(
+    page = PAGE.format(
         title=html.escape(title),
         summary=html.escape(summary),
         body=body,
+        commands=html.escape("\n".join(map(shlex.join, commands))),
+        facts=table_rows(facts_of_run(workdir)),
         config=table_rows([(name, fields[name]) for name in MAIN_FIELDS if name in fields]),
     )
+    path = folder / "index.html"
+    write_bytes(path, page.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def facts_of_run(workdir: Path) -> list[tuple[str, str]]:
+    """Returns the names and values of the facts in summary.json, and the time of the training.
+
+    Args:
+      workdir: The folder of the run.
+    """
+    facts = read_summary(workdir)
+    versions = facts.pop("versions")
+    seconds = training_seconds(read_rows(workdir / "metrics.jsonl"))
+    facts["training"] = format_duration(seconds)
+    facts["revision"] = versions.pop("revision") or "unknown"
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return list(facts.items())
 
 
 def table_rows(rows: Iterable[Sequence[Any]]) -> str:
@@ -84,9 +96,10 @@ def table_rows(rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def list_items(names: Iterable[str]) -> str:
-    """Makes the items of an HTML list."""
-    return "\n".join(f"<li>{html.escape(name)}</li>" for name in names)
+def list_names(names: Iterable[str]) -> str:
+    """Makes a numbered HTML list of names, which is shown on a click."""
+    items = "\n".join(f"<li>{html.escape(name)}</li>" for name in names)
+    return f"<details><summary>Names</summary>\n<ol>\n{items}\n</ol>\n</details>"
 
 
 PAGE = """<!doctype html>
@@ -106,6 +119,7 @@ table {{ border-collapse: collapse; }}
 th, td {{ padding: 0.2rem 1.5rem 0.2rem 0; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }}
 th[scope=row] {{ font-weight: normal; }}
+pre {{ padding: 0.75rem 1rem; background: #f4f4f4; overflow-x: auto; }}
 .side {{ display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: flex-start; }}
 </style>
 </head>
@@ -113,6 +127,12 @@ th[scope=row] {{ font-weight: normal; }}
 <h1>{title}</h1>
 <p>{summary}</p>
 {body}
+<h2>Use the weights</h2>
+<pre>{commands}</pre>
+<h2>Run</h2>
+<table>
+{facts}
+</table>
 <h2>Configuration</h2>
 <table>
 {config}

@@ -14,7 +14,8 @@ from sam_jax.visualize.style import PanelGrid
 from train.config import Reconstruction
 from train.metrics import read_rows
 from train.report.curves import draw_loss
-from train.report.page import list_items, table_rows, write_page
+from train.report.page import list_names, table_rows, write_page
+from train.summary import read_summary
 
 NUM_IMAGES = 8
 REMOVED_GREY = 128  # value of removed pixels
@@ -101,7 +102,7 @@ def write_reconstruction_report(
     """Writes curves.png, reconstructions.png and then index.html into workdir/report/.
 
     Args:
-      workdir: The folder of the run, with its config.json and metrics.jsonl.
+      workdir: The folder of the run, with its config.json, summary.json and metrics.jsonl.
       model: The model.
       params: Its parameters.
       config: The objective's configuration.
@@ -141,24 +142,28 @@ def write_reconstruction_report(
         (name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else value)
         for name, value in evaluation.items()
     ]
-    body = BODY.format(others=table_rows(others), note=note, names=list_items(names))
+    body = BODY.format(others=table_rows(others), note=note, names=list_names(names))
     source = evaluation.get("source", "images")
-    return write_page(workdir, f"Masked autoencoder of {source}", summary, body, figures)
+    weights = f"{read_summary(workdir)['workdir']}/weights"
+    commands = [
+        ["sam-jax", "evaluate", "reconstruction", "--weights", weights, "--source", source],
+        ["sam-jax", "convert", weights, "mae.pth"],
+    ]
+    title = f"Masked autoencoder of {source}"
+    return write_page(workdir, title, summary, body, figures, commands)
 
 
 NORMALIZED = """<p>The autoencoder does not predict the mean and the deviation of a removed patch:
 the pictures use the true ones.</p>"""
 
-BODY = """<h2>Evaluation</h2>
+BODY = """<h2>Held-out images</h2>
+<a href="reconstructions.png"><img src="reconstructions.png" alt="Images, their visible patches, and
+their reconstructions"></a>
+{note}
+{names}
+<h2>Evaluation</h2>
 <table>
 {others}
 </table>
 <h2>Training</h2>
-<img src="curves.png" alt="Loss by step">
-<h2>Held-out images</h2>
-<a href="reconstructions.png"><img src="reconstructions.png" alt="Images, their visible patches, and
-their reconstructions"></a>
-{note}
-<ol>
-{names}
-</ol>"""
+<img src="curves.png" alt="Loss by step">"""

@@ -11,8 +11,9 @@ from train.metrics import read_rows
 from train.report.calibration import draw_calibration
 from train.report.curves import count_clicks, draw_clicks, draw_curves
 from train.report.gallery import choose_rows, draw_gallery, predict_rows
-from train.report.page import list_items, table_rows, write_page
+from train.report.page import list_names, table_rows, write_page
 from train.report.qualitative import choose_objects, click_on_object, draw_objects
+from train.summary import read_summary
 
 
 def write_report(
@@ -24,7 +25,7 @@ def write_report(
     evaluation used tiles, so do the gallery and the examples.
 
     Args:
-      workdir: The folder of the run, with its config.json, metrics.jsonl and objects.jsonl.
+      workdir: The folder of the run, with all its JSON files.
       predictor: The predictor of the trained model; its image is replaced.
       eval_split: The examples of the evaluation.
       evaluation: The content of evaluation.json.
@@ -50,11 +51,29 @@ def write_report(
     body = BODY.format(
         scores=make_tables(evaluation),
         others=table_rows(other_values(evaluation)),
-        gallery=list_items(shown.name for shown in boxed),
-        examples=list_items(shown.name for shown in examples),
+        gallery=list_names(shown.name for shown in boxed),
+        examples=list_names(shown.name for shown in examples),
     )
+    weights = f"{read_summary(workdir)['workdir']}/weights"
+    where = ["--source", config["data"]["source"], "--index", config["data"]["held_out"] or ":"]
+    commands = [
+        [
+            "sam-jax",
+            "predict",
+            "IMAGE",
+            "--weights",
+            weights,
+            "--point",
+            "X,Y",
+            "--out",
+            "out/mask",
+        ],
+        ["sam-jax", "everything", "IMAGE", "--weights", weights, "--overlays", "--out", "out/all"],
+        ["sam-jax", "evaluate", "clicks", "--weights", weights, *where],
+        ["sam-jax", "convert", weights, "sam.pth"],
+    ]
     title = f"SAM trained on {config['data']['source']}"
-    return write_page(workdir, title, summarize(evaluation), body, figures)
+    return write_page(workdir, title, summarize(evaluation), body, figures, commands)
 
 
 def summarize(evaluation: dict[str, Any]) -> str:
@@ -126,7 +145,15 @@ def other_values(evaluation: dict[str, Any]) -> list[tuple[str, Any]]:
 
 KINDS = ("chosen", "oracle")
 
-BODY = """<h2>Evaluation</h2>
+BODY = """<h2>Held-out examples</h2>
+<a href="examples.png"><img src="examples.png" alt="Clicks and masks of the objects below"></a>
+{examples}
+<h2>Typical objects</h2>
+<p>Nobody chose these objects: they are next to the 10th, the 50th and the 90th percentile of the
+IoU of masks that are predicted from boxes. Dark images are drawn brighter.</p>
+<a href="gallery.png"><img src="gallery.png" alt="Boxes and masks of the objects below"></a>
+{gallery}
+<h2>Evaluation</h2>
 <div class="side">
 {scores}
 <table>
@@ -147,16 +174,4 @@ the image, enlarged. The scores of each object are in
 the line it overestimates its masks. The bars count the objects by predicted IoU.</p>
 <img src="calibration.png" alt="True IoU by predicted IoU">
 <h2>Training</h2>
-<img src="curves.png" alt="Loss and mean IoU by step">
-<h2>Typical objects</h2>
-<p>Nobody chose these objects: they are next to the 10th, the 50th and the 90th percentile of the
-IoU of masks that are predicted from boxes. Dark images are drawn brighter.</p>
-<a href="gallery.png"><img src="gallery.png" alt="Boxes and masks of the objects below"></a>
-<ol>
-{gallery}
-</ol>
-<h2>Held-out examples</h2>
-<a href="examples.png"><img src="examples.png" alt="Clicks and masks of the objects below"></a>
-<ol>
-{examples}
-</ol>"""
+<img src="curves.png" alt="Loss and mean IoU by step">"""

@@ -81,7 +81,9 @@ class ReconstructionTask:
         self, variables: dict[str, Any], eval_split: Subset
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Computes the mean loss; see `evaluate_reconstruction`."""
-        indices = tqdm(eval_split.indices.tolist(), "evaluation", unit="image", leave=False)
+        indices = tqdm(
+            eval_split.indices.tolist(), "evaluation", unit="image", leave=False, disable=None
+        )
         normalized = self.objective_config.normalized
         evaluation = evaluate_reconstruction(
             self.model, variables["params"], normalized, eval_split.source, indices

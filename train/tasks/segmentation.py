@@ -125,7 +125,9 @@ class SegmentationTask:
         A model that is trained on windows of images is also evaluated on tiles.
         """
         predictor = self._predictor(variables)
-        indices = tqdm(range(len(eval_split)), "evaluation", unit="image", leave=False)
+        indices = tqdm(
+            range(len(eval_split)), "evaluation", unit="image", leave=False, disable=None
+        )
         is_jittered = bool(cast(Data, self.config.data).jitter)
         tiles = resolve_tiles(predictor.model, "auto" if is_jittered else None)
         objects, num_bad = measure_objects(predictor, eval_split, indices, tiles)

@@ -14,6 +14,7 @@ from PIL import Image
 import sam_jax
 from sam_jax.cli.lazy_parser import join_negative_values
 from sam_jax.cli.main import main
+from sam_jax.cli.predict import Prompt, outside_of_image
 from sam_jax.evaluate.protocol import EVALUATIONS
 from sam_jax.masks import rle
 from sam_jax.model.init import init_variables
@@ -88,6 +89,7 @@ def test_a_home_folder_is_expanded_in_every_path(weights, photo, tmp_path, monke
     command = ["predict", "~/photo.png", "--weights=~/tiny", "--out=~/masks"]
     assert main([*command, "--point", "-5,10", "--masks", "1"]) == 0
     assert json.loads((tmp_path / "masks" / "masks.json").read_text())["points"] == [[-5.0, 10.0]]
+    assert capsys.readouterr().err.startswith("warning: --point -5,10 lies outside of the image")
     assert main(["convert", "~/tiny", "~/tiny.pth"]) == 0
     assert (tmp_path / "tiny.pth").exists()
     assert main(["info", "--weights=~/tiny.pth"]) == 0
@@ -358,9 +360,33 @@ def test_an_unknown_source_is_reported_in_one_line(source, message, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("points", "box", "outside"),
+    [
+        ([(0, 0), (200, 100)], [-5, -5, 1, 1], []),
+        ([(100, 200)], None, ["--point 100,200"]),
+        ([(-1, 5)], [201, 5, 210, 9], ["--point -1,5", "--box 201,5,210,9"]),
+    ],
+)
+def test_prompts_outside_of_the_image_are_named(points, box, outside):
+    texts = outside_of_image(Prompt(points, [1] * len(points), box), (100, 200))
+    assert [text.partition(" lies outside")[0] for text in texts] == outside
+    assert all(text.endswith("200 pixels wide and 100 pixels high") for text in texts)
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"sam_jax {sam_jax.__version__}\n"
+
+
 def test_info_prints_versions_devices_and_the_model(weights, capsys):
     assert main(["info", "--weights", weights]) == 0
     printed = capsys.readouterr().out
-    for word in ("sam_jax", "python", "jaxlib", "flax", "device     ", "trainable parameters"):
+    for word in ("sam_jax", "python", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
+                 "device", "trainable parameters"):  # fmt: skip
         assert word in printed
+    lines = printed.partition("weights  ")[0].splitlines()
+    assert {line[16] for line in lines} == {" "}, "the values must be aligned"
     assert "embed_dim = 64" in printed

@@ -121,8 +121,8 @@ def test_the_error_of_a_missing_path_lists_the_possible_ones():
     message = r"no weights at missing.pth: .*directory.*\.pth.*safetensors.*Hugging.*sam_vit_b"
     with pytest.raises(FileNotFoundError, match=message):
         load("missing.pth")
-    with pytest.raises(FileNotFoundError, match=r"sam_vit_b, sam_vit_l, sam_vit_h"):
-        load("sam_vit_x")
+    with pytest.raises(FileNotFoundError, match=r"sam_phot \(did you mean sam_photo\?\): "):
+        load("sam_phot")
 
 
 def test_a_tilde_stands_for_the_home_folder(tiny, tmp_path, monkeypatch):

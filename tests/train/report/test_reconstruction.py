@@ -15,6 +15,7 @@ from tests.sam_jax.evaluate.toy_sources import ToySource
 from train.config import Reconstruction
 from train.overrides import to_dict
 from train.report import reconstruction
+from train.summary import write_summary
 
 MODEL = mae_tiny(image_size=(32, 48), depth=1)
 SCENES = open_source("scenes:40x40", masks=False)
@@ -42,7 +43,9 @@ class PartlyBad(ToySource):
 def test_report_contains_figures_and_escapes_names(tmp_path, params, normalized):
     run = to_dict(dataclasses.replace(tiny, model=MODEL, objective=Reconstruction(normalized)))
     (tmp_path / "config.json").write_text(json.dumps(run))
-    rows = "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3))
+    write_summary(tmp_path, {"model": "MaskedAutoencoder", "workdir": "runs/mae"})
+    steps = [{"step": i, "loss": 1 / i, "step_seconds": 50.0} for i in (1, 2, 3)]
+    rows = "".join(json.dumps(row) + "\n" for row in steps)
     (tmp_path / "metrics.jsonl").write_text(rows)
     evaluation = {"source": "scenes<script>", "index": "::9", "images": 4, "loss": 0.4321}
     page = reconstruction.write_reconstruction_report(
@@ -53,7 +56,8 @@ def test_report_contains_figures_and_escapes_names(tmp_path, params, normalized)
     text = page.read_text()
     assert "<script>" not in text
     assert "<b>" not in text
-    for part in ("0.432", "scenes&lt;script&gt;", "model.mask_ratio", "&lt;b&gt;3"):
+    for part in ("0.432", "scenes&lt;script&gt;", "model.mask_ratio", "&lt;b&gt;3", "2 min",
+                 "sam-jax convert runs/mae/weights mae.pth"):  # fmt: skip
         assert part in text
     assert ("the true ones" in text) == normalized
     picture = matplotlib.image.imread(page.parent / "reconstructions.png")

@@ -23,6 +23,7 @@ from sam_jax.predict.predictor import SamPredictor
 from tests.sam_jax.evaluate.toy_sources import ToySource
 from train.overrides import to_dict
 from train.report import calibration, curves, gallery, page, panels, qualitative, segmentation
+from train.summary import format_duration, write_summary
 
 EVALUATION = {
     "source": "scenes",
@@ -113,7 +114,12 @@ class UnusualImages(Source):
 def make_rows(count, every=10):
     """Returns logged rows of training metrics."""
     return [
-        {"step": every * i, "loss": 3 / i, "miou_of_rounds": [i / (i + 2), i / (i + 1)]}
+        {
+            "step": every * i,
+            "loss": 3 / i,
+            "miou_of_rounds": [i / (i + 2), i / (i + 1)],
+            "step_seconds": 0.5,
+        }
         for i in range(1, count + 1)
     ]
 
@@ -128,6 +134,7 @@ def write_report(
     run["data"]["source"] = name
     run["num_steps"] = rows[-1]["step"]
     (workdir / "config.json").write_text(json.dumps(run))
+    write_summary(workdir, {"model": "Sam, 352,648 parameters", "workdir": "runs/a b"})
     for file, lines in (*(("metrics", rows), ("evaluations", evaluations), ("objects", objects)),):
         if lines:
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -182,12 +189,19 @@ def test_report_contains_figures_and_escapes_names(tmp_path, source, steps, eval
     assert not parsed.tags & {"script", "b", "iframe", "link"}
     large = ["examples.png", "gallery.png"]  # the pictures are links to themselves
     assert sorted(parsed.links) == sorted(["../config.json", "../objects.jsonl", *pictures, *large])
-    assert parsed.text.count(hostile) >= 3  # title, heading, configuration
+    assert parsed.text.count(hostile) >= 4  # title, heading, command, configuration
     for number in ("0.712", "0.803", "0.915", "0.861", "0.890", "571", "0.7752", "0.725", "0.979"):
         assert number in parsed.text
     assert parsed.text.count(", mask ") == objects + 9
-    examples = parsed.text.partition("Held-out examples")[2]
+    examples = parsed.text.partition("Held-out examples")[2].partition("Typical objects")[0]
     assert examples.count(source.name(0)) == 1
+    assert "sam-jax predict IMAGE --weights 'runs/a b/weights' --point X,Y" in parsed.text
+    facts = parsed.text.partition("\nRun\n")[2].split("\n")
+    assert "modelSam, 352,648 parameters" in facts
+    duration = format_duration(0.5 * 10 * steps)
+    assert f"training{duration}" in facts
+    assert any(fact.startswith("revision") for fact in facts)
+    assert any("jax " in fact for fact in facts if fact.startswith("versions"))
 
 
 @pytest.mark.parametrize(("evaluation", "tiles"), [(TILED, "auto"), (EVALUATION, "none")])
