@@ -45,7 +45,9 @@ def draw_curves(rows: list[Row], evaluations: list[Row]) -> Figure:
     label_steps(iou, [*steps, *evaluated])
     for axes in (loss, iou):
         tidy(axes)
-    figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
+    iou.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=11, frameon=False, borderpad=0
+    )
     return figure
 
 

@@ -118,7 +118,7 @@ caption {{ text-align: left; font-weight: bold; }}
 table {{ border-collapse: collapse; }}
 th, td {{ padding: 0.2rem 1.5rem 0.2rem 0; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }}
-th[scope=row] {{ font-weight: normal; }}
+th[scope=row] {{ font-weight: normal; overflow-wrap: normal; }}
 pre {{ padding: 0.75rem 1rem; background: #f4f4f4; overflow-x: auto; }}
 .side {{ display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: flex-start; }}
 </style>

@@ -98,7 +98,7 @@ def make_tables(evaluation: dict[str, Any]) -> str:
     if "tiles" in evaluation:
         columns[f"tiles: {evaluation['tiles']['size']}"] = evaluation["tiles"]
     tables = [make_table(f"{evaluation['objects']} objects", columns)]
-    if "large" in evaluation:
+    if evaluation.get("large", evaluation)["objects"] < evaluation["objects"]:
         large = {title: scores["large"] for title, scores in columns.items()}
         area = f"at least {100 * LARGE_AREA:g}% of the image"
         tables.append(make_table(f"{evaluation['large']['objects']} objects, each {area}", large))
