@@ -7,13 +7,12 @@ Needs the extra [tpu], and no TPU.
 
 import os
 
+from sam_jax.io.tpu import ENVIRONMENT_WITHOUT_TPU
+
 if __name__ == "__main__":  # before JAX is imported
-    os.environ |= {
+    os.environ |= ENVIRONMENT_WITHOUT_TPU | {
         "JAX_PLATFORMS": "cpu",  # for arrays; the compiler needs no device
-        "TPU_SKIP_MDS_QUERY": "1",  # otherwise it queries the network for the type of machine
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise only one process at a time could compile
-        "TPU_STDERR_LOG_LEVEL": "3",  # otherwise it reports at length that there is no TPU
-        "TPU_MIN_LOG_LEVEL": "3",
     }
 
 import argparse

@@ -103,9 +103,8 @@ def estimate_cost(text: str, chip: Chip, phases: Mapping[str, str]) -> ProgramCo
     unmodelled: set[str] = set()
     for instruction, times in walk(computations, entry):
         phase = phase_of(instruction, phases)
-        estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
-        if estimate and int(estimate[1]) < NO_ESTIMATE:
-            seconds[phase] += times * int(estimate[1]) / chip.cycles_per_second
+        if (cycles := estimated_cycles(instruction)) is not None:
+            seconds[phase] += times * cycles / chip.cycles_per_second
         elif KERNEL_TARGET in instruction.text:
             bound = kernel_seconds_bound(instruction, chip, costs)
             if bound is None:
@@ -168,7 +167,10 @@ def trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]])
 def walk(
     computations: Mapping[str, list[Instruction]], entry: str
 ) -> Iterator[tuple[Instruction, int]]:
-    """Yields every instruction outside fusions, and how often it runs."""
+    """Yields every instruction outside fusions, and how often it runs.
+
+    Of the branches of a conditional, the one with the highest cost counts.
+    """
 
     def visit(name: str, times: int) -> Iterator[tuple[Instruction, int]]:
         for instruction in computations[name]:
@@ -177,10 +179,27 @@ def walk(
                 count = trip_count(instruction, computations)
                 yield from visit(_called(instruction, "body"), times * count)
             elif instruction.opcode in ("call", "conditional"):
-                for called in re.findall(r"(?:to_apply|_computation)=%([^\s,]+)", instruction.text):
-                    yield from visit(called, times)
+                branches = [list(visit(name, times)) for name in _branches(instruction)]
+                yield from max(branches, key=_total_cycles, default=[])
 
     yield from visit(entry, 1)
+
+
+def _total_cycles(executed: list[tuple[Instruction, int]]) -> int:
+    return sum(times * (estimated_cycles(instruction) or 0) for instruction, times in executed)
+
+
+def estimated_cycles(instruction: Instruction) -> int | None:
+    """Returns the compiler's estimate for one execution; None if it has none."""
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
+    return int(estimate[1]) if estimate and int(estimate[1]) < NO_ESTIMATE else None
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    """Returns the names of the branches of a conditional, or of the computation of a call."""
+    lists = re.findall(r"branch_computations=\{([^}]*)\}", instruction.text)
+    single = re.findall(r"(?:to_apply|_computation)=(%[^\s,]+)", instruction.text)
+    return re.findall(r"%([^\s,]+)", " ".join(lists + single))
 
 
 def _called(loop: Instruction, role: str) -> str:

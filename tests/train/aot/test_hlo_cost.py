@@ -58,6 +58,27 @@ def test_costs_of_loops_are_multiplied_and_scopes_become_phases():
     assert cost.seconds == pytest.approx({k: v / SECOND for k, v in expected.items()})
 
 
+@pytest.mark.parametrize(
+    "branches",
+    ["true_computation=%a, false_computation=%b", "branch_computations={%a, %b}"],
+)
+def test_the_most_expensive_branch_of_a_conditional_counts(branches):
+    text = f"""\
+%a (p: f32[8]) -> f32[8] {{
+  ROOT %fusion.1 = f32[8] fusion(%p), kind=kLoop, backend_config={{"estimated_cycles":"1000"}}
+}}
+
+%b (q: f32[8]) -> f32[8] {{
+  ROOT %copy.1 = f32[8] copy(%q), backend_config={{"estimated_cycles":"10"}}
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  ROOT %conditional = f32[8] conditional(%is_finite, %x, %x), {branches}
+}}
+"""
+    assert estimate_cost(text, V5E, {}).seconds == pytest.approx({"other": 1000 / SECOND})
+
+
 def test_each_collective_is_counted_once():
     collectives = estimate_cost(LOOP, V5E, {}).collectives
     assert collectives == {
