@@ -1,7 +1,7 @@
 """Files and directories that are either complete or absent.
 
 A file is written under a temporary name in the same folder, flushed to the disk, and renamed. So
-it is complete even after a power cut. A directory is filled under a temporary name and renamed.
+it is complete even after a power cut. A directory is filled, flushed and renamed in the same way.
 """
 
 import contextlib
@@ -79,6 +79,7 @@ def atomic_directory(path: str | os.PathLike[str], marker: str) -> Iterator[Path
     try:
         new.mkdir()
         yield new
+        _flush_files(new)
         if path.exists():
             path.rename(old)
         try:
@@ -89,6 +90,14 @@ def atomic_directory(path: str | os.PathLike[str], marker: str) -> Iterator[Path
             raise
     finally:
         shutil.rmtree(temporary)
+
+
+def _flush_files(folder: Path) -> None:
+    """Waits until all files in a folder are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -132,6 +132,27 @@ def test_a_failure_keeps_the_former_directory(tmp_path, error):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_the_files_of_a_directory_are_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    flushed, renamed = set(), []
+    rename, fsync = Path.rename, os.fsync
+
+    def record_fsync(number):
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    def record_rename(path, target):
+        renamed.append(set(flushed))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    with atomic_directory(tmp_path / "weights", "model.json") as folder:
+        (folder / "model.json").write_text("{}")
+        (folder / "parts").mkdir()
+        (folder / "parts" / "a.bin").write_bytes(b"a")
+    assert renamed == [{"model.json", "a.bin"}]
+
+
 @pytest.mark.parametrize("failing_call", [1, 2])
 def test_a_failed_rename_keeps_the_former_directory(tmp_path, monkeypatch, failing_call):
     write_directory(tmp_path / "a", "old", "old")
