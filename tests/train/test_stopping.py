@@ -112,7 +112,7 @@ def test_signals_before_and_after_training_leave_nothing_half_written(start, tmp
     assert "Traceback" not in output
     assert output.endswith("train: stopped by SIGINT; the same command resumes\n")
     names = {path.name for path in (tmp_path / "run").iterdir()} - {"tensorboard"}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "weights"}
+    assert names == {"config.json", "summary.json", "metrics.jsonl", "checkpoints", "weights"}
 
 
 def test_a_signal_to_one_host_stops_both_after_the_same_step(start, tmp_path):
