@@ -10,7 +10,7 @@ import pytest
 from tests import compilation
 from tests.train.running import AUTOENCODER, ROOT
 
-STEPS = 3000
+STEPS = 5000
 
 # Trains, and prints what the process uses after every thousand steps.
 TRAIN = """
