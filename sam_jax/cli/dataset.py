@@ -21,6 +21,7 @@ from sam_jax.evaluate.clicks import decode_masks
 from sam_jax.evaluate.pairs import MASKS_ONLY, read_masks
 from sam_jax.evaluate.resolution import cut_to_tile, format_resolution, summarize_resolution
 from sam_jax.io.atomic import write_json
+from sam_jax.io.extras import install_hint
 from sam_jax.io.output import check_file, check_folder
 from sam_jax.model.sam import Sam
 from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
@@ -210,10 +211,7 @@ def import_plots() -> SavePlots:
     try:
         from sam_jax.visualize.dataset_plots import save_plots
     except ImportError as error:
-        raise ValueError(
-            f"--out draws plots: {error}; install the extra viz: pip install '.[viz]' in a "
-            "checkout, otherwise 'sam_jax[viz]'"
-        ) from error
+        raise ValueError(f"--out draws plots: {error}; {install_hint('viz')}") from error
     return save_plots
 
 

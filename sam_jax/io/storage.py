@@ -16,6 +16,8 @@ import stat as file_types
 from collections.abc import Iterator
 from typing import Any
 
+from sam_jax.io.extras import install_hint
+
 
 def is_url(path: str) -> bool:
     """Returns True if a path is in an object store."""
@@ -216,8 +218,7 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
         store, name = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise OSError(
-            f"{url} cannot be reached: {error}. For gs:// install the extra: pip install "
-            "'sam_jax[gcs]'"
+            f"{url} cannot be reached: {error}. For gs:// {install_hint('gcs')}"
         ) from error
     try:
         yield store, name

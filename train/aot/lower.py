@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.stages import Lowered
 
+from sam_jax.io.extras import install_hint
 from sam_jax.model.image_encoder import Block
 from sam_jax.model.init import init_variables
 from sam_jax.model.ops.platform import traced_for
@@ -60,8 +61,8 @@ def devices_of(topology: str) -> tuple[list[jax.Device], Chip]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore)
     except Exception as error:  # the type depends on what is missing
         raise ConfigError(
-            f"no TPU compiler for --topology {topology}: {str(error).splitlines()[0]}. It comes "
-            "with the extra: pip install 'sam_jax[tpu,train]'"
+            f"no TPU compiler for --topology {topology}: {str(error).splitlines()[0]}; "
+            f"{install_hint('tpu,train')}"
         ) from error
     return list(found.devices), CHIPS[kind]
 

@@ -20,6 +20,7 @@ from sam_jax.data import decode
 from sam_jax.data.decode_masks import Masks, check_masks, decode_mask
 from sam_jax.data.example import RLE, BadSample, Example, SourceError, check_index
 from sam_jax.data.sources.base import FileSource
+from sam_jax.io.extras import install_hint
 from sam_jax.masks import rle
 
 DATASETS = ("imagenet2012", "lvis", "segment_anything")
@@ -122,7 +123,7 @@ def _open_splits(name: str, folder: str | None) -> dict[str, Any]:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise SourceError(f'tfds: {error}; pip install "sam_jax[train]"') from error
+        raise SourceError(f"tfds: {error}; {install_hint('train')}") from error
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
         splits = tfds.data_source(name, data_dir=folder, download=False, deserialize_method=raw)

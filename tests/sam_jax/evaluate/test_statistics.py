@@ -179,7 +179,7 @@ def test_without_matplotlib_the_extra_is_named(labels, tmp_path, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "sam_jax.visualize.dataset_plots", None)
     out = tmp_path / "out"
     assert main(["dataset", "stats", labels("first", (0, 0, 9, 9)), "--out", str(out)]) == 1
-    assert "pip install '.[viz]' in a checkout" in capsys.readouterr().err
+    assert "pip install -e '.[viz]' in a checkout" in capsys.readouterr().err
     assert not out.exists()
 
 

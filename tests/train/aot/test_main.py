@@ -130,7 +130,7 @@ def test_jax_is_not_imported_before_the_environment_is_set():
 def test_without_the_compiler_the_error_names_the_extra():
     process = compile_for("configs/sam_tiny.py", "--topology", "v5e:2x2")
     assert process.returncode == 1
-    assert "pip install 'sam_jax[tpu,train]'" in process.stderr
+    assert "pip install -e '.[tpu,train]'" in process.stderr
     assert "Traceback" not in process.stderr
 
 
