@@ -16,6 +16,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 COLABS = ROOT / "colabs"
+MAX_WIDTH, MAX_HEIGHT = 1200, 2000  # pixels
 
 
 def run_notebook(path, folder, parameters=""):
@@ -60,11 +61,12 @@ def save_outputs(path):
 
 
 def shrink_picture(data):
-    """Replaces a PNG by a JPEG if that is smaller, as it is for photographs."""
+    """Replaces a PNG by a JPEG of limited size if that is smaller, as for photographs."""
     if "image/png" not in data:
         return
     jpeg = io.BytesIO()
     picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+    picture.thumbnail((MAX_WIDTH, MAX_HEIGHT))
     picture.save(jpeg, "JPEG", quality=85, optimize=True)
     text = base64.b64encode(jpeg.getvalue()).decode()
     if len(text) < len(data["image/png"]):

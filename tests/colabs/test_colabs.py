@@ -25,7 +25,7 @@ def tiny_weights(tmp_path_factory):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tiny_weights, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")  # restored afterwards
-    run_notebook(path, tmp_path, f"weights = {str(tiny_weights)!r}")
+    run_notebook(path, tmp_path, f"weights, steps = {str(tiny_weights)!r}, 200")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
