@@ -1,4 +1,23 @@
-"""Segment Anything in JAX: the model, its weights, prediction, evaluation and data."""
+"""Segment Anything in JAX: the model, its weights, prediction, evaluation and data.
+
+Predict masks from a click:
+
+    image = sam_jax.read_image("photo.jpg")
+    predictor = sam_jax.SamPredictor(*sam_jax.load("sam_photo"))
+    predictor.set_image(image)
+    masks, scores, logits = predictor.predict(point_coords=[[270, 130]], point_labels=[1])
+
+Public names, by what they are for:
+
+    prediction    SamPredictor, SamAutomaticMaskGenerator, sa1b_preset
+    weights       load, save
+    images        read_image, draw_masks, draw_overlay, open_source
+    models        Sam, build_sam, sam_tiny, sam_vit_b, sam_vit_l, sam_vit_h, replace_fields,
+                  init_variables, MaskedAutoencoder
+    their arrays  normalize, Prompts, Masks, choose_masks
+
+`sam_jax.segment_anything` has the names of the official package. The guides are in docs/.
+"""
 
 from etils import epy as _epy
 

@@ -59,6 +59,8 @@ def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = 
     bad_samples.jsonl and profile/ if there were any. It may be in an object store (gs://...), see
     `remote_workdir.py`.
 
+    Progress is logged to the logger "train" at the level INFO.
+
     On several hosts, each host reads its share of every batch and saves its shards of the
     checkpoints. The variables are gathered on all hosts for evaluations. The lead host evaluates
     and does all other writing while the others wait.

@@ -45,6 +45,7 @@ def test_every_public_name_is_listed_and_comes_from_its_module():
         if node.module.startswith("sam_jax.")
     }
     assert sam_jax.__all__ == sorted(modules)
+    assert [name for name in sam_jax.__all__ if name not in sam_jax.__doc__] == []
     assert set(sam_jax.__all__) <= set(dir(sam_jax))
     for name, module in modules.items():
         assert getattr(sam_jax, name).__name__ == name
