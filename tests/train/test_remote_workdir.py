@@ -193,7 +193,7 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
     assert sam_jax.load(copied / "weights")[0].image_size == (48, 64)
     files = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
     assert {path for path in files if not path.startswith("tensorboard/")} == {
-        *("config.json", "metrics.jsonl", "report/index.html"),
+        *("config.json", "summary.json", "metrics.jsonl", "report/index.html"),
         *("weights/SHA256SUMS", "weights/model.json", "weights/weights.safetensors"),
     }
     assert any(path.startswith("tensorboard/") for path in files)
