@@ -223,6 +223,7 @@ def test_a_full_disk_is_rejected(monkeypatch, capsys, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_end_a_run(start, tmp_path):
     images = tmp_path / "images"
     images.mkdir()

@@ -316,6 +316,7 @@ def test_official_formats_require_eight_decoder_heads(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_mutated_weights_files_are_loaded_or_refused(tiny, monkeypatch):
     """Checks that mutated files are loaded, or refused with a ValueError that names them."""
     monkeypatch.setattr(jax, "device_put", lambda x: x)

@@ -140,6 +140,7 @@ def test_dtypes_and_shapes_round_trip(folder):
     assert os.listdir() == ["w.safetensors"]
 
 
+@pytest.mark.slow
 def test_mutated_safetensors_are_read_or_refused(folder):
     layout = {
         "a": FLOATS,

@@ -138,6 +138,7 @@ def mutations(content: bytes, count: int, seed: int) -> Iterator[bytes]:
         yield bytes(mutant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["archive", "pickle"])
 def test_mutated_files_are_read_or_refused(folder, what):
     count = 500  # `tests.fuzz` reads more
