@@ -136,7 +136,8 @@ class MaskDecoder(nn.Module):
           The four masks of every object.
         """
         state = self.decode_tokens(embedding, features, image_pe, train)
-        logits = self.upscale_masks(state.image, state.hypernetwork_out, embedding.shape[1])
+        gh = embedding.shape[1]
+        logits = self.upscale_masks(state.image, state.hypernetwork_out, gh, train)
         return Masks(logits=logits, iou=state.iou)
 
     def decode_tokens(
@@ -172,10 +173,16 @@ class MaskDecoder(nn.Module):
         image: Float[Array | np.ndarray, "b n p c"],
         hypernetwork_out: Float[Array | np.ndarray, "b n m k"],
         gh: int,
+        train: bool = False,
     ) -> Float32[Array, "b n m lh lw"]:
-        """Makes masks; arguments as for `Sam.upscale_masks`."""
+        """Makes masks; other arguments as for `Sam.upscale_masks`.
+
+        If `train`, pixels are placed by a transposition on all platforms. The objective arranges
+        them by token again, and XLA then drops both transpositions.
+        """
         logits = self.upscaling(image, hypernetwork_out)
-        return dispatch.arrange_pixels(logits, gh, image.dtype)
+        implementation = "xla" if train else None
+        return dispatch.arrange_pixels(logits, gh, image.dtype, implementation=implementation)
 
 
 class Upscaling(nn.Module):
