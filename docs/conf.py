@@ -6,9 +6,9 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
-from commands_pages import write_commands  # noqa: E402
+from commands_pages import write_commands  # noqa: E402 - found by the path above
 
-import sam_jax  # noqa: E402
+import sam_jax  # noqa: E402 - found by the path above
 
 project = "sam_jax"
 author = "The sam_jax authors"

@@ -9,14 +9,14 @@ from tests import compilation, typecheck
 compilation.share_cache()
 typecheck.install()
 
-import flax.traverse_util  # noqa: E402
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import flax.traverse_util  # noqa: E402 - see above
+import jax  # noqa: E402 - see above
+import jaxtyping  # noqa: E402 - see above
+import numpy as np  # noqa: E402 - see above
+import pytest  # noqa: E402 - see above
 
-from sam_jax.model.init import variable_shapes  # noqa: E402
-from sam_jax.model.sam import build_sam, replace_fields  # noqa: E402
+from sam_jax.model.init import variable_shapes  # noqa: E402 - see above
+from sam_jax.model.sam import build_sam, replace_fields  # noqa: E402 - see above
 
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes
 

@@ -12,7 +12,6 @@ Process 0 hosts the service. If it is killed, the others abort at once, and the 
 import contextlib
 import ctypes
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -31,7 +30,7 @@ from sam_jax.data.example import SourceError
 from train.checkpoints import CheckpointError
 from train.config import ConfigError
 from train.divergence import DivergedError
-from train.preemption import Stopped
+from train.preemption import Stopped, kill_children
 from train.watchdog import RESTART_CODE
 
 CRASH_CODE = 70  # the exit code after an unexpected error, EX_SOFTWARE in sysexits.h
@@ -230,8 +229,7 @@ def leave(code: int, message: str = "") -> None:
         threading.Event().wait()  # another thread ends the process
     if message:
         print(f"\ntrain: {message}", file=sys.stderr)  # on a new line after the progress bar
-    for child in multiprocessing.active_children():
-        child.kill()
+    kill_children()
     if client := distributed.global_state.client:
         note = json.dumps({"code": code, "message": message or "see its output"})
         key = f"{FOLDER}{distributed.global_state.process_id}"
@@ -258,6 +256,5 @@ def _on_abort(number: int) -> None:
     process = distributed.global_state.process_id
     peers = _current or Peers(None, process, distributed.global_state.num_processes, leave)
     os.write(2, f"train: {peers.suspect()}\n".encode())
-    for child in multiprocessing.active_children():
-        child.kill()
+    kill_children()
     os._exit(RESTART_CODE)

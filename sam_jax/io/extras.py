@@ -1,4 +1,4 @@
-"""What to say where a package of an extra is missing."""
+"""Hints on how to install the packages of an extra."""
 
 
 def install_hint(extra: str) -> str:

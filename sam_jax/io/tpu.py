@@ -1,9 +1,9 @@
-"""Whether this machine has a TPU, which is asked before JAX starts its devices."""
+"""Detection of TPUs, before JAX starts its devices."""
 
 import os
 from pathlib import Path
 
-# What libtpu would otherwise ask the network for, and report at length that it did not find.
+# Without these values, libtpu queries the network for them, and reports at length what is missing.
 ENVIRONMENT_WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",

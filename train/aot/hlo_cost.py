@@ -169,7 +169,7 @@ def walk(
 ) -> Iterator[tuple[Instruction, int]]:
     """Yields every instruction outside fusions, and how often it runs.
 
-    Of the branches of a conditional, the one with the highest cost counts.
+    Only the most expensive branch of a conditional counts.
     """
 
     def visit(name: str, times: int) -> Iterator[tuple[Instruction, int]]:
