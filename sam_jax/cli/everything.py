@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the weights",
     )
     parser.add_argument(
-        "--overlays", action="store_true", help="also draw the masks, in DIR/overlays"
+        "--overlays", action="store_true", help="also draw images and masks, in DIR/overlays"
     )
     parser.add_argument(
         "--coco",

@@ -52,7 +52,7 @@ def label_images(
       generators: `SamAutomaticMaskGenerator.generate` with output mode "coco_rle", one a device.
       folder: An existing folder; see `acquire`.
       process: The number of this process; see `acquire`.
-      overlays: Also writes the images with their masks drawn over them.
+      overlays: Also writes each image beside a picture of its masks.
 
     Yields:
       The result for each image, in the order in which they finish. An image that cannot be read,
@@ -139,10 +139,10 @@ def _sa1b_record(
 
 
 def _draw_overlay(image: UInt8[np.ndarray, "h w 3"], records: list[dict[str, Any]]) -> bytes:
-    """Returns a PNG file."""
+    """Returns a PNG file of the image and, to the right of it, its masks."""
+    masks = draw_masks(image, [record["segmentation"] for record in records])
     png = io.BytesIO()
-    masks = [record["segmentation"] for record in records]
-    Image.fromarray(draw_masks(image, masks)).save(png, "PNG")
+    Image.fromarray(np.hstack([image, masks])).save(png, "PNG")
     return png.getvalue()
 
 

@@ -3,7 +3,7 @@
     everything.json           the settings of the run
     images.json               the names of the images by their ids, in the order of the ids
     sa_ID.jpg, sa_ID.json     an image and its masks, as in SA-1B; the JSON is written last
-    overlays/sa_ID.png        the image with its masks drawn over it
+    overlays/sa_ID.png        the image beside its masks
     skipped_PROCESS.json      the images that a process could not use
     instances.json            all masks, as in COCO
 

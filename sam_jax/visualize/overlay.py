@@ -18,7 +18,8 @@ FOREGROUND_COLOR, BACKGROUND_COLOR, BOX_COLOR = (0, 200, 83), (229, 57, 53), (25
 OUTLINE_COLOR = (255, 255, 255)
 
 OVERLAY_OPACITY = 0.5  # of the mask in `draw_overlay`
-MASKS_OPACITY, OUTLINE_OPACITY = 0.45, 0.8  # in `draw_masks`
+MASKS_OPACITY, OUTLINE_OPACITY = 0.5, 0.8  # in `draw_masks`
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the brightness (ITU-R BT.601)
 HUE_STEP = (5**0.5 - 1) / 2  # the golden ratio: no two of any number of hues are close
 
 
@@ -65,6 +66,8 @@ def draw_masks(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Tints each mask in a different colour, small ones above large ones, and outlines them.
 
+    The image below the masks is grey, so that every colour is a mask's and not an object's.
+
     Args:
       image: The image.
       masks: Masks of the image's size as arrays or run lengths, in any order. They may be empty.
@@ -89,7 +92,8 @@ def draw_masks(
     opacity = np.where(is_outline, OUTLINE_OPACITY, np.where(top_mask > 0, MASKS_OPACITY, 0))
     opacity = opacity.astype(np.float32)[..., None]
     overlay = np.where(is_outline[..., None], 255, colors[top_mask])
-    return np.round((1 - opacity) * image + opacity * overlay).astype(np.uint8)
+    grey = (image @ np.array(LUMA, np.float32))[..., None]
+    return np.round((1 - opacity) * grey + opacity * overlay).astype(np.uint8)
 
 
 def _cut_out(

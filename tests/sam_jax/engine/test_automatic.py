@@ -23,6 +23,7 @@ from sam_jax.engine.automatic import label_images
 from sam_jax.engine.folder import acquire, finished_ids, skipped_ids, write_json
 from sam_jax.engine.instances import write_instances
 from sam_jax.masks import rle
+from sam_jax.visualize.overlay import draw_masks
 from tests.sam_jax.engine.bright import generate
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -152,14 +153,15 @@ def test_empty_masks_are_left_out(tmp_path):
     assert masks == [record["segmentation"] for record in generate(scenes.image(2))]
 
 
-def test_overlays_are_not_read_as_images(tmp_path):
+def test_overlays_show_images_and_masks_and_are_not_read_as_images(tmp_path):
     scenes = open_source("scenes:40x60")
     label(scenes, tmp_path, [5, 6], overlays=True)
     assert sorted(os.listdir(tmp_path / "overlays")) == ["sa_5.png", "sa_6.png"]
     with Image.open(tmp_path / "overlays" / "sa_5.png") as drawn:
-        changed = (np.asarray(drawn) != scenes.image(5)).any(axis=-1)
-    masks = [rle.decode(record["segmentation"]) for record in generate(scenes.image(5))]
-    np.testing.assert_array_equal(changed, np.any(masks, axis=0))
+        image, overlay = np.split(np.asarray(drawn), 2, axis=1)
+    np.testing.assert_array_equal(image, scenes.image(5))
+    masks = [record["segmentation"] for record in generate(scenes.image(5))]
+    np.testing.assert_array_equal(overlay, draw_masks(image, masks))
     assert len(open_source(f"sa1b:{tmp_path}")) == 2
 
 

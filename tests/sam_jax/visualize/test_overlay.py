@@ -1,7 +1,8 @@
-"""Tests that every drawn mask is visible, and that other pixels are unchanged."""
+"""Tests that every drawn mask is visible, and that other pixels keep their brightness."""
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sam_jax.masks import rle
 from sam_jax.visualize.overlay import (
@@ -61,9 +62,14 @@ def test_colors_differ_most_between_masks_of_similar_size():
     assert np.diag(distance, 1).min() > 60
 
 
-def test_without_masks_the_image_is_unchanged():
-    np.testing.assert_array_equal(draw_masks(IMAGE, []), IMAGE)
-    np.testing.assert_array_equal(draw_masks(IMAGE, [np.zeros(SIZE, bool)]), IMAGE)
+def test_only_masks_have_colors():
+    grey = np.repeat(np.asarray(Image.fromarray(IMAGE).convert("L"))[..., None], 3, axis=2)
+    np.testing.assert_allclose(draw_masks(IMAGE, []), grey, atol=1)
+    np.testing.assert_array_equal(draw_masks(IMAGE, [np.zeros(SIZE, bool)]), draw_masks(IMAGE, []))
+    mask = box(10, 20, 30, 40)
+    drawn = draw_masks(IMAGE, [mask])
+    np.testing.assert_array_equal(drawn[~mask], draw_masks(IMAGE, [])[~mask])
+    assert (np.ptp(drawn[11:29, 21:39].astype(int), axis=-1) > 80).all()
 
 
 def test_masks_of_another_size_are_refused():
