@@ -1,20 +1,21 @@
 """`sam-jax dataset check` and `sam-jax dataset stats`: images with masks, checked and measured."""
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
 from sam_jax.cli.help_texts import SLICE_HELP, WEIGHTS_HELP
 from sam_jax.cli.lazy_parser import LazyParser
 from sam_jax.data import validate
-from sam_jax.data.example import BadSample
-from sam_jax.data.open import Subset, open_source, select, source_usage
+from sam_jax.data.example import RLE, BadSample
+from sam_jax.data.open import Subset, open_source, select, source_usage, with_full_size
 from sam_jax.data.validate import Finding
 from sam_jax.evaluate import quality, statistics
 from sam_jax.evaluate.clicks import decode_masks
@@ -28,7 +29,10 @@ from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolv
 from sam_jax.weights.formats import load
 
 AnyFinding = TypeVar("AnyFinding", bound=Finding)
-SavePlots = Callable[[str, dict[str, Any]], list[str]]
+Sample = tuple[UInt8[np.ndarray, "_ _ 3"], Sequence[RLE]]  # an image and its masks
+SavePlots = Callable[[str, dict[str, Any], list[Sample]], list[str]]
+
+SAMPLES = 8  # images that are drawn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +153,7 @@ def run_stats(args: argparse.Namespace) -> int:
         print(quality.format_table(agreement))
         result["against"] = {"source": args.compare_to, **agreement}
     if save_plots is not None:
-        plots = save_plots(args.out, result)
+        plots = save_plots(args.out, result, read_samples(images))
         write_json(Path(args.out) / "statistics.json", result, indent=None)
         print(f"statistics.json, {', '.join(plots)} are in {args.out}")
     return 0
@@ -194,6 +198,17 @@ def decode_readable(images: Subset) -> Iterator[Bool[np.ndarray, "h w"]]:
             yield from decode_masks(masks) if masks else ()
         except BadSample:
             continue
+
+
+def read_samples(images: Subset) -> list[Sample]:
+    """Reads up to SAMPLES usable images that are spread evenly over those given, in full size."""
+    source = with_full_size(images)
+    samples = []
+    for i in np.linspace(0, len(images) - 1, min(SAMPLES, len(images)), dtype=int).tolist():
+        with contextlib.suppress(BadSample):
+            example = source[i]
+            samples.append((example.image, example.masks))
+    return samples
 
 
 def start_comparison(images: Subset, other: str) -> Iterator[quality.Comparison]:

@@ -138,13 +138,13 @@ def test_the_command_writes_the_printed_statistics(labels, tmp_path, capsys):
         "1 matched pairs of masks in 1 images of both sources",
         "IoU of a pair: 0.0 % above 0.9, 100.0 % above 0.75, mean 0.800",
         "unmatched: 1 masks of the first source, 1 of the second",
-        f"statistics.json, shapes.png, centers.png, quality.png are in {out}",
+        f"statistics.json, samples.png, shapes.png, centers.png, quality.png are in {out}",
     ]
     written = json.loads((out / "statistics.json").read_text())
     assert (written["source"], written["index"], written["masks"]) == (first, ":", 2)
     assert written["relative_size"]["masks"][25] == 2
     assert (written["against"]["source"], written["against"]["mean_iou"]) == (second, 0.8)
-    for name in ("shapes.png", "centers.png", "quality.png"):
+    for name in ("samples.png", "shapes.png", "centers.png", "quality.png"):
         with Image.open(out / name) as plot:
             assert len(np.unique(np.asarray(plot.convert("L")))) > 10
 
