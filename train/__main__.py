@@ -17,7 +17,7 @@ from sam_jax.data.example import SourceError
 from sam_jax.io.console import escape_output
 from sam_jax.io.tpu import has_tpu, silence_libtpu
 from train import peers
-from train.checkpoints import CheckpointError
+from train.checkpoint_reading import CheckpointError
 from train.config import ConfigError
 from train.divergence import DivergedError
 from train.overrides import load_config, override, to_json

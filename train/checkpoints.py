@@ -6,12 +6,8 @@ the array was restored. A damaged checkpoint is renamed and kept, and the one be
 checkpoint that cannot be read for any other reason stops the run, and nothing is changed.
 """
 
-import functools
-import gc
 import logging
 import os
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,16 +18,23 @@ from jax.sharding import Mesh
 
 from sam_jax.io import storage
 from sam_jax.io.settings_guard import differences
+from train.checkpoint_reading import (
+    CheckpointError,
+    DamagedError,
+    drop_unfinished_tasks,
+    hide_remaining_errors,
+    one_line,
+    read_state,
+    read_verified_record,
+)
 from train.checksum import checksums
 from train.config import ConfigError, TrainConfig
 from train.run_record import (
     FOLDER,
     FORMAT,
-    RecordError,
     config_changes,
     describe_arrays,
     make_record,
-    read_record,
     versions,
 )
 from train.sharding import max_over_hosts
@@ -39,22 +42,11 @@ from train.state import TrainState
 
 MAX_TO_KEEP = 2  # checkpoints
 MAX_FAILED_SAVES = 3  # in a row
-# Packages that read checkpoints. If one of them has changed, an error is no proof of damage.
-READERS = ("jax", "orbax-checkpoint", "tensorstore")
-READ_SIZE = 2**26  # bytes read at once
 
 log = logging.getLogger("train")
 # Orbax logs the pages of a traceback, and then raises the error, which is reported here.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 Result = TypeVar("Result")
-
-
-class CheckpointError(RuntimeError):
-    """Checkpoints that cannot be restored or saved; the message says why and what to do."""
-
-
-class DamagedError(Exception):
-    """A checkpoint whose bytes are damaged."""
 
 
 class Checkpoints:
@@ -174,11 +166,11 @@ class Checkpoints:
           ConfigError: If it is of a run with another configuration or other images.
         """
         folder = self.folder / str(step)
-        record = on_all_hosts(lambda: _read_record(folder))
+        record = on_all_hosts(lambda: read_verified_record(folder))
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _to_saved(make_state(step)))
         if record is not None:
             self._check(folder, step, record, describe_arrays(target))
-        saved = on_all_hosts(lambda: _read_state(folder, target, record))
+        saved = on_all_hosts(lambda: read_state(folder, target, record))
         if record is None:
             log.warning(
                 "checkpoint %d holds no checksums, because an older version wrote it: damage to it "
@@ -317,126 +309,13 @@ def on_all_hosts(action: Callable[[], Result]) -> Result:
     return result
 
 
-@functools.cache
-def hide_remaining_errors() -> None:
-    """Hides errors of orbax's other reads and writes, which go on when one of them has failed.
-
-    They would be printed with their tracebacks, perhaps much later.
-    """
-    hook = sys.unraisablehook
-
-    def hide(unraisable: Any) -> None:
-        text = str(unraisable.exc_value)
-        if not text.startswith(("Encountered error while reading array", "Event loop is closed")):
-            hook(unraisable)
-
-    sys.unraisablehook = hide
-    logging.getLogger("asyncio").addFilter(
-        lambda record: "exception was never retrieved" not in record.getMessage()
-    )
-
-
-def drop_unfinished_tasks() -> None:
-    """Drops reads and writes that orbax has not begun because another one has failed.
-
-    Otherwise Python would warn of each of them, perhaps much later.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        gc.collect()
-
-
-def _read_record(folder: epath.Path) -> dict[str, Any] | None:
-    try:
-        return read_record(str(folder))
-    except RecordError as error:
-        raise DamagedError(str(error)) from error
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-
-
-def _read_state(folder: epath.Path, target: Any, record: dict[str, Any] | None) -> dict[str, Any]:
-    """Reads a state.
-
-    An error proves that the bytes are damaged if all bytes can be read, the same software wrote
-    them for the same arrays, and the error occurs twice.
-
-    Args:
-      folder: The checkpoint.
-      target: The shapes and shardings of its arrays.
-      record: Its record.
-
-    Returns:
-      The arrays, whose checksums are not verified yet.
-
-    Raises:
-      DamagedError: If the bytes are damaged.
-      CheckpointError: If they cannot be read for another reason.
-    """
-    reason = ""
-    for _ in range(2):
-        try:
-            handler = ocp.StandardCheckpointHandler()
-            return handler.restore(folder / "state", args=ocp.args.StandardRestore(target))
-        except Exception as error:  # orbax raises bare ones
-            reason = _one_line(error)
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise CheckpointError(
-                    f"{folder} needs more memory than there is: {reason}. Use more devices, or a "
-                    "larger fsdp"
-                ) from error
-        drop_unfinished_tasks()
-        try:
-            _read_all_bytes(str(folder))
-        except OSError as error:
-            raise _unreadable(folder, error) from error
-    if record is None:
-        raise CheckpointError(
-            f"{folder} cannot be restored: {reason}. An older version wrote it without checksums, "
-            "so it may be damaged or of other code. To resume from the checkpoint before it, "
-            f"rename it to {folder.name}.damaged"
-        )
-    present = {name: versions()[name] for name in READERS}
-    if changed := differences({name: record["versions"].get(name) for name in READERS}, present):
-        raise CheckpointError(
-            f"{folder} cannot be restored: {reason}. The reason may be that {'; '.join(changed)}: "
-            "install the former versions, or rename the folder to "
-            f"{folder.name}.damaged to resume from the checkpoint before it"
-        )
-    raise DamagedError(reason)
-
-
-def _read_all_bytes(folder: str) -> None:
-    """Reads all files of a folder; raises OSError if one of them cannot be read."""
-    for path, names in storage.walk(folder):
-        for name in names:
-            offset = 0
-            while storage.read_range(f"{path}/{name}", offset, READ_SIZE):
-                offset += READ_SIZE
-
-
-def _unreadable(folder: epath.Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} cannot be read: {error}. Nothing was changed. Make it readable and start again, "
-        f"or rename it to {folder.name}.damaged to resume from the checkpoint before it"
-    )
-
-
 def failure_of(action: Callable[[], Any]) -> str | None:
     """Calls a function and returns the message of the error that it raises, or None."""
     try:
         action()
     except Exception as error:  # orbax raises bare ones
-        return _one_line(error)
+        return one_line(error)
     return None
-
-
-def _one_line(error: BaseException) -> str:
-    """Returns the beginning of an error's message, which orbax makes many lines long."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].partition(" [tensorstore_spec")[0][:300]
 
 
 # The names in a checkpoint are a file format: they do not change with those of `TrainState`.

@@ -27,7 +27,7 @@ import jax
 from jax._src import distributed
 
 from sam_jax.data.example import SourceError
-from train.checkpoints import CheckpointError
+from train.checkpoint_reading import CheckpointError
 from train.config import ConfigError
 from train.divergence import DivergedError
 from train.preemption import Stopped, kill_children

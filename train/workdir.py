@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sam_jax.data.loader import SkippedSample
 from sam_jax.io.atomic import replace_nonfinite, write_json, write_json_lines
 from sam_jax.io.lock import LockedError, exclusive_lock
@@ -201,3 +203,14 @@ class BadSamples:
                 f"{self.limit} allows; the last was {last.name}: {last.reason}: {last.detail}. "
                 f"{self.path} lists all of them; `sam-jax dataset check` finds them beforehand"
             )
+
+
+def is_lead_host() -> bool:
+    """Returns True on the host that writes."""
+    return jax.process_index() == 0
+
+
+def per_host_name(name: str) -> str:
+    """Inserts the process index into a file name, except on the lead host."""
+    path = Path(name)
+    return f"{path.stem}_{jax.process_index()}{path.suffix}" if jax.process_index() else name

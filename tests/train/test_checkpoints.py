@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from configs.sam_tiny import config as tiny
 from tests import object_store
 from train import checkpoints as module
-from train.checkpoints import CheckpointError, Checkpoints
+from train.checkpoint_reading import CheckpointError
+from train.checkpoints import Checkpoints
 from train.config import ConfigError
 from train.sharding import init_sharded, make_mesh
 from train.state import init_state
@@ -175,7 +176,7 @@ def test_files_that_cannot_be_read_stop_the_run(mesh, folder, monkeypatch, error
         with monkeypatch.context() as patch:
             if name == "storage.read_range":
                 patch.setattr(module.ocp.StandardCheckpointHandler, "restore", fail)
-            patch.setattr(f"train.checkpoints.{name}", fail)
+            patch.setattr(f"train.checkpoint_reading.{name}", fail)
             with pytest.raises(CheckpointError, match=r"4 cannot be read: .*Nothing was changed"):
                 restore(folder, mesh)
     assert hashes(folder) == before
@@ -246,7 +247,8 @@ def test_newer_formats_and_other_steps_stop_the_run(mesh, folder, monkeypatch):
 
 def test_other_versions_are_named_but_accepted(mesh, folder, monkeypatch, caplog):
     now = module.versions() | {"optax": "9.9", "orbax-checkpoint": "9.9"}
-    monkeypatch.setattr("train.checkpoints.versions", lambda: now)
+    for reader in ("checkpoints", "checkpoint_reading"):
+        monkeypatch.setattr(f"train.{reader}.versions", lambda: now)
     assert_equal(restore(folder, mesh), make_state(mesh, 4))
     (message,) = caplog.messages
     assert message.startswith("since checkpoint 4 was written: ")

@@ -178,7 +178,7 @@ def test_a_run_in_a_store_resumes_and_uploads_everything(bucket, monkeypatch, tm
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("train.run.finalize", finalize)
-    monkeypatch.setattr("train.run.make_step", make_fake_step)
+    monkeypatch.setattr("train.stage.make_step", make_fake_step)
     monkeypatch.setattr("train.run.Checkpoints", StoredOnDisk)
     argv = ["train", str(config), "--workdir", RUN, "--set", "num_steps=5"]
     monkeypatch.setattr(sys, "argv", argv)

@@ -12,7 +12,7 @@ from sam_jax.data.sources.base import FileSource
 from sam_jax.data.sources.mixed import Mixture
 from tests.sam_jax.data.test_open import write_coco, write_labels
 from train.config import Data
-from train.run import open_data
+from train.data import open_data
 from train.tasks.base import make_task
 
 
