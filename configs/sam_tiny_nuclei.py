@@ -14,14 +14,10 @@ empty three times as long.
 Cost: 21 minutes on two CPU cores.
 """
 
-import dataclasses
-
-from configs.sam_tiny import config as tiny
 from sam_jax.model.sam import sam_tiny
-from train.config import Data
+from train.config import Data, Interactive, Optimizer, TrainConfig
 
-config = dataclasses.replace(
-    tiny,
+config = TrainConfig(
     model=sam_tiny(
         image_size=(384, 384),
         patch_size=16,
@@ -29,12 +25,20 @@ config = dataclasses.replace(
         global_blocks=(1,),
         position_scale=1.0,
     ),
-    objective=dataclasses.replace(
-        tiny.objective, masks_per_image=2, masks_per_chunk=2, loss_scale=2
-    ),
+    objective=Interactive(focal=4.0, masks_per_image=2, masks_per_chunk=2, loss_scale=2),
     data=Data(source="labels:data/dsb2018", held_out="0::5", flips=True, rot90=True),
-    optimizer=dataclasses.replace(tiny.optimizer, lr_boundaries=(1200, 1870, 2210)),
+    optimizer=Optimizer(
+        peak_lr=1.2e-3,
+        warmup_steps=1,
+        lr_boundaries=(1200, 1870, 2210),
+        lr_decay_factor=0.35,
+        weight_decay=0.05,
+        layer_decay=1.0,
+        b2=0.95,
+    ),
     mimetic_init_scale=2.0,
     batch_size=4,
     num_steps=2400,
+    log_every=50,
+    checkpoint_every=1000,
 )

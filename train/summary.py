@@ -42,16 +42,28 @@ def describe_run(
     images = f"{len(train_split):,} of {config.data.source}"
     if config.data.held_out:
         images += f", and {len(eval_split):,} held out for the evaluation"
-    num_stages = len(config.parts())
-    stages = f" in {num_stages} stages" if num_stages > 1 else ""
     return {
         "model": f"{type(config.model).__name__}, {height} x {width} pixels, "
         + describe_parameters(params, config.trainable),
         "devices": describe_devices(mesh),
         "images": images,
-        "steps": f"{config.num_steps:,}{stages}, each of {config.batch_size:,} images",
+        "steps": describe_steps(config),
         "workdir": address,
     }
+
+
+def describe_steps(config: TrainConfig) -> str:
+    """Returns for example "5,600 in 3 stages, each of 8 images".
+
+    A run that ends before its last stages begin is, for example, "600 in 1 of 3 stages, ...".
+    """
+    parts = config.parts()
+    reached, total = len(parts), 1 + len(config.stages)
+    stages = f"{total} stages" if reached == total else f"{reached} of {total} stages"
+    images = " or ".join(f"{size:,}" for size in sorted({part.batch_size for _, _, part in parts}))
+    return (
+        f"{config.num_steps:,}{f' in {stages}' if config.stages else ''}, each of {images} images"
+    )
 
 
 def describe_parameters(params: dict[str, Any], trainable: tuple[str, ...]) -> str:

@@ -32,7 +32,7 @@ def describe(config, mesh=None):
 
 
 def test_summary_has_five_lines():
-    config = dataclasses.replace(tiny, num_steps=90_000, batch_size=256)
+    config = dataclasses.replace(tiny, num_steps=90_000, batch_size=256, stages=())
     assert format_summary(describe(config, make_mesh(8, devices=jax.devices()[:2]))) == (
         "model    Sam, 64 x 64 pixels, 1,525 parameters\n"
         "devices  2 x cpu\n"
@@ -42,11 +42,27 @@ def test_summary_has_five_lines():
     )
 
 
-def test_summary_of_frozen_parts_and_stages():
-    config = dataclasses.replace(tiny, trainable=("mask_decoder",), stages=(Stage(start=10),))
-    summary = describe(config)
+def test_summary_of_frozen_parts():
+    summary = describe(dataclasses.replace(tiny, trainable=("mask_decoder",)))
     assert summary["model"].endswith("1,525 parameters, of which 25 are trained")
-    assert summary["steps"].startswith("5,000 in 2 stages")
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "batch_size", "expected"),
+    [
+        (5000, 4, "5,000 in 2 stages, each of 4 or 8 images"),
+        (5000, 8, "5,000 in 2 stages, each of 8 images"),
+        (600, 4, "600 in 1 of 2 stages, each of 4 images"),
+    ],
+)
+def test_summary_of_stages(num_steps, batch_size, expected):
+    config = dataclasses.replace(
+        tiny,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        stages=(Stage(start=1000, batch_size=8),),
+    )
+    assert describe(config)["steps"] == expected
 
 
 def test_summary_is_read_with_the_versions(tmp_path):
