@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 import sam_jax
 from sam_jax.data.open import Subset
 from sam_jax.model.sam import Sam
+from train.bad_samples import BadSamples
 from train.checkpoints import MAX_TO_KEEP, Checkpoints
 from train.config import TrainConfig
 from train.data import make_loader, open_data
@@ -38,7 +39,6 @@ from train.summary import describe_run, format_summary, write_summary
 from train.tasks.base import Task, make_task
 from train.watchdog import Watchdog
 from train.workdir import (
-    BadSamples,
     check_or_create,
     is_lead_host,
     lock,

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from sam_jax.data.open import Subset
+from train.bad_samples import BadSamples
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig
 from train.data import make_loader
@@ -25,7 +26,7 @@ from train.state import TrainState
 from train.step import make_step
 from train.tasks.base import Task, make_task
 from train.watchdog import Watchdog
-from train.workdir import BadSamples, is_lead_host, per_host_name
+from train.workdir import is_lead_host, per_host_name
 
 log = logging.getLogger("train")
 

@@ -1,7 +1,6 @@
-"""The folder of a run: its lock, its config.json, and the images that could not be used."""
+"""The folder of a run: its lock, its config.json, and its evaluation."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 
-from sam_jax.data.loader import SkippedSample
 from sam_jax.io.atomic import replace_nonfinite, write_json, write_json_lines
 from sam_jax.io.lock import LockedError, exclusive_lock
 from train.config import ConfigError, TrainConfig
@@ -154,55 +152,6 @@ def replaceable_size(folder: Path) -> int:
     """Returns the bytes of all files in a folder, except those of damaged checkpoints."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sum(path.stat().st_size for path in files if ".damaged" not in str(path))
-
-
-class BadSamples:
-    """Counts images that could not be used, lists them in a file, and stops a run with too many.
-
-    Images that are used without some of their masks are listed, but do not count as unusable.
-
-    Attributes:
-      path: A JSON lines file with one image per line. It exists if there is any such image.
-      limit: The fraction of the images that may be unusable.
-      count: The number of all images.
-      known: The unusable images so far, by index.
-      used_in_part: The indices of the images of which some masks are unusable.
-    """
-
-    def __init__(self, path: Path, limit: float, count: int) -> None:
-        self.path, self.limit, self.count = path, limit, count
-        self.known: dict[int, SkippedSample] = {}
-        self.used_in_part: set[int] = set()
-        path.unlink(missing_ok=True)
-
-    def add(self, skipped: list[SkippedSample]) -> None:
-        """Adds the samples that were skipped in a step.
-
-        Args:
-          skipped: The samples; see `Loader.batch`.
-
-        Raises:
-          ConfigError: If too many images are unusable.
-        """
-        for sample in skipped:
-            if sample.index in (self.used_in_part if sample.skipped_masks else self.known):
-                continue
-            if sample.skipped_masks:
-                self.used_in_part.add(sample.index)
-            else:
-                self.known[sample.index] = sample
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
-            except OSError as error:
-                log.warning("%s is unusable, and cannot be listed: %s", sample.name, error)
-        if len(self.known) > self.limit * self.count:
-            last = list(self.known.values())[-1]
-            raise ConfigError(
-                f"{len(self.known)} of {self.count} images are unusable, more than data.max_bad="
-                f"{self.limit} allows; the last was {last.name}: {last.reason}: {last.detail}. "
-                f"{self.path} lists all of them; `sam-jax dataset check` finds them beforehand"
-            )
 
 
 def is_lead_host() -> bool:

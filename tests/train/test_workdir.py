@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from configs.sam_tiny import config as tiny
-from sam_jax.data.loader import SkippedSample
 from train.config import ConfigError, TrainConfig
 from train.overrides import to_dict
 from train.run_record import make_record
-from train.workdir import BadSamples, check_or_create, lock, write_evaluation
+from train.workdir import check_or_create, lock, write_evaluation
 
 
 def test_a_config_saved_before_a_field_existed_has_its_default(tmp_path):
@@ -60,20 +59,6 @@ def test_a_damaged_config_is_repaired_from_a_checkpoint(tmp_path, content):
         check_or_create(tmp_path, dataclasses.replace(tiny, seed=3), 0)
     check_or_create(tmp_path, tiny, 0)
     assert json.loads((tmp_path / "config.json").read_text()) == to_dict(tiny)
-
-
-def test_images_used_in_part_are_listed_and_not_counted(tmp_path):
-    bad_samples = BadSamples(tmp_path / "bad_samples.jsonl", 0.1, 10)
-    partial = [
-        SkippedSample(i, f"{i}.jpg", "empty mask", "mask 0", {"empty mask": 1}) for i in (0, 1)
-    ]
-    bad_samples.add([*partial, *partial])
-    bad_samples.add([SkippedSample(3, "3.jpg", "broken image", "cut")])
-    rows = [json.loads(row) for row in bad_samples.path.read_text().splitlines()]
-    assert [row["name"] for row in rows] == ["0.jpg", "1.jpg", "3.jpg"]
-    assert [row["skipped_masks"] for row in rows] == [{"empty mask": 1}, {"empty mask": 1}, {}]
-    with pytest.raises(ConfigError, match="2 of 10 images are unusable"):
-        bad_samples.add([SkippedSample(4, "4.jpg", "broken image", "cut")])
 
 
 def hold(workdir, config=tiny, num_bytes=0):
@@ -130,11 +115,3 @@ def test_a_resumed_run_needs_no_space_for_what_it_has_written(tmp_path, monkeypa
     check_or_create(tmp_path, tiny, 5 * 2**20)
     with pytest.raises(ConfigError, match="needs 3 MiB of disk space; 2 MiB are free"):
         check_or_create(tmp_path, tiny, 6 * 2**20)
-
-
-def test_a_list_of_bad_samples_that_cannot_be_written_does_not_end_a_run(tmp_path, caplog):
-    samples = BadSamples(tmp_path / "removed" / "bad_samples.jsonl", limit=0.5, count=4)
-    samples.add([SkippedSample(1, "one.jpg", "broken image", "truncated")])
-    assert "one.jpg is unusable, and cannot be listed: [Errno 2]" in caplog.text
-    with pytest.raises(ConfigError, match="3 of 4 images are unusable"):
-        samples.add([SkippedSample(i, f"{i}.jpg", "broken image", "") for i in (2, 3)])
