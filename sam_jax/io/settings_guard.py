@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+LENGTH = "number of "  # before the name of a list of mappings
+
 
 class SettingsError(ValueError):
     """A folder that belongs to a run with other settings, or to no run at all."""
@@ -61,7 +63,7 @@ def differences(
     """Lists the settings that changed, for example "optimizer.lr was 0.1, is 0.2".
 
     Args:
-      before: The former settings; mappings may be nested.
+      before: The former settings. Values may be mappings, and lists of mappings.
       now: The present settings.
       ignore: Dotted names of settings that may differ.
 
@@ -69,19 +71,28 @@ def differences(
       One description for each difference. A missing setting is the same as None.
     """
     before, now = _flatten(before), _flatten(now)
+    changed = {name for name in before | now if before.get(name) != now.get(name)}
+    for name in [name for name in changed if name.startswith(LENGTH)]:
+        before, now = {name: 0} | before, {name: 0} | now
+        items = name.removeprefix(LENGTH)  # which are not compared, since their number differs
+        changed -= {other for other in changed if other == items or other.startswith(f"{items}[")}
     return [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in before | now
-        if name not in ignore and before.get(name) != now.get(name)
+        if name in changed and name not in ignore
     ]
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Replaces nested mappings by dotted names."""
+    """Replaces nested mappings by names such as "a.b", and lists of them by "a[0].b"."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            flat[f"{LENGTH}{prefix}{name}"] = len(value)
+            for i, item in enumerate(value):
+                flat |= _flatten(item, f"{prefix}{name}[{i}].")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -18,6 +18,17 @@ def test_differences_of_nested_settings():
     assert differences(before, before) == []
 
 
+def test_differences_of_lists_of_settings():
+    def stages(*starts):
+        return {"stages": [{"start": start, "data": {"flips": True}} for start in starts]}
+
+    assert differences(stages(5, 9), stages(5, 8)) == ["stages[1].start was 9, is 8"]
+    assert differences(stages(5), stages(5, 8)) == ["number of stages was 1, is 2"]
+    assert differences(stages(), stages(5)) == ["number of stages was 0, is 1"]
+    assert differences(stages(5), stages(5)) == []
+    assert differences({"lr": []}, {"lr": [3]}) == ["lr was [], is [3]"]
+
+
 def test_a_missing_or_empty_folder_is_new(tmp_path):
     assert not check_settings(tmp_path / "missing" / "settings.json", {"a": 1})
     (tmp_path / ".hidden").write_text("")
