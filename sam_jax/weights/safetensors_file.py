@@ -47,4 +47,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
     """Writes arrays by name, atomically."""
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # the library lets nobody else read the file

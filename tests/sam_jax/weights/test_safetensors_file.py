@@ -35,6 +35,13 @@ def test_arrays_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
+def test_others_may_read_the_file_as_any_other(tmp_path):
+    path, other = tmp_path / "x.safetensors", tmp_path / "other"
+    write(path, TENSORS)
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.safetensors"
     write(path, TENSORS)
