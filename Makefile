@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train pretrain test test-slow test-long test-colabs test-reference test-tpu lint docs docs-links bench clean
+.PHONY: install train pretrain test test-slow test-long test-colabs test-reference test-tpu test-oldest lint docs docs-links bench clean
 
 install: .venv/test
 
@@ -19,6 +19,18 @@ install: .venv/test
 
 .venv/tpu: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,tpu]'
+	touch $@
+
+# The tests that would notice that a version is too old.
+OLDEST_TESTS := tests/sam_jax/model/test_sam.py tests/sam_jax/weights/test_vit.py \
+	tests/sam_jax/predict/test_predictor.py tests/sam_jax/everything/test_generator.py \
+	tests/train/test_checkpoints.py \
+	tests/train/test_run.py::test_a_run_resumes_from_the_checkpoint_before_a_damaged_one
+
+.venv-oldest/test: setup.cfg pyproject.toml tests/oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c tests/oldest.txt -e '.[train,test]'
 	touch $@
 
 .venv/docs: .venv/test
@@ -50,6 +62,10 @@ test-reference: .venv/reference
 test-tpu: .venv/tpu
 	$(BIN)/python -m pytest -m tpu
 
+test-oldest: .venv-oldest/test
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile \
+		-m 'not slow and not long and not reference and not colab and not tpu' $(OLDEST_TESTS)
+
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +85,4 @@ bench: .venv/reference
 	$(BIN)/python -m tests.benchmarks.everything
 
 clean:
-	rm -rf .venv build dist docs/_build docs/commands *.egg-info
+	rm -rf .venv .venv-oldest build dist docs/_build docs/commands *.egg-info

@@ -1,5 +1,6 @@
 """Tests of the package as others get it: the wheel in an environment of its own, and the sdist."""
 
+import configparser
 import email
 import importlib.metadata
 import json
@@ -157,3 +158,19 @@ def test_links_of_the_readme_become_absolute():
         "[![a](https://x/raw/main/../../b.svg)](https://x/blob/main/../../b) "
         "![c](https://x/raw/main/d.jpg) [e](https://x/blob/main/f.md#g) [h](https://i)"
     )
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    tested = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
+    pinned = {name: version for name, _, version in (line.partition("==") for line in tested)}
+    for requirement in map(Requirement, all_requirements()):
+        (lowest,) = [part.version for part in requirement.specifier if part.operator == ">="]
+        assert pinned[requirement.name].startswith(lowest), requirement
+
+
+def all_requirements():
+    """Returns the requirements of the package and of training."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    options = config["options"]["install_requires"], config["options.extras_require"]["train"]
+    return [line for option in options for line in option.split("\n") if line]

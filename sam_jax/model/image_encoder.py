@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from sam_jax.model.attention import Attention
+from sam_jax.model.bicubic import resize_bicubic
 from sam_jax.model.fields import MAX_SIZE, Rule, bounds, check_rules, multiple_of
 from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xavier_uniform
 
@@ -218,8 +219,7 @@ def resize_positions(
     """Interpolates a table of positions to a grid (gh, gw), bicubically as PyTorch does."""
     if table.shape[1:3] == tuple(grid):
         return table
-    shape = (1, *grid, table.shape[-1])
-    return jax.image.resize(table, shape, jax.image.ResizeMethod.CUBIC_PYTORCH, antialias=False)
+    return resize_bicubic(table, (1, 2), grid)
 
 
 class Block(nn.Module):

@@ -13,10 +13,10 @@ import math
 import re
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
+from sam_jax.model.bicubic import resize_bicubic
 from sam_jax.model.image_encoder import ImageEncoder
 from sam_jax.model.init import variable_shapes
 from sam_jax.weights import names
@@ -284,8 +284,7 @@ def _resize_positions(
     if (gh, gw) != new_grid:
         notes.append(f"positions were resized from {(gh, gw)} to {new_grid} patches")
     table = table[:, rows - gh * gw :].reshape(1, gh, gw, c).astype(np.float32)
-    method = jax.image.ResizeMethod.CUBIC_PYTORCH
-    return np.asarray(jax.image.resize(table, (1, *new_grid, c), method, antialias=False))
+    return np.asarray(resize_bicubic(table, (1, 2), new_grid))
 
 
 def _square_grid(table: np.ndarray) -> tuple[int, int]:
@@ -306,7 +305,5 @@ def _resize_patches(kernel: np.ndarray, size: int, notes: list[str]) -> np.ndarr
     if kernel.shape[-1] == size:
         return kernel
     notes.append(f"patches were resized from {kernel.shape[-1]} to {size} pixels")
-    method = jax.image.ResizeMethod.CUBIC_PYTORCH
-    shape = (*kernel.shape[:2], size, size)
-    resized = jax.image.resize(kernel.astype(np.float32), shape, method, antialias=False)
+    resized = resize_bicubic(kernel.astype(np.float32), (2, 3), (size, size))
     return np.asarray(resized) * (kernel.shape[-1] / size) ** 2
