@@ -14,7 +14,7 @@ Three rounds teach corrections, and eleven rounds long sequences of them. The la
 learning rate fall. The predicted IoU of all three masks is supervised, so that the model can choose
 among them. Mimetic initialization shortens the start, when masks are empty.
 
-Cost: 33 minutes, evaluation included, on two CPU cores that also ran other programs.
+Cost: 30 minutes, evaluation included, on two CPU cores that also ran other programs.
 """
 
 import dataclasses
