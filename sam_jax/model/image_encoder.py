@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from sam_jax.model.attention import Attention
 from sam_jax.model.bicubic import resize_bicubic
 from sam_jax.model.fields import MAX_SIZE, Rule, bounds, check_rules, multiple_of
 from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xavier_uniform
+
+MAX_NORMALIZED = 50.0  # largest value of a pixel that can be taken for a normalised one
 
 Remat = Literal["none", "products", "blocks"]
 Dtype = Literal["float32", "bfloat16"]
@@ -211,6 +213,21 @@ def rematted(block: type[nn.Module], remat: Remat) -> Any:
         return block
     keep_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return nn.remat(block, policy={"products": keep_products, "blocks": None}[remat])
+
+
+def check_normalized(image: Shaped[Array | np.ndarray, "..."]) -> None:
+    """Raises ValueError for pixels that are not normalised floats, as far as can be seen.
+
+    In functions that are traced, the values are not known; then only their type is checked.
+    """
+    how = "image must be normalised floats, as sam_jax.normalize returns them"
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        raise ValueError(f"{how}; got {image.dtype}")
+    if isinstance(image, jax.core.Tracer) or not image.size:
+        return
+    # Not with jax.numpy, which would trace the comparison inside of a function that is traced.
+    if (largest := float(np.abs(np.asarray(image)).max())) > MAX_NORMALIZED:
+        raise ValueError(f"{how}, which are at most about 3; got values up to {largest:g}")
 
 
 def resize_positions(

@@ -20,7 +20,14 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int, Key, Shaped
 
 from sam_jax.model.fields import Rule, bounds, check_rules, multiple_of
-from sam_jax.model.image_encoder import Block, Dtype, Remat, patch_rules, rematted
+from sam_jax.model.image_encoder import (
+    Block,
+    Dtype,
+    Remat,
+    check_normalized,
+    patch_rules,
+    rematted,
+)
 from sam_jax.model.layers import PatchConv, xavier_uniform
 from sam_jax.model.sam import Sam, sam_tiny, sam_vit_b, sam_vit_h, sam_vit_l
 
@@ -147,12 +154,13 @@ class MaskedAutoencoder(nn.Module):
           The reconstructed patches, and which of them were removed.
 
         Raises:
-          ValueError: If the images have another size, or if `mask_ratio` removes all patches or
-            none.
+          ValueError: If the images have another size or are not normalised, or if `mask_ratio`
+            removes all patches or none.
         """
         expected = (*self.image_size, 3)
         if image.shape[1:] != expected:
             raise ValueError(f"image must have shape {('b', *expected)}; got {image.shape}")
+        check_normalized(image)
         self.validate()
         order = jax.vmap(self.sample_order)(keys)
         visible = order[:, : self.num_visible]

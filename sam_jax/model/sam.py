@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from sam_jax.model.fields import Rule, check_rules
-from sam_jax.model.image_encoder import Dtype, ImageEncoder
+from sam_jax.model.image_encoder import Dtype, ImageEncoder, check_normalized
 from sam_jax.model.mask_decoder import DecoderState, MaskDecoder, Masks
 from sam_jax.model.prompt_encoder import PromptEncoder, PromptFeatures, Prompts
 
@@ -135,7 +135,8 @@ class Sam(nn.Module):
           Embeddings in `dtype`.
 
         Raises:
-          ValueError: If the image has another rank, or sides that the patch does not divide.
+          ValueError: If the image has another rank, sides that the patch does not divide, or
+            pixels that are not normalised.
         """
         self._check_image(image)
         with self._precision():
@@ -278,7 +279,7 @@ class Sam(nn.Module):
         return self.prompt_encoder(prompts, padded_size), self.prompt_encoder.encode_grid(gh, gw)
 
     def _check_image(self, image: Array | np.ndarray) -> None:
-        """Raises ValueError if images have another rank, or sides the patch does not divide."""
+        """Raises ValueError if images are not as `encode` describes them."""
         p = self.patch_size
         sides = image.shape[1:3]
         if image.ndim != 4 or image.shape[-1] != 3 or any(s % p or not s for s in sides):
@@ -286,6 +287,7 @@ class Sam(nn.Module):
                 f"image must have shape (b, h, w, 3) with h and w divisible by the patch of {p} "
                 f"pixels, e.g. {(1, *self.image_size, 3)}; got {image.shape}"
             )
+        check_normalized(image)
 
     def _precision(self) -> AbstractContextManager[Any]:
         # By default, TPUs multiply float32 matrices in bfloat16 and GPUs in TF32.

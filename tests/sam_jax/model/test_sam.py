@@ -436,6 +436,24 @@ def test_images_of_wrong_shapes_are_refused(tiny, shape):
 
 
 @pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (np.zeros((1, 48, 72, 3), np.uint8), "got uint8"),
+        (np.full((1, 48, 72, 3), 200, np.float32), "at most about 3; got values up to 200"),
+        (jnp.full((1, 48, 72, 3), 200.0), "got values up to 200"),
+    ],
+)
+def test_pixels_that_are_not_normalized_are_refused(tiny, image, found):
+    model, variables = tiny
+    for method in ("encode", "encode_trunk"):
+        with pytest.raises(ValueError, match=rf"image must be normalised floats.*{found}"):
+            model.apply(variables, image, method=method)
+    if image.dtype == np.uint8:
+        with pytest.raises(ValueError, match="got uint8"):
+            jax.jit(lambda image: model.apply(variables, image, method="encode"))(image)
+
+
+@pytest.mark.parametrize(
     ("embedding", "prompts", "message"),
     [
         ((6, 9, 32), ((1, 1, 2, 2), (1, 1, 2)), r"embedding must .*32\); got \(6, 9, 32\)"),
