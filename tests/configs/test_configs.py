@@ -20,10 +20,12 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # These configs differ from others only in sizes, or have several stages to trace.
 SLOW = (
     "mae_vit_b",
+    "mae_vit_h",
     "mae_vit_l",
     "sam_nuclei",
     "sam_photo",
     "sam_photo_64",
+    "sam_tiny",
     "sam_vit_b",
     "sam_vit_l",
 )

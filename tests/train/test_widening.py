@@ -70,8 +70,8 @@ def predict(model, variables):
     "wide",
     [
         build(dim=32),
-        build(dim=48, mlp_dim=48, iou_hidden_dim=60),
-        build(mask_channels=16, mlp_dim=72),
+        pytest.param(build(dim=48, mlp_dim=48, iou_hidden_dim=60), marks=pytest.mark.slow),
+        pytest.param(build(mask_channels=16, mlp_dim=72), marks=pytest.mark.slow),
     ],
 )
 def test_a_widened_model_computes_the_same(narrow_variables, tmp_path, wide, caplog):
@@ -112,7 +112,7 @@ def test_widening_depends_on_the_seed_only(narrow_variables, tmp_path):
     assert not jax.tree.all(jax.tree.map(np.array_equal, first, other))
 
 
-@pytest.mark.parametrize("dim", [24, 8])
+@pytest.mark.parametrize("dim", [24, pytest.param(8, marks=pytest.mark.slow)])
 def test_sizes_that_are_not_multiples_are_an_error(narrow_variables, tmp_path, dim):
     sam_jax.save(tmp_path, NARROW, narrow_variables)
     with pytest.raises(ConfigError, match=rf"prompt_encoder.dim was 16, is {dim}"):

@@ -119,6 +119,7 @@ def test_fitted_error_function_is_accurate():
     np.testing.assert_allclose(upscaling.erf(x), jax.lax.erf(x), rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_decoder_is_as_accurate_with_kernels_as_without(jit, draw):
     """Compares bfloat16, for which dispatch chooses the kernels, with float32.
 
