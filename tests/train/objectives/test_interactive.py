@@ -55,18 +55,6 @@ from train.objectives.interactive import (
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def jit(jit):
-    """The fixture `jit` without fusion emitters, if XLA has this option; this halves the time."""
-    options = jit.keywords["compiler_options"] | {"xla_cpu_use_fusion_emitters": False}
-    faster_jit = functools.partial(jit, compiler_options=options)
-    try:
-        faster_jit(lambda: 0.0)()
-    except jax.errors.JaxRuntimeError:
-        return jit
-    return faster_jit
-
-
 def assert_close(actual, expected, tolerance=TOLERANCE):
     """Compares trees leaf by leaf; the tolerance is relative to a leaf's largest magnitude."""
     expected = jax.tree_util.tree_leaves_with_path(expected)
