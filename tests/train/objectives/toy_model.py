@@ -98,6 +98,8 @@ class Recorder:
 
     def __init__(self, model):
         self.model, self.records = model, {}
+        for name in ("image_size", "patch_size", "grid", "low_res"):  # of `PromptableModel`
+            setattr(self, name, getattr(model, name))
 
     def __getattr__(self, name):
         return getattr(self.model, name)
