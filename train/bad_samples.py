@@ -1,14 +1,13 @@
 """The images of a run that could not be used."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 
 from sam_jax.data.loader import SkippedSample
 from sam_jax.io.atomic import write_json_lines
 from train.config import ConfigError
-from train.metrics import read_rows
+from train.rows import append_row, read_rows
 
 log = logging.getLogger("train")
 
@@ -65,7 +64,6 @@ class BadSamples:
     def _write(self, sample: SkippedSample) -> None:
         """Adds a line to the file, or logs why it cannot be added."""
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+            append_row(self.path, dataclasses.asdict(sample))
         except OSError as error:
             log.warning("%s is unusable, and cannot be listed: %s", sample.name, error)

@@ -1,10 +1,7 @@
 """The log of a run: JSON lines, TensorBoard events and a progress bar."""
 
-import contextlib
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,10 +11,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from sam_jax.io.atomic import replace_nonfinite, write_json_lines
+from train.rows import Row, append_row, drop_rows_after, read_rows
 
 T = TypeVar("T")
-Row = dict[str, Any]  # a row of metrics.jsonl or of evaluations.jsonl
 
 SECONDS_PER_LINE = 20
 
@@ -43,13 +39,16 @@ class Metrics:
         start: int,
         stop: int,
     ) -> None:
-        """Opens the files.
+        """Drops later rows from the files and shows the progress bar.
 
         Args:
-          workdir: The folder of the run.
+          workdir: The folder of the run, which must exist.
           start: The number of steps done.
           stop: The number of steps of the run.
         """
+        # This imports PyTorch where it is installed, which takes a second.
+        from train.board import Board
+
         self.path = workdir / "metrics.jsonl"
         self.evaluations = workdir / "evaluations.jsonl"
         for path in (self.path, self.evaluations):
@@ -134,11 +133,10 @@ class Metrics:
         self._write(self.evaluations, step, evaluation, scalars)
 
     def close(self) -> None:
-        """Closes the files and the progress bar."""
-        self.board.close()
+        """Closes the progress bar."""
         self.bar.close()
 
-    def _write(self, path: Path, step: int, row: dict[str, Any], scalars: dict[str, Any]) -> None:
+    def _write(self, path: Path, step: int, row: Row, scalars: dict[str, Any]) -> None:
         """Writes a row to a JSON lines file and scalars to TensorBoard, if that is possible."""
         was_failing, self._is_failing = self._is_failing, False
         for write in (
@@ -151,122 +149,6 @@ class Metrics:
                 if not was_failing and not self._is_failing:
                     log.warning("metrics cannot be written, the run goes on: %s", error)
                 self._is_failing = True
-
-
-class Board:
-    """TensorBoard's event files.
-
-    Each write reaches the disk before it returns. TensorBoard reads a file up to the first damaged
-    event, so that a new file follows a failed write.
-    """
-
-    def __init__(self, folder: Path, start: int) -> None:
-        """Opens the first file, if that is possible.
-
-        Args:
-          folder: The folder.
-          start: The number of steps done. TensorBoard drops events of later steps, which a killed
-            run has left.
-        """
-        self.folder, self.next_step = folder, start + 1
-        self.writer: Any = None
-        with contextlib.suppress(OSError):  # `write` tries again, and raises
-            self.writer = self._open()
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Writes the finite floats among some values.
-
-        Args:
-          step: The number of steps done.
-          values: Values by name.
-
-        Raises:
-          OSError: If they cannot be written.
-        """
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        try:
-            self.writer = self.writer or self._open()
-            for name, value in values.items():
-                if isinstance(value, float) and math.isfinite(value):
-                    summary = scalar(name, value)
-                    event = Event(wall_time=time.time(), step=step, summary=summary)
-                    self.writer.write_event(event)
-            self.writer.flush()
-        except OSError:
-            self.close()
-            raise
-        finally:
-            self.next_step = step + 1
-
-    def close(self) -> None:
-        """Closes the current file, which was flushed after the last successful write."""
-        if self.writer:
-            with contextlib.suppress(OSError):
-                self.writer.close()
-        self.writer = None
-
-    def _open(self) -> Any:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        writer = EventsWriter(str(self.folder / "events"), f".{self.next_step}")
-        session = SessionLog(status=SessionLog.START)
-        writer.write_event(Event(step=self.next_step, session_log=session))
-        return writer
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Appends a row to a JSON lines file.
-
-    Args:
-      path: The file.
-      row: Values by name, of which NaN and infinity are written as null.
-
-    Raises:
-      OSError: If the row cannot be written. The file then has its former content.
-    """
-    line = json.dumps(replace_nonfinite(row), allow_nan=False) + "\n"
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Removes the rows of later steps, and damaged ones, from a JSON lines file, if it exists."""
-    rows = [row for row in read_rows(path) if row["step"] <= step]
-    if rows:
-        write_json_lines(path, map(replace_nonfinite, rows))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads a JSON lines file.
-
-    A missing file has no rows. Text after the last line break, which was not written to the end, is
-    skipped. Other lines that are no JSON objects are skipped and reported.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            log.warning("%s: line %d is damaged and left out: %.60r", path, number, line)
-    return rows
 
 
 def summarize(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from sam_jax.data.open import Subset
 from sam_jax.io.atomic import write_json
 from train.config import TrainConfig
-from train.metrics import Row
 from train.optimizer import is_trainable
+from train.rows import Row
 from train.run_record import versions
 
 NAME = "summary.json"  # in the workdir

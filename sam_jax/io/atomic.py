@@ -106,6 +106,27 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def append_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Appends to a file, which is created if it does not exist.
+
+    Args:
+      path: The file.
+      data: The bytes to append. When this function returns, they have left the process.
+
+    Raises:
+      OSError: If not all of them can be written. The file then has its former content.
+    """
+    path = Path(path)
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
+
+
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:
     """Writes a value as JSON with a final newline, atomically.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests import compilation
-from train.metrics import read_rows
+from train.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 import sam_jax
 from tests.train.running import finish, start_run
-from train.metrics import read_rows
+from train.rows import read_rows
 
 FORMER_RUN = Path(__file__).parents[1] / "data" / "former_run"
 RECORDED = json.loads((FORMER_RUN / "recorded.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 from tests.train import forked
 from tests.train.running import CONFIG, losses
 from tests.train.test_checkpoints import assert_equal, make_state, open_checkpoints, restore
-from train.metrics import read_rows
+from train.rows import read_rows
 from train.sharding import make_mesh
 
 KILLS = 10  # of each of two runs

@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from tests.train.running import AUTOENCODER, CONFIG, finish, losses, start_run
-from train.metrics import read_rows
 from train.peers import DONE, FOLDER, SILENCE_LIMIT, Peers, end_together
+from train.rows import read_rows
 
 
 class Service:

@@ -17,7 +17,7 @@ import sam_jax
 from sam_jax.weights.formats import load_autoencoder
 from tests.train.running import AUTOENCODER, CONFIG, ROOT, finish, losses, start_run
 from train import __main__ as command
-from train.metrics import read_rows
+from train.rows import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import sam_jax
 from sam_jax.model.sam import sam_tiny
 from tests.train.running import CONFIG, finish, losses, start_run
 from train.config import ConfigError, Data, Interactive, Optimizer, Stage, TrainConfig
-from train.metrics import read_rows
 from train.optimizer import keep_schedule, make_optimizer
+from train.rows import read_rows
 
 STAGES = """
 import dataclasses

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.running import CONFIG, finish, losses, start_run
-from train.metrics import read_rows
+from train.rows import read_rows
 
 pytestmark = pytest.mark.long
 

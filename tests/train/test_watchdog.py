@@ -13,7 +13,7 @@ import pytest
 from tests import compilation
 from tests.processes import is_alive, wait_until
 from tests.train.running import CONFIG, ROOT
-from train.metrics import read_rows
+from train.rows import read_rows
 from train.watchdog import Watchdog
 
 

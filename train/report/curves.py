@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sam_jax.visualize.style import BLUE, GREY, ORANGE, new_figure, tidy
-from train.metrics import Row
+from train.rows import Row
 
 DARK_ORANGE = "#8A5F00"  # for text
 

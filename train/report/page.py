@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sam_jax.io.atomic import write_bytes
 from sam_jax.visualize.style import DPI
-from train.metrics import read_rows
+from train.rows import read_rows
 from train.summary import format_duration, read_summary, training_seconds
 
 # Fields of the configuration that the page shows, if the task has them.

@@ -12,9 +12,9 @@ from sam_jax.evaluate.reconstruction import BATCH_SIZE, center_crop, pad_batch, 
 from sam_jax.model.mae import MaskedAutoencoder
 from sam_jax.visualize.style import PanelGrid
 from train.config import Reconstruction
-from train.metrics import read_rows
 from train.report.curves import draw_loss
 from train.report.page import list_names, table_rows, write_page
+from train.rows import read_rows
 from train.summary import read_summary
 
 NUM_IMAGES = 8

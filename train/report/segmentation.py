@@ -7,12 +7,12 @@ from typing import Any
 from sam_jax.data.example import Source
 from sam_jax.evaluate.object_scores import LARGE_AREA
 from sam_jax.predict.predictor import SamPredictor
-from train.metrics import read_rows
 from train.report.calibration import draw_calibration
 from train.report.curves import count_clicks, draw_clicks, draw_curves
 from train.report.gallery import choose_rows, draw_gallery, predict_rows
 from train.report.page import list_names, table_rows, write_page
 from train.report.qualitative import choose_objects, click_on_object, draw_objects
+from train.rows import read_rows
 from train.summary import read_summary
 
 
