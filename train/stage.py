@@ -20,6 +20,7 @@ from train.divergence import BadSteps, check_finite
 from train.flops import peak_flops
 from train.metrics import Metrics, summarize
 from train.preemption import Stopped, StopSignals
+from train.profiler import Profiler
 from train.remote_workdir import RemoteWorkdir
 from train.sharding import process_allgather, shard_batch
 from train.state import TrainState
@@ -122,21 +123,19 @@ def train_stage(
         evaluate(start, state)  # unless it was evaluated before the run was stopped
     loaded = loader.batches(start, stop, config.data.workers)
     watchdog.describe = loaded.describe
-    with contextlib.closing(loaded):
+    profiler = Profiler(context.remote.folder / "profile", config.profile if metrics else ())
+    with contextlib.closing(loaded), contextlib.closing(profiler):
         batches = metrics.timed(loaded) if metrics else loaded
         for done, (batch, skipped) in enumerate(batches, start=start + 1):
             context.bad_samples.add(skipped)
-            if metrics and done in config.profile[:1]:
-                jax.profiler.start_trace(context.remote.folder / "profile")
+            profiler.begin_step(done)
             batch = batch_transform(batch)
             compilation = log_compilation() if done == start + 1 else contextlib.nullcontext()
             with compilation, jax.transfer_guard("disallow"):
                 state, values = step(state, shard_batch(mesh, batch))
             context.bad_steps.add(done, values.pop("is_finite"))
             watchdog.advance(values["loss"])
-            if metrics and done in config.profile[1:]:
-                jax.block_until_ready(values)
-                jax.profiler.stop_trace()
+            profiler.end_step(done, values)
             if metrics:
                 metrics.advance()
             # Everything is due by step and never by the clock, so that all hosts do it together.

@@ -88,7 +88,8 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(start, tmp_path):
     assert step in saved_steps(workdir)
     wait_for(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
 
-    finish(start(workdir, *settings))
+    finish(start(workdir, *settings, f"profile=({step - 1},{step + 2})"))
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
     assert losses(workdir) == losses(tmp_path / "once")
     weights = "weights/weights.safetensors"
     assert (workdir / weights).read_bytes() == (tmp_path / "once" / weights).read_bytes()
