@@ -76,7 +76,13 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
             supports=global_attention.splash_supports,
             costs=global_attention.COSTS,
         ),
-        Implementation("cudnn", global_attention.attend_cudnn, platform="gpu", dtype="bfloat16"),
+        Implementation(
+            "cudnn",
+            global_attention.attend_cudnn,
+            platform="gpu",
+            dtype="bfloat16",
+            supports=global_attention.cudnn_supports,
+        ),
         Implementation("xla", global_attention.attend_xla),
     ),
     "project_windows": (
@@ -230,7 +236,9 @@ def attend_globally(
     Returns:
       The attended values, '(head d)' channels.
     """
-    row = choose("attend_globally", qkv.shape, qkv.dtype, implementation)
+    head_channels = qkv.shape[-1] // (3 * num_heads)
+    queries = (*qkv.shape[:-1], num_heads, head_channels)
+    row = choose("attend_globally", queries, qkv.dtype, implementation)
     return row.function(qkv, rel_h, rel_w, num_heads)
 
 

@@ -4,7 +4,8 @@ Source: segment-anything `modeling/image_encoder.py`, blocks without windows.
 
 Differences, exact up to rounding: the reference keeps the logits 'heads t t' in memory. Here
 - TPUs run JAX's splash attention, a Pallas kernel with a backward pass;
-- NVIDIA GPUs run cuDNN's fused attention;
+- NVIDIA GPUs run cuDNN's fused attention, if the heads are narrow enough for it: up to 128 channels
+  on Ampere and Ada, and 256 from Hopper on, where ViT-B has 192 and ViT-H 208 at 1024 pixels;
 - elsewhere the queries are processed a few rows at a time, so that the logits of one step stay in
   the cache.
 """
@@ -60,8 +61,29 @@ def attend_cudnn(
 
 
 def splash_supports(shape: tuple[int, ...]) -> bool:
-    """Returns True if the tokens of a grid 'b h w c' can be cut into blocks."""
+    """Returns True if the tokens of queries 'b h w head d' can be cut into blocks."""
     return shape[1] * shape[2] % LANES == 0
+
+
+def cudnn_supports(shape: tuple[int, ...]) -> bool:
+    """Returns True if cuDNN accepts queries 'b h w head d' with relative positions folded in."""
+    _, height, width, _, channels = shape
+    return _round_up(channels + height + width, CUDNN_CHANNELS) <= max_cudnn_channels()
+
+
+def max_cudnn_channels() -> int:
+    """Returns the largest head width that cuDNN's fused attention accepts on this host's GPUs.
+
+    These are the limits that `jax.nn.dot_product_attention` checks. For programs that are traced
+    for GPUs that the host does not have, the limit is that of an H100.
+    """
+    if jax.default_backend() != "gpu":
+        return 256
+    device = jax.local_devices(backend="gpu")[0]
+    if "cuda" not in device.client.platform_version:
+        return 0
+    major = int(device.compute_capability.split(".")[0])
+    return 0 if major < 8 else 128 if major == 8 else 256
 
 
 def splash_attention(

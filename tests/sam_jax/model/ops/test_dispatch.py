@@ -15,12 +15,13 @@ from sam_jax.model.ops.platform import platform, traced_for
 @pytest.mark.parametrize(
     ("operation", "name", "dtype", "shape", "expected"),
     [
-        ("attend_globally", "tpu", "bfloat16", (1, 64, 64, 24), "splash"),
-        ("attend_globally", "tpu", "float32", (1, 64, 64, 24), "splash"),
-        ("attend_globally", "tpu", "float32", (1, 10, 10, 24), "xla"),
-        ("attend_globally", "gpu", "bfloat16", (1, 64, 64, 24), "cudnn"),
-        ("attend_globally", "gpu", "float32", (1, 64, 64, 24), "xla"),
-        ("attend_globally", "cpu", "bfloat16", (1, 64, 64, 24), "xla"),
+        ("attend_globally", "tpu", "bfloat16", (1, 64, 64, 2, 4), "splash"),
+        ("attend_globally", "tpu", "float32", (1, 64, 64, 2, 4), "splash"),
+        ("attend_globally", "tpu", "float32", (1, 10, 10, 2, 4), "xla"),
+        ("attend_globally", "gpu", "bfloat16", (1, 64, 64, 2, 4), "cudnn"),
+        ("attend_globally", "gpu", "bfloat16", (1, 64, 64, 2, 129), "xla"),
+        ("attend_globally", "gpu", "float32", (1, 64, 64, 2, 4), "xla"),
+        ("attend_globally", "cpu", "bfloat16", (1, 64, 64, 2, 4), "xla"),
         ("attend_among_tokens", "tpu", "bfloat16", (1, 50, 24), "pallas"),
         ("attend_among_tokens", "tpu", "bfloat16", (1, 512, 24), "pallas"),
         ("attend_among_tokens", "tpu", "bfloat16", (1, 513, 24), "xla"),
@@ -74,7 +75,7 @@ def test_implementations_have_names_and_one_signature(operation):
 
 
 def test_an_implementation_can_be_asked_for_by_name():
-    assert choose("attend_globally", (1, 16, 16, 24), "float32", "splash").function is (
+    assert choose("attend_globally", (1, 16, 16, 2, 4), "float32", "splash").function is (
         global_attention.attend_splash
     )
     rng = np.random.default_rng(0)

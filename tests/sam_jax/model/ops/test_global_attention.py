@@ -1,6 +1,7 @@
 """Compares fused attention for accelerators with plain matrix products."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +60,26 @@ def test_cudnn_attention_has_the_values_and_gradients_of_plain_products(inputs, 
     actual = values_and_gradients(global_attention.cudnn_attention, inputs)
     assert_same(actual, values_and_gradients(attend_plain, inputs))
     assert set(calls) == {("cudnn", *[(384, 2, 24)] * 3)}
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "widest"),
+    [
+        ("cuda 12090", "7.5", 0),
+        ("cuda 12090", "8.0", 128),
+        ("cuda 12090", "8.9", 128),
+        ("cuda 12090", "9.0", 256),
+        ("cuda 12090", "10.0", 256),
+        ("rocm 60300", "gfx942", 0),
+    ],
+)
+def test_cudnn_is_not_used_where_it_would_reject_the_heads(
+    monkeypatch, version, capability, widest
+):
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(client=client, compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    for channels in (0, 64, 80, 128, 192):
+        fits = channels + 32 + 32 <= widest
+        assert global_attention.cudnn_supports((1, 32, 32, 4, channels)) == fits
