@@ -32,14 +32,14 @@ CROP_EDGE_TOLERANCE = 20  # pixels from a side of a crop within which a mask may
 
 @flax.struct.dataclass
 class Thresholds:
-    """Thresholds that a mask must pass. An infinite one always passes.
+    """Thresholds for masks.
 
     Attributes:
-      iou: The predicted IoU must be above.
-      stability: The stability score must be at least this.
+      iou: Masks with a predicted IoU of at most this are dropped; -inf keeps all.
+      stability: Masks with a lower stability score are dropped; -inf keeps all.
       offset: The distance from 0 of the two levels that the stability score compares.
-      area: The number of pixels must be below.
-      box_iou: A mask is dropped if the IoU of its box with a better mask's is above.
+      area: Masks of at least this number of pixels are dropped; inf keeps all.
+      box_iou: A mask is dropped if the IoU of its box with that of a better mask exceeds this.
     """
 
     iou: Float32[Array, ""] | np.float32

@@ -18,11 +18,11 @@ from numpy.typing import ArrayLike
 from sam_jax.images.read import ImageError
 from sam_jax.predict.tiles import plan_pyramid, tile_size, tile_starts
 
-MIN_TILE_STRIDE = 1 / 4  # of a tile's side, however much tiles shall overlap
+MIN_TILE_STRIDE = 1 / 4  # of a tile's side, even if overlap_ratio is larger
 
 
 def build_point_grid(points_per_side: int) -> Float[np.ndarray, "n 2"]:
-    """Returns the centres of `points_per_side` x `points_per_side` cells of the unit square.
+    """Returns the centers of `points_per_side` x `points_per_side` cells of the unit square.
 
     Args:
       points_per_side: Points in each row and column.
@@ -57,7 +57,7 @@ def build_point_grids(
 def check_point_grids(
     grids: Sequence[ArrayLike], num_layers: int
 ) -> list[Float[np.ndarray, "_ 2"]]:
-    """Validates grids of points and converts them to float64.
+    """Validates grids of points and copies them as float64.
 
     Args:
       grids: 'n 2' points (x, y) in [0, 1], a grid for the image and one for each layer of crops.
@@ -67,7 +67,10 @@ def check_point_grids(
       ValueError: If a grid has another shape or points outside [0, 1], or if there are too few
         grids.
     """
-    arrays = [np.asarray(grid, np.float64) for grid in grids]
+    try:
+        arrays = [np.array(grid, np.float64) for grid in grids]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"point_grids must be arrays 'n 2' of (x, y): {error}") from error
     for grid in arrays:
         if grid.ndim != 2 or grid.shape[1] != 2 or not len(grid):
             raise ValueError(f"point_grids must be arrays 'n 2' of (x, y); got {grid.shape}")
@@ -161,7 +164,8 @@ def plan_tile_crops(
       The tiles of each size, from small to large, without those that would cover the image.
     """
     if tiles == "auto":
-        octaves = math.ceil(math.log2(max(1, max(size) / max(canvas))))
+        shrinkage = max(1, size[0] / canvas[0], size[1] / canvas[1])  # of the image on the canvas
+        octaves = math.ceil(math.log2(shrinkage))
         sides: list[int | str | None] = [max(canvas) << octave for octave in range(octaves)]
     else:
         sides = [tiles]

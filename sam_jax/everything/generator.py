@@ -4,12 +4,11 @@ Source: segment-anything `automatic_mask_generator.py`, whose parameters, record
 kept; Kirillov et al. 2023, appendix B, for what the released code lacks.
 
 Differences: only masks that remain after duplicates are dropped are computed at the size of the
-image. First the device scores all masks (`candidates.py`) by measures of their tiles. Then the few
-that remain are decoded once more and leave the device as bits, within their boxes
-(`rasterize.py`). Of equally good duplicates the first one is kept. Images have at most MAX_SIDE
-pixels per side. Masks of more than a share of the image, and masks of small islands only, can be
-dropped. Crops may be tiles of fixed sizes. Options are checked when they are set, and
-`points_per_side` can be set too.
+image. The device first scores all masks tile by tile (`candidates.py`). The few that remain are
+decoded again and transferred as bits, cropped to their boxes (`rasterize.py`). Of equally good
+duplicates the first one is kept. Images have at most MAX_SIDE pixels per side. Masks that cover
+more than a given share of the image, or consist only of small islands, can be dropped. Crops may be
+tiles of fixed sizes. Options are checked when they are set, and `points_per_side` can be set too.
 """
 
 import dataclasses
@@ -53,7 +52,7 @@ Value = TypeVar("Value")
 
 
 class Option(Generic[Value]):
-    """An option of a generator as its attribute, which can be set as in the reference."""
+    """A descriptor that reads and sets one field of a generator's `options`."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -146,18 +145,19 @@ class SamAutomaticMaskGenerator:
 
         Args:
           model: The model, as `sam_jax.load` returns it.
-          variables: Its variables. The device that holds them computes. They are not needed if
-            the model is bound to them, as by `model.bind(variables)`.
+          variables: Its variables. Computation runs on the device that holds them. They are not
+            needed if the model is bound to them, as by `model.bind(variables)`.
           points_per_side: Points in each row and column of the grid, or None if `point_grids` are
             given.
           points_per_batch: The most points that are decoded at a time. On CPUs a few are fastest,
             so no more are used there.
-          pred_iou_thresh: A mask's predicted IoU must be above; 0 or less disables the threshold.
-          stability_score_thresh: A mask's stability score, the IoU of the masks at two levels of
-            its logits, must be at least this; 0 or less disables the threshold.
+          pred_iou_thresh: Masks with a predicted IoU of at most this are dropped; 0 or less
+            disables the threshold.
+          stability_score_thresh: Masks with a lower stability score are dropped. It is the IoU of
+            the masks at two levels of the logits; 0 or less disables the threshold.
           stability_score_offset: The distance of these levels from 0.
-          box_nms_thresh: A mask is dropped if the IoU of its box with a better mask's in the same
-            crop is above.
+          box_nms_thresh: A mask is dropped if the IoU of its box with that of a better mask of the
+            same crop exceeds this.
           crop_n_layers: Layers of 2 x 2, 4 x 4 and so on crops in addition to the full image.
           crop_nms_thresh: As box_nms_thresh, but across crops, where masks from smaller crops win.
           crop_overlap_ratio: The overlap of the first layer's crops as a fraction of the image's
@@ -219,12 +219,12 @@ class SamAutomaticMaskGenerator:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables of the model, on the device that computes."""
+        """The variables of the model, on the device that runs it."""
         return self._predictor.variables
 
     @property
-    def point_grids(self) -> list[Float[np.ndarray, "_ 2"]]:
-        """Points (x, y) in [0, 1] for the image and for each layer of crops.
+    def point_grids(self) -> tuple[Float[np.ndarray, "_ 2"], ...]:
+        """Points (x, y) in [0, 1] for the image and for each layer of crops, read-only.
 
         Setting them replaces `points_per_side`.
         """
@@ -261,7 +261,7 @@ class SamAutomaticMaskGenerator:
 
         Args:
           model: The model, as `sam_jax.load` returns it.
-          variables: Its variables.
+          variables: Its variables, as for the constructor.
           **overrides: Arguments to use instead of the preset's.
 
         Raises:
@@ -443,7 +443,7 @@ class SamAutomaticMaskGenerator:
 
     @property
     def _tuning(self) -> Tuning:
-        """The batch sizes of the platform that computes."""
+        """The batch sizes of the platform that runs the model."""
         with jax.default_device(self.predictor.device):
             return current_tuning()
 

@@ -5,6 +5,8 @@ appendix B, for `max_image_share`, `remove_small_masks` and the settings of SA-1
 """
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,23 @@ from sam_jax.everything.crops import build_point_grids, check_point_grids
 from sam_jax.everything.filtering import round_down_to_float32
 from sam_jax.everything.records import OUTPUT_MODES
 from sam_jax.predict.tiles_option import check_tiles
+
+INTEGERS = (
+    "points_per_side",
+    "points_per_batch",
+    "crop_n_layers",
+    "crop_n_points_downscale_factor",
+    "min_mask_region_area",
+)
+REALS = (
+    "pred_iou_thresh",
+    "stability_score_thresh",
+    "stability_score_offset",
+    "box_nms_thresh",
+    "crop_nms_thresh",
+    "crop_overlap_ratio",
+    "max_image_share",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +72,7 @@ class GeneratorOptions:
                 f"output_mode must be one of {tuple(OUTPUT_MODES)}; got {self.output_mode!r}"
             )
         check_tiles(self.tiles)
+        self._check_numbers()
         self._check_at_least("crop_n_layers", 0)
         self._check_at_least("min_mask_region_area", 0)
         self._check_at_least("stability_score_offset", 0)
@@ -66,18 +86,24 @@ class GeneratorOptions:
                 f"max_image_share must be above 0, up to 1; got {self.max_image_share}"
             )
 
-    def make_point_grids(self) -> list[Float[np.ndarray, "_ 2"]]:
+    def make_point_grids(self) -> tuple[Float[np.ndarray, "_ 2"], ...]:
         """Returns a grid of points in [0, 1] for the image and one for each layer of crops.
+
+        The grids cannot be written to.
 
         Raises:
           ValueError: If `point_grids` are invalid, or if a layer has no points.
         """
         if self.point_grids is not None:
-            return check_point_grids(self.point_grids, self.crop_n_layers)
-        assert self.points_per_side is not None
-        return build_point_grids(
-            self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor
-        )
+            grids = check_point_grids(self.point_grids, self.crop_n_layers)
+        else:
+            assert self.points_per_side is not None
+            grids = build_point_grids(
+                self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor
+            )
+        for grid in grids:
+            grid.flags.writeable = False
+        return tuple(grids)
 
     def make_thresholds(self, image_size: tuple[int, int]) -> Thresholds:
         """Returns the thresholds for the masks of an image.
@@ -96,6 +122,16 @@ class GeneratorOptions:
             area=np.float32(area),
             box_iou=round_down_to_float32(self.box_nms_thresh),
         )
+
+    def _check_numbers(self) -> None:
+        for name in INTEGERS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, numbers.Integral):
+                raise ValueError(f"{name} must be an integer; got {value!r}")
+        for name in REALS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, numbers.Real) or math.isnan(value)):
+                raise ValueError(f"{name} must be a number; got {value!r}")
 
     def _check_at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -96,7 +96,8 @@ def uncompress(rle: Any) -> dict[str, Any]:
     Raises:
       RLEError: See `decode`.
     """
-    return {"size": list(map(int, rle["size"])), "counts": runs(rle).tolist()}
+    lengths = runs(rle)  # validates the size, too
+    return {"size": list(map(int, rle["size"])), "counts": lengths.tolist()}
 
 
 def compress(rle: Any) -> dict[str, Any]:
@@ -111,7 +112,8 @@ def compress(rle: Any) -> dict[str, Any]:
     Raises:
       RLEError: See `decode`.
     """
-    return {"size": list(map(int, rle["size"])), "counts": _pack(runs(rle))}
+    lengths = runs(rle)  # validates the size, too
+    return {"size": list(map(int, rle["size"])), "counts": _pack(lengths)}
 
 
 def decode(rle: Any) -> Bool[np.ndarray, "h w"]:

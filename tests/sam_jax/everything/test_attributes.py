@@ -69,6 +69,15 @@ def test_grids_and_points_per_side_replace_each_other(loaded, generator):
     assert [len(grid) for grid in generator.point_grids] == [64, 4]
 
 
+def test_grids_cannot_be_changed_in_place(generator):
+    """A change in place would be lost when another option is set."""
+    generator.point_grids = [np.full((4, 2), 0.5)]
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        generator.point_grids[0] = np.full((2, 2), 0.5)
+    with pytest.raises(ValueError, match="read-only"):
+        generator.point_grids[0][0] = 0.1
+
+
 def test_invalid_values_are_errors_and_change_nothing(generator):
     for name, value in (("points_per_batch", 0), ("output_mode", "png"), ("tiles", 3)):
         before = getattr(generator, name)

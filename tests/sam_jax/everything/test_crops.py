@@ -55,6 +55,19 @@ def test_tiles_of_one_size_cover_the_image(size, canvas, tiles):
 
 
 @pytest.mark.parametrize(
+    ("size", "canvas", "sides"),
+    [
+        ((128, 64), (64, 128), [64]),  # the height halves, though the longer sides are equal
+        ((128, 40), (128, 64), []),
+        ((500, 120), (128, 64), [128, 256]),
+    ],
+)
+def test_auto_tiles_follow_the_side_that_limits_the_scale(size, canvas, sides):
+    crops = plan_tile_crops(size, canvas, "auto", 0.3)
+    assert list(dict.fromkeys(max(crop.size) for crop in crops)) == sides
+
+
+@pytest.mark.parametrize(
     ("size", "sides"),
     [
         ((64, 64), []),

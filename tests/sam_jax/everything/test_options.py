@@ -74,6 +74,9 @@ def test_sa1b_has_grids_for_two_layers_of_crops():
         (dict(crop_overlap_ratio=1.5), "crop_overlap_ratio must be 0 to 1; got 1.5"),
         (dict(stability_score_offset=-1.0), "stability_score_offset must be at least 0"),
         (dict(max_image_share=0.0), "max_image_share must be above 0, up to 1; got 0.0"),
+        (dict(pred_iou_thresh=np.nan), "pred_iou_thresh must be a number; got nan"),
+        (dict(box_nms_thresh=np.nan), "box_nms_thresh must be a number; got nan"),
+        (dict(points_per_side=None, point_grids=[["a"]]), "point_grids must be arrays 'n 2'"),
     ],
 )
 def test_invalid_options_are_errors(tiny, options, message):
@@ -81,3 +84,21 @@ def test_invalid_options_are_errors(tiny, options, message):
         SamAutomaticMaskGenerator(*tiny, **options)
     with pytest.raises(ValueError, match=message):
         GeneratorOptions(**options).make_point_grids()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(points_per_side=2.5), "points_per_side must be an integer; got 2.5"),
+        (dict(crop_n_layers=1.0), "crop_n_layers must be an integer; got 1.0"),
+        (dict(points_per_batch="64"), "points_per_batch must be an integer; got '64'"),
+        (dict(stability_score_offset="1"), "stability_score_offset must be a number; got '1'"),
+    ],
+)
+def test_options_of_wrong_types_are_errors(options, message):
+    """Avoids the constructor, whose types the tests check and users do not."""
+    made = GeneratorOptions()
+    for name, value in options.items():
+        object.__setattr__(made, name, value)
+    with pytest.raises(ValueError, match=message):
+        made.__post_init__()

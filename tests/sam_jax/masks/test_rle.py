@@ -198,7 +198,7 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("read", [rle.runs, rle.area, rle.decode])
+@pytest.mark.parametrize("read", [rle.runs, rle.area, rle.decode, rle.compress, rle.uncompress])
 @pytest.mark.parametrize(("malformed", "message"), MALFORMED.values(), ids=MALFORMED.keys())
 def test_malformed_rles_are_errors(read, malformed, message):
     with pytest.raises(RLEError) as error:
