@@ -1,6 +1,7 @@
 """The configuration of a training run: frozen dataclasses with one comment per field."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -38,6 +39,8 @@ class Interactive:
         yield Rule("num_clicks", self.num_clicks, 0 <= self.num_clicks <= 16, "0 to 16")
         extra = self.num_extra_rounds
         yield Rule("num_extra_rounds", extra, extra in (0, 1, 2), "0, 1 or 2")
+        for name in ("focal", "dice", "iou"):
+            yield at_least(name, getattr(self, name), 0)
         yield at_least("masks_per_image", self.masks_per_image, 1)
         yield at_least("masks_per_chunk", self.masks_per_chunk, 1)
         yield Rule("loss_scale", self.loss_scale, self.loss_scale in (1, 2, 4), "1, 2 or 4")
@@ -121,6 +124,14 @@ class Optimizer:
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
+        lr, layer_decay = self.peak_lr, self.layer_decay
+        yield Rule("peak_lr", lr, 0 < lr < math.inf, "above 0")
+        yield Rule("layer_decay", layer_decay, 0 < layer_decay <= 1, "above 0, at most 1")
+        yield Rule("lr_decay_factor", self.lr_decay_factor, self.lr_decay_factor > 0, "above 0")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            yield Rule(name, value, 0 <= value < 1, "at least 0 and below 1")
+        yield at_least("weight_decay", self.weight_decay, 0)
         yield at_least("warmup_steps", self.warmup_steps, 0)
         is_sorted = list(self.lr_boundaries) == sorted(self.lr_boundaries)
         yield Rule("lr_boundaries", self.lr_boundaries, is_sorted, "steps in ascending order")
@@ -227,10 +238,11 @@ class TrainConfig:
         yield at_least("max_bad_steps", self.max_bad_steps, 1)
         yield at_least("evaluate_every", self.evaluate_every, 0)
         yield at_least("mimetic_init_scale", self.mimetic_init_scale, 0)
+        yield Rule("seed", self.seed, 0 <= self.seed < 2**32, "0 to 2**32 - 1")
         is_range = len(self.profile) in (0, 2) and list(self.profile) == sorted(self.profile)
         yield Rule("profile", self.profile, is_range, "a first and a last step, or ()")
 
 
 def at_least(name: str, value: float, minimum: int) -> Rule:
-    """Returns the rule that a field is at least `minimum`."""
-    return Rule(name, value, value >= minimum, f"at least {minimum}")
+    """Returns the rule that a field is finite and at least `minimum`."""
+    return Rule(name, value, minimum <= value < math.inf, f"at least {minimum}")

@@ -117,7 +117,7 @@ def format_table(scores: dict[str, Any]) -> str:
     bounds = " and in tiles ".join(f"{x['bound']:.3f}" for x in columns)
     lines.append(f"upper bound at the resolution of the model's masks: {bounds}")
     if scores["bad_samples"]:
-        lines.append(f"{scores['bad_samples']} images could not be read and were left out")
+        lines.append(f"{scores['bad_samples']} images could not be used and were left out")
     return "\n".join(lines)
 
 
@@ -147,7 +147,7 @@ def evaluate_clicks(
       "bound": mean of `resolution_bound`, "large": {"objects", "clicks", "box", "fill", "bound"}
       of the objects that cover at least LARGE_AREA, if there are any, "calibration": {"1": ...,
       "box": ...}, see `calibrate`, "ceiling": mean of `one_click_upper_bound`, "bad_samples":
-      number of images that could not be read}. "chosen" is the output with the highest predicted
+      number of images that could not be used}. "chosen" is the output with the highest predicted
       IoU. With tiles there is also "tiles": {"size": the tiles, and "clicks" to "calibration"}.
 
     Raises:
@@ -173,7 +173,7 @@ def measure_objects(
       tiles: Measure with these tiles too, a result of `resolve_tiles`.
 
     Returns:
-      The scores of the objects, and the number of images that could not be read.
+      The scores of the objects, and the number of images that could not be used.
 
     Raises:
       ValueError: If there is no mask at all.
@@ -204,19 +204,21 @@ def measure_objects(
             )
         )
     if not images:
-        raise ValueError(f"there is no mask to evaluate on; {num_bad} images could not be read")
+        raise ValueError(f"there is no mask to evaluate on; {num_bad} images could not be used")
     return jax.tree.map(lambda *parts: np.concatenate(parts), *images), num_bad
 
 
 def decode_masks(encoded: Sequence[RLE]) -> Bool[np.ndarray, "n h w"]:
-    """Decodes the run lengths of masks of an image, at least one.
+    """Decodes the run lengths of masks of an image.
 
     Raises:
-      BadSample: If a mask is broken or empty.
+      BadSample: If there are no masks, or if one is broken or empty.
     """
+    if not encoded:
+        raise BadSample("no masks", "the image has no masks")
     try:
         masks = np.stack([rle.decode(mask) for mask in encoded])
-    except (rle.RLEError, ValueError) as error:
+    except ValueError as error:
         raise BadSample("broken mask", str(error)) from error
     if not masks.any(axis=(1, 2)).all():
         raise BadSample("empty mask", "a mask has no pixel")

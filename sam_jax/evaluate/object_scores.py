@@ -95,7 +95,7 @@ def summarize(scores: ObjectScores, tiles: int | str | None, num_bad: int) -> di
     Args:
       scores: The objects, at least one.
       tiles: The tiles of `scores.tiled`, if there are any.
-      num_bad: The number of images that could not be read.
+      num_bad: The number of images that could not be used.
 
     Returns:
       See `evaluate_clicks`.

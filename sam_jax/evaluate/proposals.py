@@ -74,7 +74,7 @@ def format_table(scores: dict[str, Any]) -> str:
         ]
         lines.append(f"{name:8}{count:9}{''.join(f'{cell:>9}' for cell in cells)}".rstrip())
     if scores["bad_samples"]:
-        lines.append(f"{scores['bad_samples']} images could not be read and were left out")
+        lines.append(f"{scores['bad_samples']} images could not be used and were left out")
     return "\n".join(lines)
 
 
@@ -92,7 +92,7 @@ def evaluate_proposals(
     Returns:
       {"images": count, "objects": {"all": count, "small": ..., "medium": ..., "large": ...},
       "recall": {"all": {"10": average recall, "100": ..., "1000": ...}, ...}, "bad_samples":
-      number of images that could not be read}. The recall is None if there is no object of a size.
+      number of images that could not be used}. The recall is None if there is no object of a size.
 
     Raises:
       ValueError: If there is no object at all, or if an image differs in size between the sources.
@@ -113,7 +113,7 @@ def evaluate_proposals(
         num_objects += in_range.sum(axis=1)
         num_found += count_found(match_proposals(iou, in_range))
     if not num_objects[0]:
-        raise ValueError(f"there is no object to be found; {num_bad} images could not be read")
+        raise ValueError(f"there is no object to be found; {num_bad} images could not be used")
     return {
         "images": num_images,
         "objects": dict(zip(AREA_RANGES, num_objects.tolist(), strict=True)),

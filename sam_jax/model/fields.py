@@ -2,6 +2,7 @@
 
 import dataclasses
 import reprlib
+import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -58,12 +59,25 @@ def multiple_of(field: str, value: int, divisor: int, allowed: str) -> Iterator[
     yield Rule(field, value, value > 0 and value % divisor == 0, text)
 
 
-def bounds(module: nn.Module) -> Iterator[Rule]:
-    """Yields the rules that no number of a module, and no number of blocks, is huge."""
+def field_rules(module: nn.Module) -> Iterator[Rule]:
+    """Yields the rules for single fields of a module.
+
+    A string must be one of those in the field's annotation. An integer must be positive, and no
+    number may be huge.
+    """
+    annotations = typing.get_type_hints(type(module))
     for field in module_fields(module):
         value = getattr(module, field.name)
         limit = MAX_DEPTH if field.name.endswith("depth") else MAX_SIZE
-        if isinstance(value, int | float):
+        if type(field.default) is str:
+            strings = typing.get_args(annotations[field.name])
+            is_allowed = isinstance(value, str) and value in strings
+            yield Rule(field.name, value, is_allowed, f"one of {', '.join(map(repr, strings))}")
+        elif type(field.default) is int:
+            yield Rule(field.name, value, value >= 1, "at least 1")
+            yield Rule(field.name, value, value <= limit, f"at most {limit}")
+        elif type(field.default) is float:
+            yield Rule(field.name, value, value >= 0, "at least 0")
             yield Rule(field.name, value, value <= limit, f"at most {limit}")
 
 

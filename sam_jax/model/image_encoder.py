@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from sam_jax.model.attention import Attention
 from sam_jax.model.bicubic import resize_bicubic
-from sam_jax.model.fields import MAX_SIZE, Rule, bounds, check_rules, multiple_of
+from sam_jax.model.fields import MAX_SIZE, Rule, check_rules, field_rules, multiple_of
 from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xavier_uniform
 
 MAX_NORMALIZED = 50.0  # largest value of a pixel that can be taken for a normalised one
@@ -73,7 +73,7 @@ class ImageEncoder(nn.Module):
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
-        yield from bounds(self)
+        yield from field_rules(self)
         yield from patch_rules(self.image_size, self.patch_size)
         yield from multiple_of("embed_dim", self.embed_dim, self.num_heads, "num_heads")
         blocks = self.global_blocks

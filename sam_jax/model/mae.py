@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int, Key, Shaped
 
-from sam_jax.model.fields import Rule, bounds, check_rules, multiple_of
+from sam_jax.model.fields import Rule, check_rules, field_rules, multiple_of
 from sam_jax.model.image_encoder import (
     Block,
     Dtype,
@@ -96,7 +96,7 @@ class MaskedAutoencoder(nn.Module):
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
-        yield from bounds(self)
+        yield from field_rules(self)
         yield from patch_rules(self.image_size, self.patch_size)
         yield from multiple_of("embed_dim", self.embed_dim, self.num_heads, "num_heads")
         yield from multiple_of("decoder_dim", self.decoder_dim, self.decoder_heads, "decoder_heads")

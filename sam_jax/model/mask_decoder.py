@@ -20,7 +20,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32
 
-from sam_jax.model.fields import Rule, bounds, check_rules
+from sam_jax.model.fields import Rule, check_rules, field_rules
 from sam_jax.model.layers import Mlp, NormWeights, fan_in_uniform
 from sam_jax.model.ops import dispatch
 from sam_jax.model.ops.upscaling import UpscalingWeights
@@ -87,7 +87,7 @@ class MaskDecoder(nn.Module):
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
-        yield from bounds(self)
+        yield from field_rules(self)
         yield Rule("num_heads", self.num_heads, self.num_heads >= 1, "at least 1")
         divisor = math.lcm(8, CROSS_DOWNSAMPLE * self.num_heads)
         allowed = f"a positive multiple of {divisor}, that is, of 8 and of "

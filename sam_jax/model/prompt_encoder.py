@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from sam_jax.model.fields import Rule, bounds, check_rules
+from sam_jax.model.fields import Rule, check_rules, field_rules
 from sam_jax.model.layers import PatchConv, Projection, fan_in_uniform, gelu, layer_norm
 
 FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3  # labels of points
@@ -34,7 +34,7 @@ class Prompts:
     >>> click = Prompts(points=jnp.array([[[[32.0, 20.0]]]]), labels=jnp.array([[[1]]]))
 
     Attributes:
-      points: (x, y) in pixels of the padded image; pixel centres are at +0.5.
+      points: (x, y) in pixels of the padded image. Integers are centers of pixels.
       labels: 1 foreground, 0 background, 2 and 3 the top-left and bottom-right corners of a box,
         4 a position without a label, -1 the reference's "not a point" token, -2 absent.
       mask: Logits of an earlier prediction, or None if no object has one.
@@ -81,7 +81,7 @@ class PromptEncoder(nn.Module):
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""
-        yield from bounds(self)
+        yield from field_rules(self)
         channels = self.mask_channels
         yield Rule("dim", self.dim, self.dim > 0 and self.dim % 2 == 0, "a positive multiple of 2")
         allowed = "a positive multiple of 4"

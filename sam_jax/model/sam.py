@@ -41,7 +41,7 @@ class Sam(nn.Module):
       image_encoder: Encodes images.
       prompt_encoder: Encodes points, boxes and masks.
       mask_decoder: Predicts masks from both.
-      mask_threshold: A pixel is in a mask if its logit is above.
+      mask_threshold: Pixels with a logit above this belong to the mask.
       image_format: The order of an image's channels.
       object_share: The smallest and the largest share of the input's side that the longer side of
         an object took in training on windows around objects; None for training on entire images.
@@ -73,7 +73,7 @@ class Sam(nn.Module):
 
     @property
     def low_res(self) -> tuple[int, int]:
-        """(height, width) of the mask logits that `decode` returns for such an image."""
+        """(height, width) of the mask logits that `decode` returns for images of `image_size`."""
         return UPSCALING * self.grid[0], UPSCALING * self.grid[1]
 
     @property
@@ -136,7 +136,8 @@ class Sam(nn.Module):
 
         Raises:
           ValueError: If the image has another rank, sides that the patch does not divide, or
-            pixels that are not normalised.
+            pixels that are not normalised; or if a field of the model has a value that is not
+            allowed.
         """
         self._check_image(image)
         with self._precision():
@@ -243,9 +244,20 @@ class Sam(nn.Module):
 
         Args:
           image: '*b 3 ih iw', RGB values from 0 to 255, not larger than the model's input.
+
+        Returns:
+          Images of `image_size`, for `encode` after a transposition to '*b h w 3'.
+
+        Raises:
+          ValueError: If the images have another shape or are larger.
         """
+        *_, channels, height, width = image.shape
+        if channels != 3 or height > self.image_size[0] or width > self.image_size[1]:
+            raise ValueError(
+                "image must have shape (..., 3, height, width), with sides of at most "
+                f"{self.image_size}; got {image.shape}"
+            )
         image = jnp.moveaxis(normalize_colors(jnp.moveaxis(jnp.asarray(image), -3, -1)), -1, -3)
-        height, width = image.shape[-2:]
         missing = [(0, self.image_size[0] - height), (0, self.image_size[1] - width)]
         return jnp.pad(image, [(0, 0)] * (image.ndim - 2) + missing)
 
@@ -261,12 +273,22 @@ class Sam(nn.Module):
           masks: The logits.
           input_size: (height, width) of the resized image on the canvas.
           original_size: (height, width) of the image.
+
+        Returns:
+          Logits at the size of the image.
+
+        Raises:
+          ValueError: If `input_size` is larger than the canvas.
         """
+        height, width = input_size
+        if height > self.image_size[0] or width > self.image_size[1]:
+            raise ValueError(
+                f"input_size must be at most the model's input, {self.image_size}; got {input_size}"
+            )
 
         def resize(x: Array | np.ndarray, size: tuple[int, int]) -> Array:
             return jax.image.resize(x, (*x.shape[:-2], *size), "linear", antialias=False)
 
-        height, width = input_size
         return resize(resize(masks, self.image_size)[..., :height, :width], original_size)
 
     def _encode_prompts(
@@ -279,7 +301,8 @@ class Sam(nn.Module):
         return self.prompt_encoder(prompts, padded_size), self.prompt_encoder.encode_grid(gh, gw)
 
     def _check_image(self, image: Array | np.ndarray) -> None:
-        """Raises ValueError if images are not as `encode` describes them."""
+        """Raises ValueError if the model or the images are not as `encode` describes them."""
+        self.validate()
         p = self.patch_size
         sides = image.shape[1:3]
         if image.ndim != 4 or image.shape[-1] != 3 or any(s % p or not s for s in sides):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 from sam_jax.model.mask_decoder import NUM_MASK_TOKENS, Masks, choose_masks
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import Sam
+from sam_jax.predict.encode import device_of
 from sam_jax.predict.fork import warn_if_forked
 from sam_jax.predict.prompts import ObjectPrompt, stack_prompts
 
@@ -84,7 +85,9 @@ def decode_objects(
         group += [[]] * (len(embedding) - len(group))
         most = max((len(x.labels) for image_objects in group for x in image_objects), default=0)
         prompts = stack_prompts(group, size, num_slots(most))
-        groups.append(jax.device_get(decode_prompts(model, variables, embedding, prompts)))
+        with jax.default_device(device_of(variables)):
+            decoded = decode_prompts(model, variables, embedding, prompts)
+        groups.append(jax.device_get(decoded))
         start += size
     masks = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *groups)
     masks = choose_masks(masks, multimask_output)

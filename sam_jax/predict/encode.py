@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -42,7 +43,7 @@ def check_image(image: object, image_format: str = "RGB") -> UInt8[np.ndarray, "
       image_format: The order of its channels, "RGB" or "BGR".
 
     Raises:
-      ValueError: If the image is no 'h w 3' uint8 array, or the order is unknown.
+      ValueError: If the image is not an 'h w 3' uint8 array, or the order is unknown.
     """
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f'image_format must be "RGB" or "BGR"; got {image_format!r}')
@@ -52,6 +53,16 @@ def check_image(image: object, image_format: str = "RGB") -> UInt8[np.ndarray, "
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image must have shape (height, width, 3); got {image.shape}")
     return image if image_format == "RGB" else image[..., ::-1]
+
+
+def device_of(variables: dict[str, Any]) -> jax.Device:
+    """Returns a device that holds variables, or the default device if they are numpy arrays.
+
+    `jax.default_device(device_of(variables))` makes the implementations of operations suit the
+    device that a program with these variables runs on.
+    """
+    leaf = jax.tree.leaves(variables)[0]
+    return next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jnp.zeros(()).device
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
@@ -107,4 +118,5 @@ def resize_and_encode(
     missing = batch_size - len(images)
     image_batch = np.stack(padded + padded[-1:] * missing)
     size_batch = np.array(sizes + sizes[-1:] * missing, np.int32)
-    return encode_images(model, variables, image_batch, size_batch), sizes
+    with jax.default_device(device_of(variables)):
+        return encode_images(model, variables, image_batch, size_batch), sizes

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from sam_jax.images.resize import apply_coords, fit_size, resize_and_pad
 from sam_jax.model.sam import Sam
+from sam_jax.predict.encode import device_of
 from sam_jax.predict.image_slot import ImageSlot, SetImage
 from sam_jax.predict.tiled_image import TiledImage
 from sam_jax.predict.tiles import Tile
@@ -89,8 +90,7 @@ class OfficialNames:
     @property
     def device(self) -> jax.Device:
         """The device that holds the variables, or the default device if they are numpy arrays."""
-        leaf = jax.tree.leaves(self.variables)[0]
-        return next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jnp.zeros(()).device
+        return device_of(self.variables)
 
     @property
     def is_image_set(self) -> bool:

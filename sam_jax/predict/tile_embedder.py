@@ -4,18 +4,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from sam_jax.images.read import MAX_IMAGE_PIXELS
 from sam_jax.images.resize import fit_size, resize_in_bands
 from sam_jax.model.sam import Sam
-from sam_jax.predict.encode import resize_and_encode
+from sam_jax.predict.encode import device_of, resize_and_encode
 from sam_jax.predict.tiles import Tile
 
 CACHE_BYTES = 256 << 20
-BATCH_SIZE = 8  # tiles in one program, where there are that many and the device is no CPU
+BATCH_SIZE = 8  # tiles in one program, where there are that many and the device is not a CPU
 
 
 class TileEmbedder:
@@ -69,7 +68,7 @@ class TileEmbedder:
           The embedding of each tile. Tiles are encoded in batches of BATCH_SIZE or 1, so that their
           number compiles nothing.
         """
-        batch_size = 1 if jax.default_backend() == "cpu" else BATCH_SIZE
+        batch_size = 1 if device_of(self._variables).platform == "cpu" else BATCH_SIZE
         batch: dict[Tile, Float[Array, "1 gh gw c"]] = {}
         for i, tile in enumerate(tiles):
             if tile not in batch and tile not in self._cache:

@@ -8,7 +8,7 @@ import pytest
 from sam_jax.cli.main import main
 from sam_jax.data.example import BadSample, Example
 from sam_jax.data.open import open_source, select
-from sam_jax.evaluate.clicks import evaluate_clicks, format_table, predict_clicks
+from sam_jax.evaluate.clicks import decode_masks, evaluate_clicks, format_table, predict_clicks
 from sam_jax.masks import rle
 from sam_jax.masks.overlap import mask_iou
 from sam_jax.model.sam import sam_tiny
@@ -124,10 +124,12 @@ def test_bad_samples_are_counted_and_an_empty_source_is_refused():
         return np.array([LARGE] * (3 if multimask else 1)), [0.5] * (3 if multimask else 1)
 
     empty = example(np.zeros(SIZE, bool))
-    images = ToySource([BadSample("broken image", "cut"), example(LARGE), empty])
-    scores = evaluate_clicks(KnownPredictor(answer), images, range(3))
-    assert scores["bad_samples"] == 2
-    assert "2 images could not be read" in format_table(scores)
+    images = ToySource([BadSample("broken image", "cut"), example(LARGE), empty, example()])
+    scores = evaluate_clicks(KnownPredictor(answer), images, range(4))
+    assert scores["bad_samples"] == 3
+    assert "3 images could not be used" in format_table(scores)
+    with pytest.raises(BadSample, match="the image has no masks"):
+        decode_masks([])
     with pytest.raises(ValueError, match="no mask to evaluate on; 1 image"):
         evaluate_clicks(KnownPredictor(answer), images, [0])
 

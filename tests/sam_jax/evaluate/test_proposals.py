@@ -114,8 +114,8 @@ def test_unreadable_images_are_counted_and_left_out():
     scores = evaluate_proposals(proposals, truths, pairs)
     assert (scores["images"], scores["bad_samples"]) == (1, 3)
     assert scores["recall"]["all"] == same_recall(1)
-    assert "3 images could not be read" in format_table(scores)
-    with pytest.raises(ValueError, match="no object to be found; 3 images could not be read"):
+    assert "3 images could not be used" in format_table(scores)
+    with pytest.raises(ValueError, match="no object to be found; 3 images could not be used"):
         evaluate_proposals(proposals, truths, pairs[:3])
 
 

@@ -1,6 +1,8 @@
 """Tests fields of modules as plain values, and the rules for their values."""
 
 import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sam_jax.model.fields import Rule, check_rules, module_fields, module_to_dict, multiple_of
@@ -66,3 +68,20 @@ def test_multiples(value, divisor, message):
     else:
         with pytest.raises(ValueError, match=f"^{message}$"):
             check_rules(rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("dtype", "float16", "one of 'float32', 'bfloat16'"),
+        ("dtype", np.float32, "one of 'float32', 'bfloat16'"),
+        ("dtype", jnp.float32, "one of 'float32', 'bfloat16'"),
+        ("remat", "all", "one of 'none', 'products', 'blocks'"),
+    ],
+)
+def test_a_string_must_be_among_those_of_its_annotation(name, value, allowed):
+    """Sets the field after construction, whose types the tests check and users do not."""
+    encoder = ImageEncoder()
+    object.__setattr__(encoder, name, value)
+    with pytest.raises(ValueError, match=f"^{name} must be {allowed}; got "):
+        encoder.validate()

@@ -45,7 +45,7 @@ INITIAL = {  # a value, or ("within", bound) for uniform ones, or ("std", s) for
 
 def test_initial_values(jit):
     """Compares initial values with those of PyTorch, and with those of MAE in the image encoder."""
-    model = sam_tiny(depth=1, decoder_depth=1)
+    model = sam_tiny(depth=1, decoder_depth=1, global_blocks=(0,))
 
     @jit
     def init():
@@ -83,7 +83,9 @@ def test_paths_are_snake_case_and_blocks_zero_padded():
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", part) for p in paths for part in p.split("/"))
 
 
-@pytest.mark.parametrize("model", [sam_tiny(depth=1), mae_tiny()], ids=["sam", "mae"])
+@pytest.mark.parametrize(
+    "model", [sam_tiny(depth=1, global_blocks=(0,)), mae_tiny()], ids=["sam", "mae"]
+)
 def test_shapes_are_those_of_the_variables(model):
     variables = jax.eval_shape(lambda: init_variables(model, 0))
     assert variables.keys() == {"params", "constants"}

@@ -213,12 +213,17 @@ INVALID = [
     (dict(image_size=(64, 0)), "image_encoder.image_size must be two multiples"),
     (dict(num_heads=3), "image_encoder.embed_dim must be a positive multiple of num_heads = 3"),
     (dict(num_heads=0), "image_encoder.num_heads must be at least 1; got 0"),
-    (dict(embed_dim=0), "image_encoder.embed_dim must be a positive multiple"),
+    (dict(embed_dim=0), "image_encoder.embed_dim must be at least 1; got 0"),
+    (dict(window_size=-3), "image_encoder.window_size must be at least 1; got -3"),
+    (dict(mlp_ratio=0), "image_encoder.mlp_ratio must be at least 1; got 0"),
+    (dict(decoder_mlp_dim=0), "mask_decoder.mlp_dim must be at least 1; got 0"),
+    (dict(iou_hidden_dim=-1), "mask_decoder.iou_hidden_dim must be at least 1; got -1"),
+    (dict(position_scale=-1.0), "prompt_encoder.position_scale must be at least 0; got -1.0"),
     (dict(drop_path=1.0), "image_encoder.drop_path must be at least 0 and below 1; got 1.0"),
-    (dict(drop_path=-0.1), "image_encoder.drop_path must be at least 0 and below 1; got -0.1"),
+    (dict(drop_path=-0.1), "image_encoder.drop_path must be at least 0; got -0.1"),
     (dict(prompt_dim=63), "prompt_encoder.dim must be a positive multiple of 2; got 63"),
     (dict(mask_channels=6), "prompt_encoder.mask_channels must be a positive multiple of 4; got 6"),
-    (dict(mask_channels=0), "prompt_encoder.mask_channels must be a positive multiple of 4; got 0"),
+    (dict(mask_channels=0), "prompt_encoder.mask_channels must be at least 1; got 0"),
     (dict(decoder_heads=0), "mask_decoder.num_heads must be at least 1; got 0"),
     (dict(prompt_dim=60), "mask_decoder.dim must be a positive multiple of 8"),
     (dict(decoder_heads=3), "mask_decoder.dim must be a positive multiple of 24"),
@@ -512,3 +517,15 @@ def test_objects_and_slots_may_be_empty(tiny, n):
 
     masks = jax.eval_shape(decode, variables, np.zeros((1, 6, 9, 32), np.float32))
     assert masks.logits.shape == (1, n, 4, 24, 36)
+
+
+def test_an_image_that_is_larger_than_the_canvas_is_an_error(tiny):
+    model, variables = tiny
+    bound = model.bind(variables)
+    height, width = model.image_size
+    for shape in ((1, 3, height + 1, width), (3, height, width + 1), (height, width, 3)):
+        with pytest.raises(ValueError, match=r"shape \(\.\.\., 3, height, width\), with sides"):
+            bound.preprocess(np.zeros(shape, np.float32))
+    low = np.zeros((1, *model.low_res), np.float32)
+    with pytest.raises(ValueError, match="input_size must be at most the model's input"):
+        bound.postprocess_masks(low, (height, width + 1), (height, width + 1))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import sam_jax
+from sam_jax.model.ops import dispatch
 from sam_jax.predict.decode import decode_prompts
 from sam_jax.predict.encode import encode_images
 
@@ -98,6 +99,28 @@ def test_batches_of_images_equal_single_ones(predictor, batch_size):
         predictor.set_image(image)
         assert_close(result, predictor.predict_many(image_prompts, return_logits=True))
         assert result[0].shape[1:] == (3, *image.shape[:2])
+
+
+def test_operations_suit_the_device_that_holds_the_variables(tiny, monkeypatch):
+    """Operations ask for the platform while a program is traced, which must be that device's."""
+    model, variables = tiny
+    device = jax.devices()[3]
+    seen = []
+
+    def choose(*args):
+        seen.append(jax.config.jax_default_device)
+        return original(*args)
+
+    original = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", choose)
+    # Another dtype, so that no program was compiled before.
+    other = sam_jax.replace_fields(model, dtype="bfloat16")
+    predictor = sam_jax.SamPredictor(other, jax.device_put(variables, device))
+    predictor.set_image(photo((60, 70)))
+    num_encoder_choices = len(seen)
+    predictor.predict(**CLICK)
+    assert 0 < num_encoder_choices < len(seen)
+    assert set(seen) == {device}
 
 
 def test_no_images_and_no_prompts_give_empty_results(predictor, with_image):
