@@ -4,7 +4,7 @@
 
 DIR is the folder that configs/sam_tiny_nuclei.py uses. Its masks are not read. The patch size is
 that of `sam_tiny_nuclei`, and crops are enlarged about as much as its images. The autoencoder
-predicts colours that are not normalised per patch: it is too small to learn what a nucleus looks
+predicts colors that are not normalized per patch: it is too small to learn what a nucleus looks
 like within a patch, but it does learn which patches are bright and which are dark.
 
 Cost: five minutes on two CPU cores.

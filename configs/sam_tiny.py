@@ -10,7 +10,7 @@ costs more than another mask does.
 The predicted IoU of all three masks is supervised, so that the model can choose among them.
 Mimetic initialization shortens the start, when masks are empty. b2 is 0.95, because the gradients
 of the first steps are far larger than those of later ones. The weight of the focal loss is 4: with
-the paper's 20, masks as coarse as these are learnt later and end up slightly worse. There is no
+the paper's 20, masks as coarse as these are learned later and end up slightly worse. There is no
 drop path, dropout or layer-wise decay.
 
 Cost: less than ten minutes on two CPU cores.

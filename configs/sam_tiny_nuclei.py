@@ -7,7 +7,7 @@ index.json. Every fifth image is held out.
 
 Nuclei are small. The model therefore has three times as many tokens per side as `sam_tiny` and
 higher frequencies in its position encoding, and the loss is at twice the decoder's resolution.
-With still higher frequencies, the first click is learnt sooner, but boxes are worse. Mimetic
+With still higher frequencies, the first click is learned sooner, but boxes are worse. Mimetic
 initialization matches queries and keys in the decoder's cross-attention. Without it, masks stay
 empty three times as long.
 

@@ -50,7 +50,7 @@ class Interactive:
 class Reconstruction:
     """The masked autoencoder's objective."""
 
-    normalized: bool = True  # each patch is normalised by its own mean and deviation
+    normalized: bool = True  # each patch is normalized by its own mean and deviation
 
     def rules(self) -> Iterator[Rule]:
         """Yields the rules that the fields must obey."""

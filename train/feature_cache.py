@@ -30,7 +30,7 @@ METHODS: dict[Part, Literal["encode", "encode_trunk"]] = {
     "embedding": "encode",
     "trunk": "encode_trunk",
 }
-# Tokens before the neck have more channels than embeddings. The neck normalises them, so that half
+# Tokens before the neck have more channels than embeddings. The neck normalizes them, so that half
 # precision is enough; it halves the files.
 DTYPES: dict[Part, type] = {"embedding": np.float32, "trunk": np.float16}
 

@@ -63,7 +63,7 @@ def make_mesh(batch_size: int, fsdp: int = 1, devices: Sequence[jax.Device] | No
             f"batch_size must be divisible by the number of devices and that by fsdp; got "
             f"{batch_size} images, {len(devices)} devices and fsdp={fsdp}"
         )
-    # The last axis of a mesh is laid out over neighbouring devices. Most data is sent along `fsdp`.
+    # The last axis of a mesh is laid out over neighboring devices. Most data is sent along `fsdp`.
     arranged = mesh_utils.create_device_mesh(
         (count // fsdp, fsdp), devices[:count], allow_split_physical_axes=True
     )

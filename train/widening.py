@@ -5,7 +5,7 @@ A wide mask decoder can start from a narrow one, which already knows what prompt
 Source: Chen, Goodfellow and Shlens 2016, "Net2Net: Accelerating Learning via Knowledge Transfer"
 (Net2WiderNet).
 
-Differences: Every channel has the same number of copies, which are neighbours, so that norms see
+Differences: Every channel has the same number of copies, which are neighbors, so that norms see
 the same mean and variance, and heads keep their channels. The copies share the weights of their
 outputs unequally: they would have equal gradients, and stay equal, if they shared them equally.
 """
@@ -96,7 +96,7 @@ def _input_axis(name: str, ndim: int) -> int | None:
 def _shares(
     shape: tuple[int, ...], axis: int, factor: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "..."]:
-    """Returns shares that sum to 1 over the copies, neighbours along an axis, of each channel."""
+    """Returns shares that sum to 1 over the copies, neighbors along an axis, of each channel."""
     split = (*shape[:axis], shape[axis] // factor, factor, *shape[axis + 1 :])
     noise = rng.standard_normal(split)
     noise -= noise.mean(axis=axis + 1, keepdims=True)

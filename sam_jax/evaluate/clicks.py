@@ -50,7 +50,7 @@ OBJECTS_PER_CALL = 32  # their masks in full size take memory
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See `Evaluation`."""
     parser.description = (
-        "Evaluates a model by the paper's protocol on every mask of a source: clicks in the centre "
+        "Evaluates a model by the paper's protocol on every mask of a source: clicks in the center "
         "of the mask and then of the error, or a box, and the mean IoU of the predicted masks."
     )
     parser.epilog = (

@@ -3,7 +3,7 @@
 Source: He et al. 2022, facebookresearch/mae `models_mae.py`.
 
 Differences: The mask of an image depends on its index alone, so its loss is the same every time.
-Images are cropped in the centre.
+Images are cropped in the center.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw-pixels",
         action="store_true",
-        help="for an autoencoder that predicts the pixels of a patch without normalising them by "
+        help="for an autoencoder that predicts the pixels of a patch without normalizing them by "
         "their mean and deviation",
     )
 
@@ -90,7 +90,7 @@ def evaluate_reconstruction(
     Args:
       model: The autoencoder.
       params: Its parameters.
-      normalized: True if it predicts patches normalised by their mean and deviation.
+      normalized: True if it predicts patches normalized by their mean and deviation.
       source: The images.
       indices: The images to evaluate on, for example a progress bar over them.
 
@@ -125,7 +125,7 @@ def evaluate_reconstruction(
 def center_crop(
     image: UInt8[np.ndarray, "h w 3"], model: MaskedAutoencoder
 ) -> UInt8[np.ndarray, "mh mw 3"]:
-    """Crops the centre of an image to the model's aspect ratio and resizes it to its input size.
+    """Crops the center of an image to the model's aspect ratio and resizes it to its input size.
 
     Raises:
       BadSample: If the image is too small.
@@ -196,6 +196,6 @@ def reconstruct(
 def unnormalize_patches(
     patches: Float[Array, "*batch d"], target: Float[Array, "*batch d"]
 ) -> Float[Array, "*batch d"]:
-    """Scales normalised patches to the mean and the deviation of the true patches."""
+    """Scales normalized patches to the mean and the deviation of the true patches."""
     mean, deviation = mean_and_deviation(target)
     return mean + patches * deviation

@@ -5,7 +5,7 @@ Source: Kirillov et al. 2023, section 5, figures 5 and 6.
 Differences, and where the paper says nothing:
 - The first bin of masks per image is "<10" in the paper, and the next one begins at 11; here the
   first one is 0 to 10.
-- The centre of a mask is the mean of its pixels, divided by the width and height of the image.
+- The center of a mask is the mean of its pixels, divided by the width and height of the image.
 - The convex hull is that of pixels as squares, so a filled rectangle has a concavity of exactly 0.
 - Concavity is that of all masks. The paper compares data sets, and samples the masks of each so
   that their sizes are distributed alike.
@@ -36,7 +36,7 @@ class Measurement(Finding):
     """The measurements of one image.
 
     Attributes:
-      values: Relative size, concavity, and x and y of the centre of each mask, all from 0 to 1.
+      values: Relative size, concavity, and x and y of the center of each mask, all from 0 to 1.
     """
 
     values: Float[np.ndarray, "n 4"] = dataclasses.field(default_factory=lambda: np.zeros((0, 4)))
@@ -63,7 +63,7 @@ def measure_mask(number: int, mask: RLE) -> tuple[float, float, float, float]:
 
     Returns:
       The square root of its share of the image; the share of its convex hull that it does not
-      cover; x of its centre over the width of the image; y of its centre over the height.
+      cover; x of its center over the width of the image; y of its center over the height.
 
     Raises:
       BadSample: If it is broken or empty.
@@ -137,8 +137,8 @@ def format_table(statistics: dict[str, Any]) -> str:
         "masks per image": count["mean"],
         "relative size": statistics["relative_size"]["mean"],
         "concavity": statistics["concavity"]["mean"],
-        "centre, x": x,
-        "centre, y": y,
+        "center, x": x,
+        "center, y": y,
     }
     shares = ", ".join(
         f"{name} in {100 * images / usable:.0f} %"

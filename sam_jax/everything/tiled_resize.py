@@ -202,7 +202,7 @@ def _resize_to_tiles(
 ) -> tuple[Float32[Array, "b i j"], Bool[Array, "b i j"]]:
     """Returns the upsampled pixels of tiles, and True for those that the tile covers.
 
-    Neighbouring tiles overlap where a tile covers fewer than TILE_SIZE pixels.
+    Neighboring tiles overlap where a tile covers fewer than TILE_SIZE pixels.
     """
     row_matrix, column_matrix = matrices
     rows, columns = tiling.rows, tiling.columns

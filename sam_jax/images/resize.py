@@ -165,7 +165,7 @@ def bilinear_taps(
 ) -> tuple[Int64[np.ndarray, " {new_size}"], Float64[np.ndarray, " {new_size}"]]:
     """Returns the taps of a bilinear resize of one axis without antialiasing.
 
-    Pixel centres are at +0.5. As in PyTorch, positions are computed in float32, with one rounding
+    Pixel centers are at +0.5. As in PyTorch, positions are computed in float32, with one rounding
     for the product and the difference.
 
     Args:

@@ -17,7 +17,7 @@ def center(mask: Mapping[str, Any]) -> tuple[float, float]:
       mask: An RLE, see `rle.decode`.
 
     Returns:
-      (x, y) in pixels; the centre of the first pixel is (0.5, 0.5).
+      (x, y) in pixels; the center of the first pixel is (0.5, 0.5).
 
     Raises:
       RLEError: If the runs are not a mask.

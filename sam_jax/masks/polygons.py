@@ -1,7 +1,7 @@
 """Rasterizes COCO polygons to exactly the pixels that pycocotools gives.
 
 Corners are rounded to fifths of a pixel, and edges are traced in steps of a fifth. Each time the
-trace crosses the centre line of a pixel column, all pixels below the crossing in that column toggle
+trace crosses the center line of a pixel column, all pixels below the crossing in that column toggle
 between outside and inside. A region that a polygon encloses twice is therefore a hole. A mask is
 the union of its polygons.
 
@@ -33,7 +33,7 @@ def rasterize(polygons: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Rasterizes the union of polygons.
 
     Args:
-      polygons: A list of lists [x0, y0, x1, y1, ...], in pixels; pixel centres are at +0.5. Values
+      polygons: A list of lists [x0, y0, x1, y1, ...], in pixels; pixel centers are at +0.5. Values
         of other types are errors.
       size: (height, width) of the image.
 

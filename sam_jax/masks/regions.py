@@ -16,7 +16,7 @@ from sam_jax.masks.boxes import box_of_mask
 def remove_small_regions(
     mask: Bool[np.ndarray, "h w"], min_area: int, *, keep_largest: bool = True
 ) -> tuple[Bool[np.ndarray, "h w"], bool]:
-    """Fills small holes, then removes small islands, both connected by 8 neighbours.
+    """Fills small holes, then removes small islands, both connected by 8 neighbors.
 
     Args:
       mask: The mask.

@@ -138,9 +138,9 @@ def decode(rle: Any) -> Bool[np.ndarray, "h w"]:
 def decode_resized(
     rle: Any, new_size: tuple[int, int]
 ) -> Bool[np.ndarray, "{new_size[0]} {new_size[1]}"]:
-    """Decodes an RLE at another size by nearest neighbour.
+    """Decodes an RLE at another size by nearest neighbor.
 
-    Equal to `decode` followed by a nearest-neighbour resize, but no pixels are decoded at the
+    Equal to `decode` followed by a nearest-neighbor resize, but no pixels are decoded at the
     original size. The bounds of the runs are mapped to the new size instead.
 
     Args:
@@ -258,7 +258,7 @@ def bounds(rle: Any) -> Int64[np.ndarray, "r 2"]:
 
 
 def _nearest(size: int, new_size: int) -> Int64[np.ndarray, " {new_size}"]:
-    """Returns for each new pixel of an axis the index of the pixel that contains its centre."""
+    """Returns for each new pixel of an axis the index of the pixel that contains its center."""
     return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
 
 
@@ -281,7 +281,7 @@ def _sampled_columns(
     Int64[np.ndarray, " {width}+1"],
     Bool[np.ndarray, " {width}+1"],
 ]:
-    """Finds the source columns that a nearest-neighbour resize samples.
+    """Finds the source columns that a nearest-neighbor resize samples.
 
     Returns:
       For each of the `count` new columns from `left` on, the index of its source among the sampled

@@ -22,7 +22,7 @@ from sam_jax.model.bicubic import resize_bicubic
 from sam_jax.model.fields import MAX_SIZE, Rule, check_rules, field_rules, multiple_of
 from sam_jax.model.layers import PatchConv, fan_in_uniform, gelu, layer_norm, xavier_uniform
 
-MAX_NORMALIZED = 50.0  # largest value of a pixel that can be taken for a normalised one
+MAX_NORMALIZED = 50.0  # largest value of a pixel that can be taken for a normalized one
 
 Remat = Literal["none", "products", "blocks"]
 Dtype = Literal["float32", "bfloat16"]
@@ -93,7 +93,7 @@ class ImageEncoder(nn.Module):
         """Encodes images, or runs one part of the encoder.
 
         Args:
-          image: Normalised images 'b h w 3', whose sides are multiples of `patch_size`. For the
+          image: Normalized images 'b h w 3', whose sides are multiples of `patch_size`. For the
             neck, the tokens that the trunk returns.
           train: Whether to drop paths; needs the rng "drop_path".
           part: "all", "trunk" for everything before the neck, or "neck".
@@ -216,11 +216,11 @@ def rematted(block: type[nn.Module], remat: Remat) -> Any:
 
 
 def check_normalized(image: Shaped[Array | np.ndarray, "..."]) -> None:
-    """Raises ValueError for pixels that are not normalised floats, as far as can be seen.
+    """Raises ValueError for pixels that are not normalized floats, as far as can be seen.
 
     In functions that are traced, the values are not known; then only their type is checked.
     """
-    how = "image must be normalised floats, as sam_jax.normalize returns them"
+    how = "image must be normalized floats, as sam_jax.normalize returns them"
     if not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(f"{how}; got {image.dtype}")
     if isinstance(image, jax.core.Tracer) or not image.size:

@@ -39,7 +39,7 @@ class ReconstructedPatches:
     """The reconstruction of b images of l patches.
 
     Attributes:
-      patches: Reconstructed patches, including those that were visible. Each is normalised by its
+      patches: Reconstructed patches, including those that were visible. Each is normalized by its
         own mean and deviation.
       mask: True for patches that were removed from the encoder's input.
     """
@@ -147,14 +147,14 @@ class MaskedAutoencoder(nn.Module):
         """Reconstructs all patches of images from the visible ones.
 
         Args:
-          image: 'b h w 3' float, normalised, of `image_size`.
+          image: 'b h w 3' float, normalized, of `image_size`.
           keys: One key per image, from which its removed patches are sampled.
 
         Returns:
           The reconstructed patches, and which of them were removed.
 
         Raises:
-          ValueError: If the images have another size or are not normalised, or if `mask_ratio`
+          ValueError: If the images have another size or are not normalized, or if `mask_ratio`
             removes all patches or none.
         """
         expected = (*self.image_size, 3)
@@ -179,7 +179,7 @@ class MaskedAutoencoder(nn.Module):
         """Encodes the visible patches of images.
 
         Args:
-          image: Normalised images.
+          image: Normalized images.
           visible: Indices of the visible patches.
 
         Returns:
@@ -254,7 +254,7 @@ def encode_positions(gh: int, gw: int, c: int) -> Float32[np.ndarray, "l c"]:
 
 
 def normalize_patches(patches: Float[Array | np.ndarray, "*shape d"]) -> Float[Array, "*shape d"]:
-    """Normalises each patch by its own mean and deviation."""
+    """Normalizes each patch by its own mean and deviation."""
     mean, deviation = mean_and_deviation(patches)
     return (jnp.asarray(patches) - mean) / deviation
 
@@ -280,9 +280,9 @@ def reconstruction_loss(
 
     Args:
       output: Reconstructed patches. The same number is removed from each image.
-      image: Normalised images.
+      image: Normalized images.
       patch_size: Side of a patch in pixels.
-      normalized: True if patches are predicted normalised by their mean and deviation.
+      normalized: True if patches are predicted normalized by their mean and deviation.
 
     Returns:
       The mean over an image's removed patches.

@@ -24,7 +24,7 @@ from sam_jax.model.layers import PatchConv, Projection, fan_in_uniform, gelu, la
 FOREGROUND, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3  # labels of points
 NOT_A_POINT = -1  # the reference's padding point: a token of its own, which is attended to
 ABSENT = -2  # an empty slot, which is never attended to
-UNLABELLED = 4  # a position alone: what the reference makes of the labels 2 and 3 of points
+UNLABELED = 4  # a position alone: what the reference makes of the labels 2 and 3 of points
 
 
 @flax.struct.dataclass
@@ -70,7 +70,7 @@ class PromptEncoder(nn.Module):
       dim: Channels of a token.
       mask_channels: Channels before the last convolution of a mask prompt.
       position_scale: Standard deviation of the random frequencies of positions, in cycles per half
-        image. With few channels and a coarse grid, lower frequencies are learnt from sooner.
+        image. With few channels and a coarse grid, lower frequencies are learned from sooner.
       dtype: Compute type. Positions are always encoded in float32.
     """
 
@@ -143,7 +143,7 @@ class PromptEncoder(nn.Module):
         )
 
     def encode_grid(self, gh: int, gw: int) -> Float[Array, "p c"]:
-        """Encodes the centres of the cells of a grid.
+        """Encodes the centers of the cells of a grid.
 
         The result is that of `encode_positions`, by the angle sum identities: sines are slow, and
         those of gh + gw angles give all gh gw of them. They are combined by a matrix product,

@@ -127,7 +127,7 @@ class Sam(nn.Module):
         """Encodes images.
 
         Args:
-          image: 'b h w 3' float, normalised (see `normalize`) and then padded with zeros. The
+          image: 'b h w 3' float, normalized (see `normalize`) and then padded with zeros. The
             patch size must divide its sides.
           train: Whether to drop paths; needs the rng "drop_path".
 
@@ -136,7 +136,7 @@ class Sam(nn.Module):
 
         Raises:
           ValueError: If the image has another rank, sides that the patch does not divide, or
-            pixels that are not normalised; or if a field of the model has a value that is not
+            pixels that are not normalized; or if a field of the model has a value that is not
             allowed.
         """
         self._check_image(image)
@@ -240,7 +240,7 @@ class Sam(nn.Module):
             return self.mask_decoder.upscale_masks(image, hypernetwork_out, gh)
 
     def preprocess(self, image: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "*b 3 h w"]:
-        """Normalises and pads images in the reference's order of axes.
+        """Normalizes and pads images in the reference's order of axes.
 
         Args:
           image: '*b 3 ih iw', RGB values from 0 to 255, not larger than the model's input.
@@ -344,14 +344,14 @@ def _check_prompts(embedding: Array | np.ndarray, prompts: Prompts, embedding_di
 def normalize(
     image: UInt8[Array | np.ndarray, "b h w 3"], size: Int[Array | np.ndarray, "b 2"]
 ) -> Float[Array, "b h w 3"]:
-    """Normalises colours, then sets the padding to zero.
+    """Normalizes colors, then sets the padding to zero.
 
     Args:
       image: RGB images, padded at the bottom and on the right.
       size: (height, width) of each image without its padding.
 
     Returns:
-      Normalised images in float32.
+      Normalized images in float32.
     """
     inside_h = jnp.arange(image.shape[1]) < size[:, :1]
     inside_w = jnp.arange(image.shape[2]) < size[:, 1:]
@@ -360,7 +360,7 @@ def normalize(
 
 
 def normalize_colors(image: Shaped[Array | np.ndarray, "*shape 3"]) -> Float[Array, "*shape 3"]:
-    """Normalises RGB values from 0 to 255 by ImageNet's mean and deviation, in float32."""
+    """Normalizes RGB values from 0 to 255 by ImageNet's mean and deviation, in float32."""
     image = jnp.asarray(image, jnp.float32)
     return (image - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 

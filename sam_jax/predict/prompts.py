@@ -19,7 +19,7 @@ from sam_jax.model.prompt_encoder import (
     FOREGROUND,
     NOT_A_POINT,
     TOP_LEFT,
-    UNLABELLED,
+    UNLABELED,
     Prompts,
 )
 
@@ -32,8 +32,8 @@ POINT_LABELS = {
     1: FOREGROUND,
     0: BACKGROUND,
     -1: NOT_A_POINT,
-    2: UNLABELLED,
-    3: UNLABELLED,
+    2: UNLABELED,
+    3: UNLABELED,
 }
 
 

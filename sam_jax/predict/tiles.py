@@ -110,7 +110,7 @@ def tile_for_box(
     """Returns the tile that shows a box best.
 
     Its level is the one in which the box's longer side is nearest to `box_share` of a tile's side,
-    and it is the tile of this level whose centre is nearest to the box's. If that does not contain
+    and it is the tile of this level whose center is nearest to the box's. If that does not contain
     the box and the points, the next coarser level is taken.
 
     Args:
@@ -134,7 +134,7 @@ def tile_for_box(
 def tiles_for_points(pyramid: Pyramid, points: Float[np.ndarray, "k 2"]) -> list[Tile]:
     """Returns the tiles in which an object under points may be seen best, from fine to coarse.
 
-    They are the entire image and a tile of every octave of levels: the one whose centre is nearest
+    They are the entire image and a tile of every octave of levels: the one whose center is nearest
     to that of the points, if it contains all of them with MARGIN. Levels of more than POINT_ZOOM
     are left out, unless there are no others. The predicted mask leads to them if its object is that
     small.
@@ -179,7 +179,7 @@ def tile_for_object(
 
 
 def nearest_tile(pyramid: Pyramid, scale: float, box: Float[np.ndarray, " 4"]) -> Tile:
-    """Returns the tile of a level whose centre is nearest to that of a box.
+    """Returns the tile of a level whose center is nearest to that of a box.
 
     The tiles lie inside the image, the outermost ones at its border.
 
@@ -222,9 +222,9 @@ def tile_starts(side: int, tile_side: int, stride: int) -> Int64[np.ndarray, " n
     return np.append(np.arange(0, last, stride, dtype=np.int64), np.int64(last))
 
 
-def _nearest_start(side: int, tile_side: int, centre: float) -> int:
+def _nearest_start(side: int, tile_side: int, center: float) -> int:
     starts = tile_starts(side, tile_side, max(1, int(STRIDE * tile_side)))
-    return int(starts[np.argmin(np.abs(starts + tile_side / 2 - centre))])
+    return int(starts[np.argmin(np.abs(starts + tile_side / 2 - center))])
 
 
 def _clip(pyramid: Pyramid, points: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

@@ -19,7 +19,7 @@ from sam_jax.visualize.overlay import draw_masks
 from sam_jax.visualize.style import BLUE, DPI, new_figure, tidy
 
 PICTURE_SIDE = 480  # pixels, the longer side of a sample's image
-MASKS_PER_BIN = 8  # smallest mean in the plot of centres
+MASKS_PER_BIN = 8  # smallest mean in the plot of centers
 
 Sample = tuple[UInt8[np.ndarray, "_ _ 3"], Sequence[dict[str, Any]]]  # an image, and run lengths
 
@@ -104,7 +104,7 @@ def draw_shapes(statistics: dict[str, Any]) -> Figure:
 
 
 def draw_centers(statistics: dict[str, Any]) -> Figure:
-    """Draws the density of the centres of masks over the image.
+    """Draws the density of the centers of masks over the image.
 
     Bins are joined until they hold MASKS_PER_BIN masks on average, since fewer show mostly noise.
     """
@@ -126,7 +126,7 @@ def draw_centers(statistics: dict[str, Any]) -> Figure:
     tidy(axes)
     axes.grid(visible=False)
     bar = figure.colorbar(mesh, ax=axes, shrink=0.85)
-    bar.set_label("density of mask centres (mean = 1)", size=12)
+    bar.set_label("density of mask centers (mean = 1)", size=12)
     bar.ax.tick_params(labelsize=11)
     return figure
 

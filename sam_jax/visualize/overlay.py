@@ -64,9 +64,9 @@ def draw_masks(
     image: UInt8[np.ndarray, "h w 3"],
     masks: Iterable[Bool[np.ndarray, "_ _"] | Mapping[str, Any]],
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Tints each mask in a different colour, small ones above large ones, and outlines them.
+    """Tints each mask in a different color, small ones above large ones, and outlines them.
 
-    The image below the masks is grey, so that every colour is a mask's and not an object's.
+    The image below the masks is gray, so that every color is a mask's and not an object's.
 
     Args:
       image: The image.
@@ -92,8 +92,8 @@ def draw_masks(
     opacity = np.where(is_outline, OUTLINE_OPACITY, np.where(top_mask > 0, MASKS_OPACITY, 0))
     opacity = opacity.astype(np.float32)[..., None]
     overlay = np.where(is_outline[..., None], 255, colors[top_mask])
-    grey = (image @ np.array(LUMA, np.float32))[..., None]
-    return np.round((1 - opacity) * grey + opacity * overlay).astype(np.uint8)
+    gray = (image @ np.array(LUMA, np.float32))[..., None]
+    return np.round((1 - opacity) * gray + opacity * overlay).astype(np.uint8)
 
 
 def _cut_out(
@@ -127,12 +127,12 @@ def _outline(mask: Bool[np.ndarray, "h w"], width: int) -> Bool[np.ndarray, "h w
     """Returns the pixels of a mask within `width` of its border, along rows and columns."""
     inner = np.pad(mask, 1)
     for _ in range(width):
-        all_neighbours = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-        inner[1:-1, 1:-1] &= all_neighbours
+        all_neighbors = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+        inner[1:-1, 1:-1] &= all_neighbors
     return mask & ~inner[1:-1, 1:-1]
 
 
 def _mask_color(i: int) -> list[float]:
-    """Returns the RGB colour of the i-th mask, 0 to 255, in one of three brightnesses."""
+    """Returns the RGB color of the i-th mask, 0 to 255, in one of three brightnesses."""
     brightness = (1.0, 0.8, 0.9)[i % 3]
     return [255 * c for c in colorsys.hsv_to_rgb(i * HUE_STEP % 1, 0.9, brightness)]

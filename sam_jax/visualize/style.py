@@ -1,7 +1,7 @@
-"""The style of all plots: colours, axes, and pages of panels.
+"""The style of all plots: colors, axes, and pages of panels.
 
-Source: The colours of Okabe and Ito (2008), which colour-blind people can tell apart. Information
-is never in the colour alone.
+Source: The colors of Okabe and Ito (2008), which color-blind people can tell apart. Information
+is never in the color alone.
 
 Figures are made without pyplot, whose state is global.
 """
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
+BLUE, GREEN, ORANGE, RED, GRAY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
 DPI = 120
 
 

@@ -6,7 +6,7 @@ ViTDet does (`get_abs_pos`).
 
 Differences: patches of another size are resized too, and scaled by the ratio of their areas, so
 that the response to a constant patch stays the same; the class token is dropped, to which all
-patches of the original attend; colours are normalised as SAM's, whatever the original learnt from.
+patches of the original attend; colors are normalized as SAM's, whatever the original learned from.
 """
 
 import math
@@ -47,7 +47,7 @@ _NOT_PLAIN = (  # patterns of names, and what an encoder with such tensors has
     (r".*\.(q_norm|k_norm)\..*", "norms of queries and keys"),
 )
 _ALLOWED = (
-    "only plain vision transformers can be read: learnt or fixed absolute positions, at most a "
+    "only plain vision transformers can be read: learned or fixed absolute positions, at most a "
     "class token next to the patches, one bias for queries, keys and values, and MLPs of two layers"
 )
 

@@ -54,7 +54,7 @@ def main():
         for name, (program, *shapes) in programs(model).items():
             compiled = lower_on_first(devices, program, *shapes).compile()
             cost = estimate_cost(compiled.as_text(), chip, {})
-            assert not cost.unmodelled_kernels, cost.unmodelled_kernels
+            assert not cost.unmodeled_kernels, cost.unmodeled_kernels
             seconds[name] = cost.total_seconds
 
     tuning = TUNINGS["tpu"]

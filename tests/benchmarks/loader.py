@@ -8,7 +8,7 @@ mask at its full size, and resizes it.
 Everything runs on one core, and the times are CPU times of the process. In each round, the
 implementations are timed one after the other. The table shows medians over the rounds, and medians
 of the ratios of each round. Results are compared before anything is timed: images must be equal,
-and masks must be equal except at ties of the nearest neighbour.
+and masks must be equal except at ties of the nearest neighbor.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def compare(samples):
         num_pixels += np.count_nonzero(masks)
     print(
         f"images are equal; masks differ in {num_different / num_pixels:.1e} of their pixels, all "
-        f"of which are ties of the nearest neighbour"
+        f"of which are ties of the nearest neighbor"
     )
 
 

@@ -233,7 +233,7 @@ def test_the_badges_are_true():
     assert re.findall(r"Python :: (3\.\d+)", classifiers) == versions
     assert SETUP["options"]["python_requires"] == f">= {versions[0]}"
     assert SETUP["metadata"]["license"] == "Apache-2.0"
-    assert "licence-Apache--2.0" in readme
+    assert "license-Apache--2.0" in readme
 
 
 def test_the_readme_is_short():

@@ -35,7 +35,7 @@ CONFIG = dict(
 
 @pytest.fixture(params=SIZES)
 def image(request):
-    """Returns normalised images 'b h w 3'."""
+    """Returns normalized images 'b h w 3'."""
     rng = np.random.default_rng(0)
     return rng.standard_normal((2, *SIZES[request.param], 3)).astype(np.float32)
 

@@ -33,7 +33,7 @@ def layer_norm(x, eps=1e-6):
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
 
 
-def test_the_neck_projects_normalised_features_without_their_mean(tokens, params):
+def test_the_neck_projects_normalized_features_without_their_mean(tokens, params):
     """Folding the last LayerNorm into the neck is exact: scale, bias and mean."""
     rng = np.random.default_rng(1)
     scale, bias = rng.uniform(0.3, 2, WIDTH), rng.normal(size=WIDTH)

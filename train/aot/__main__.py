@@ -161,8 +161,8 @@ def format_report(report: dict[str, Any]) -> str:
             f"{kind:14}{found['count']:5}, {_gib(found['bytes'])} in total, "
             f"{found['asynchronous']} asynchronous"
         )
-    if report["unmodelled_kernels"]:
-        lines.append(f"kernels not counted: {', '.join(report['unmodelled_kernels'])}")
+    if report["unmodeled_kernels"]:
+        lines.append(f"kernels not counted: {', '.join(report['unmodeled_kernels'])}")
     lines.append(f"compiled in {report['compile_seconds']:.0f} s")
     if "hours" in report:
         lines += _format_schedule(report)

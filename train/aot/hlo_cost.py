@@ -60,7 +60,7 @@ class ProgramCost:
     Attributes:
       seconds: Estimated time of each phase, without kernels.
       kernel_seconds_bound: Lower bound of the time of the kernels of each phase.
-      unmodelled_kernels: Names of kernels without a known cost, whose time is missing.
+      unmodeled_kernels: Names of kernels without a known cost, whose time is missing.
       collectives: For each kind {"count", "bytes", "asynchronous", "phases"}: their number, their
         bytes in total, how many of them overlap with other work, and the phases they occur in.
         Collectives that the compiler has fused with other work are not counted.
@@ -68,7 +68,7 @@ class ProgramCost:
 
     seconds: dict[str, float]
     kernel_seconds_bound: dict[str, float]
-    unmodelled_kernels: list[str]
+    unmodeled_kernels: list[str]
     collectives: dict[str, dict[str, Any]]
 
     @property
@@ -100,7 +100,7 @@ def estimate_cost(text: str, chip: Chip, phases: Mapping[str, str]) -> ProgramCo
     kernel_seconds: dict[str, float] = defaultdict(float)
     collectives: dict[str, Counter] = defaultdict(Counter)
     collective_phases: dict[str, set[str]] = defaultdict(set)
-    unmodelled: set[str] = set()
+    unmodeled: set[str] = set()
     for instruction, times in walk(computations, entry):
         phase = phase_of(instruction, phases)
         if (cycles := estimated_cycles(instruction)) is not None:
@@ -108,7 +108,7 @@ def estimate_cost(text: str, chip: Chip, phases: Mapping[str, str]) -> ProgramCo
         elif KERNEL_TARGET in instruction.text:
             bound = kernel_seconds_bound(instruction, chip, costs)
             if bound is None:
-                unmodelled.add(instruction.name.split(".")[0])
+                unmodeled.add(instruction.name.split(".")[0])
             else:
                 kernel_seconds[phase] += times * bound
         kind = next((k for k in COLLECTIVES if instruction.opcode.startswith(k)), None)
@@ -123,7 +123,7 @@ def estimate_cost(text: str, chip: Chip, phases: Mapping[str, str]) -> ProgramCo
     return ProgramCost(
         seconds=dict(seconds),
         kernel_seconds_bound=dict(kernel_seconds),
-        unmodelled_kernels=sorted(unmodelled),
+        unmodeled_kernels=sorted(unmodeled),
         collectives={
             kind: dict(counts) | {"phases": sorted(collective_phases[kind])}
             for kind, counts in collectives.items()

@@ -213,7 +213,7 @@ def compile_report(config: TrainConfig, topology: str, what: str = "step") -> di
             name: cost.seconds.get(name, 0.0) + cost.kernel_seconds_bound.get(name, 0.0)
             for name in (*PHASES, "other")
         },
-        "unmodelled_kernels": cost.unmodelled_kernels,
+        "unmodeled_kernels": cost.unmodeled_kernels,
         "estimated_mfu": flops / cost.total_seconds / chip.peak_flops,
         "collectives": cost.collectives,
         "compile_seconds": seconds,

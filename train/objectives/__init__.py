@@ -1,1 +1,1 @@
-"""Objectives: the functions whose values runs minimise."""
+"""Objectives: the functions whose values runs minimize."""

@@ -138,7 +138,7 @@ def sample_click_on_error(
       stride: The side of these pixels in pixels of the padded image.
 
     Returns:
-      The clicks with one more, labelled by the true mask at its position.
+      The clicks with one more, labeled by the true mask at its position.
     """
     is_wrong = ((logits > 0) != target) & inside
     background = ~target & inside

@@ -142,7 +142,7 @@ def prepare_targets(
 def _inside(
     size: Int[Array | np.ndarray, "b 2"], shape: tuple[int, int], stride: int
 ) -> Bool[Array, "b h w"]:
-    """Returns True for pixels at the loss's resolution whose centre is in the image."""
+    """Returns True for pixels at the loss's resolution whose center is in the image."""
     covered = (2 * size + stride) // (2 * stride)
     rows = jnp.arange(shape[0]) < covered[:, :1]
     columns = jnp.arange(shape[1]) < covered[:, 1:]

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sam_jax.evaluate.object_scores import CALIBRATION_BINS
-from sam_jax.visualize.style import BLUE, GREY, ORANGE, new_figure, tidy
+from sam_jax.visualize.style import BLUE, GRAY, ORANGE, new_figure, tidy
 
 BAR_WIDTH = 0.4 / CALIBRATION_BINS
 SERIES = (("1", "1 click", BLUE, "o", -0.5), ("box", "box", ORANGE, "s", 0.5))
@@ -47,7 +47,7 @@ def draw_calibration(evaluation: dict[str, Any]) -> Figure:
 
 def draw_column(iou: Axes, counts: Axes, calibration: dict[str, Any]) -> None:
     """Draws both plots of objects that were seen in the same way."""
-    iou.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="predicted = true")
+    iou.plot([0, 1], [0, 1], color=GRAY, linestyle="--", label="predicted = true")
     for prompt, label, color, marker, side in SERIES:
         bins = calibration[prompt]
         predicted = np.array([row["predicted"] for row in bins])

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sam_jax.visualize.style import BLUE, GREY, ORANGE, new_figure, tidy
+from sam_jax.visualize.style import BLUE, GRAY, ORANGE, new_figure, tidy
 from train.rows import Row
 
 DARK_ORANGE = "#8A5F00"  # for text
@@ -167,7 +167,7 @@ def draw_clicks(evaluation: dict[str, Any]) -> Figure:
             annotate(axes, position, iou["oracle"], DARK_ORANGE, is_above=True)
     ceiling = evaluation["ceiling"]
     label = f"upper bound for one click, not knowing which object is meant: {ceiling:.3f}"
-    axes.axhline(ceiling, color=GREY, linestyle="--", label=label)
+    axes.axhline(ceiling, color=GRAY, linestyle="--", label=label)
     axes.set_xticks([*positions, box_position], [*counts, "box"])
     axes.set_xlim(-0.4, box_position + 0.4)
     axes.set_ylim(min(0, min(iou["chosen"] for iou in scores) - 0.1), 1.1)  # room for the numbers

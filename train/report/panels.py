@@ -60,7 +60,7 @@ def draw_panel(
     mask: Bool[np.ndarray, "h w"] | None = None,
     clicks: Sequence[Click] = (),
 ) -> None:
-    """Draws the image and the outline of the true mask; a predicted mask is blue on grey.
+    """Draws the image and the outline of the true mask; a predicted mask is blue on gray.
 
     Dark parts of images are brightened.
 
@@ -78,9 +78,9 @@ def draw_panel(
     extent = (columns.start - 0.5, columns.stop - 0.5, rows.stop - 0.5, rows.start - 0.5)
     shown = brighten(image[pixels])
     if mask is not None:
-        grey = 0.5 * shown.mean(axis=-1, keepdims=True).repeat(3, axis=-1) + 127
+        gray = 0.5 * shown.mean(axis=-1, keepdims=True).repeat(3, axis=-1) + 127
         tint = [int(BLUE[i : i + 2], 16) for i in (1, 3, 5)]
-        shown = np.where(mask[pixels][..., None], 0.4 * grey + 0.6 * np.array(tint), grey)
+        shown = np.where(mask[pixels][..., None], 0.4 * gray + 0.6 * np.array(tint), gray)
     axes.imshow(shown.astype(np.uint8), extent=extent)
     draw_outline(axes, true_mask[pixels], extent)
     for click_label, color, marker in ((1, GREEN, "o"), (0, RED, "X")):

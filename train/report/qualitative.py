@@ -189,7 +189,7 @@ def draw_objects(objects: list[ShownObject]) -> Figure:
 
 
 def draw_legend(figure: Figure) -> None:
-    """Draws the legend of lines, colours and markers at the top."""
+    """Draws the legend of lines, colors and markers at the top."""
 
     def marker(shape: str, color: str, label: str) -> Line2D:
         return Line2D(

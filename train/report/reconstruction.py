@@ -18,7 +18,7 @@ from train.rows import read_rows
 from train.summary import read_summary
 
 NUM_IMAGES = 8
-REMOVED_GREY = 128  # value of removed pixels
+REMOVED_GRAY = 128  # value of removed pixels
 PANEL, GAP, MARGIN, HEADER = 2.2, 0.1, 0.15, 0.4  # inches
 
 
@@ -75,7 +75,7 @@ def draw_reconstructions(
     figure = grid.new_figure()
     panels = zip(
         images,
-        np.where(is_removed[..., None], REMOVED_GREY, images),
+        np.where(is_removed[..., None], REMOVED_GRAY, images),
         np.where(is_removed[..., None], reconstructed, images),
         strict=True,
     )
@@ -128,10 +128,10 @@ def write_reconstruction_report(
         ),
     }
     scale = (
-        "each patch normalised by its own mean and deviation, so that a uniform patch of the right "
-        "colour has a loss of 1"
+        "each patch normalized by its own mean and deviation, so that a uniform patch of the right "
+        "color has a loss of 1"
         if config.normalized
-        else "in normalised colours"
+        else "in normalized colors"
     )
     summary = (
         f"Mean squared error of the removed patches of {evaluation['images']} held-out images: "

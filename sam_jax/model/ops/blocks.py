@@ -94,9 +94,9 @@ def normalize(
     Returns:
       The normalized pixels, and the inverse of their standard deviations.
     """
-    centred = x - jnp.mean(x, axis=0, keepdims=True)
-    inverse_deviation = jax.lax.rsqrt(jnp.mean(centred**2, axis=0, keepdims=True) + epsilon)
-    return centred * inverse_deviation, inverse_deviation
+    centered = x - jnp.mean(x, axis=0, keepdims=True)
+    inverse_deviation = jax.lax.rsqrt(jnp.mean(centered**2, axis=0, keepdims=True) + epsilon)
+    return centered * inverse_deviation, inverse_deviation
 
 
 def normalize_grad(

@@ -180,8 +180,8 @@ def test_predict_in_tiles_names_the_tile(weights, tmp_path):
 
 def test_a_model_for_windows_around_objects_predicts_in_tiles_by_default(tmp_path):
     y, x = np.mgrid[:120, :160]
-    centres = [(30, 40), (70, 110), (95, 30)]
-    is_disc = np.any([(y - cy) ** 2 + (x - cx) ** 2 <= 8**2 for cy, cx in centres], axis=0)
+    centers = [(30, 40), (70, 110), (95, 30)]
+    is_disc = np.any([(y - cy) ** 2 + (x - cx) ** 2 <= 8**2 for cy, cx in centers], axis=0)
     image = tmp_path / "cells.png"
     Image.fromarray(np.where(is_disc, 180, 10).astype(np.uint8)).convert("RGB").save(image)
     command = ["predict", str(image), "--weights", "sam_nuclei", "--box", "101,61,119,79"]

@@ -133,7 +133,7 @@ def test_the_object_of_a_window_comes_first():
     for seed in range(20):
         row = transform(example, np.random.default_rng(seed))
         rows, columns = np.nonzero(unpack(row)[0])
-        # Its longer side is half of the canvas, so no neighbour was chosen.
+        # Its longer side is half of the canvas, so no neighbor was chosen.
         assert 30 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 33
 
 

@@ -131,7 +131,7 @@ def test_bad_images_have_a_reason_and_no_files(tmp_path):
 
 
 def test_an_image_without_masks_counts_as_finished(tmp_path):
-    write(tmp_path / "photos" / "grey.png", np.full((30, 30, 3), 90, np.uint8))
+    write(tmp_path / "photos" / "gray.png", np.full((30, 30, 3), 90, np.uint8))
     (finding,) = label(open_source(f"images:{tmp_path / 'photos'}"), tmp_path / "out")
     assert (finding.masks, finding.reason) == (0, None)
     assert finished_ids(tmp_path / "out") == {0}

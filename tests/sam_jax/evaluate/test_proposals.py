@@ -126,7 +126,7 @@ def test_images_of_another_size_are_refused():
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def labeled(tmp_path):
     """Returns a function that writes scenes as SA-1B files, without the last mask of each."""
 
     def write(*indices):
@@ -146,8 +146,8 @@ def labelled(tmp_path):
 SCENES = SyntheticScenes((48, 64))
 
 
-def test_images_are_paired_by_their_number(labelled):
-    proposals = open_sa1b(labelled(2, 10, 3, 7))
+def test_images_are_paired_by_their_number(labeled):
+    proposals = open_sa1b(labeled(2, 10, 3, 7))
     assert proposals.ids.tolist() == [2, 3, 7, 10]
     assert pair_images(proposals, select(SCENES, ":8")) == [(0, 2), (1, 3), (2, 7)]
     assert pair_images(proposals, select(SCENES, "::5")) == [(3, 10)]
@@ -164,8 +164,8 @@ def test_other_sources_are_paired_by_their_order():
         pair_images(fewer, select(source, "1:"))
 
 
-def test_the_command_evaluates_an_unfinished_run(labelled, tmp_path, capsys):
-    proposals, scores = f"sa1b:{labelled(1, 2, 4)}", tmp_path / "scores.json"
+def test_the_command_evaluates_an_unfinished_run(labeled, tmp_path, capsys):
+    proposals, scores = f"sa1b:{labeled(1, 2, 4)}", tmp_path / "scores.json"
     options = ["--source", "scenes:48x64", "--index", ":4", "--json", str(scores)]
     assert main(["evaluate", "proposals", proposals, *options]) == 0
     objects = sum(len(SCENES[i].masks) for i in (1, 2))
@@ -182,8 +182,8 @@ def test_the_command_evaluates_an_unfinished_run(labelled, tmp_path, capsys):
     assert written["recall"]["all"]["10"] < 1
 
 
-def test_the_former_spelling_still_works(labelled, tmp_path, capsys):
-    options = ["--proposals", f"sa1b:{labelled(1)}", "--source", "scenes:48x64", "--index", ":4"]
+def test_the_former_spelling_still_works(labeled, tmp_path, capsys):
+    options = ["--proposals", f"sa1b:{labeled(1)}", "--source", "scenes:48x64", "--index", ":4"]
     assert main(["evaluate", *options]) == 0
     captured = capsys.readouterr()
     assert "use `sam-jax evaluate proposals P`" in captured.err

@@ -37,7 +37,7 @@ def test_matched_pairs_of_known_ious():
     assert "66.7 % above 0.9, 66.7 % above 0.75, mean 0.900" in format_table(quality)
 
 
-def test_matching_maximises_the_sum_of_ious():
+def test_matching_maximizes_the_sum_of_ious():
     np.testing.assert_array_equal(match_masks(np.array([[0.9, 0.8], [0.7, 0.1]])), [0.8, 0.7])
     np.testing.assert_array_equal(match_masks(np.array([[0.9, 0.2], [0.7, 0.1]])), [0.9, 0.1])
     np.testing.assert_array_equal(match_masks(np.array([[0, 0.5, 0.4]])), [0.5])

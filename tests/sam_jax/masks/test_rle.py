@@ -260,7 +260,7 @@ SIDES = st.integers(1, 40)
 
 
 def resized(mask, shape):
-    """Resizes a mask by nearest neighbour in exact arithmetic."""
+    """Resizes a mask by nearest neighbor in exact arithmetic."""
     rows, columns = (
         [int((Fraction(2 * i + 1, 2) * old) // new) for i in range(new)]
         for old, new in zip(mask.shape, shape, strict=True)

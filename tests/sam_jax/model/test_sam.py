@@ -451,7 +451,7 @@ def test_images_of_wrong_shapes_are_refused(tiny, shape):
 def test_pixels_that_are_not_normalized_are_refused(tiny, image, found):
     model, variables = tiny
     for method in ("encode", "encode_trunk"):
-        with pytest.raises(ValueError, match=rf"image must be normalised floats.*{found}"):
+        with pytest.raises(ValueError, match=rf"image must be normalized floats.*{found}"):
             model.apply(variables, image, method=method)
     if image.dtype == np.uint8:
         with pytest.raises(ValueError, match="got uint8"):

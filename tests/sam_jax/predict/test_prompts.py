@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT, UNLABELLED
+from sam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT, UNLABELED
 from sam_jax.predict.prompts import (
     PROMPT_KEYS,
     ObjectPrompt,
@@ -55,7 +55,7 @@ def test_empty_points_give_the_padding_point_unless_there_is_a_box():
 def test_other_labels_are_the_official_ones():
     prompt = {"point_coords": [[10, 20]] * 5, "point_labels": [1, 0, -1, 2, 3]}
     _, labels = tokens(prompt)
-    assert labels == [1, 0, NOT_A_POINT, UNLABELLED, UNLABELLED, NOT_A_POINT]
+    assert labels == [1, 0, NOT_A_POINT, UNLABELED, UNLABELED, NOT_A_POINT]
 
 
 def test_boxes_may_be_reversed_or_empty():

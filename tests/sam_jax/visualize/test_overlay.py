@@ -53,9 +53,9 @@ def test_run_lengths_are_drawn_like_arrays_in_any_order():
 
 
 def test_colors_differ_most_between_masks_of_similar_size():
-    grey = np.full((*SIZE, 3), 128, np.uint8)
+    gray = np.full((*SIZE, 3), 128, np.uint8)
     strips = [box(2, 9 * i, 58 - i, 9 * i + 8) for i in range(10)]
-    drawn = draw_masks(grey, strips).astype(int)
+    drawn = draw_masks(gray, strips).astype(int)
     colors = np.array([drawn[20, 9 * i + 4] for i in range(10)])
     distance = np.abs(colors[:, None] - colors).sum(axis=-1) + 1000 * np.eye(10)
     assert distance.min() > 20
@@ -63,8 +63,8 @@ def test_colors_differ_most_between_masks_of_similar_size():
 
 
 def test_only_masks_have_colors():
-    grey = np.repeat(np.asarray(Image.fromarray(IMAGE).convert("L"))[..., None], 3, axis=2)
-    np.testing.assert_allclose(draw_masks(IMAGE, []), grey, atol=1)
+    gray = np.repeat(np.asarray(Image.fromarray(IMAGE).convert("L"))[..., None], 3, axis=2)
+    np.testing.assert_allclose(draw_masks(IMAGE, []), gray, atol=1)
     np.testing.assert_array_equal(draw_masks(IMAGE, [np.zeros(SIZE, bool)]), draw_masks(IMAGE, []))
     mask = box(10, 20, 30, 40)
     drawn = draw_masks(IMAGE, [mask])
@@ -80,9 +80,9 @@ def test_masks_of_another_size_are_refused():
 
 
 def test_the_overlay_tints_the_mask_and_marks_the_prompts():
-    grey = np.full((*SIZE, 3), 100, np.uint8)
+    gray = np.full((*SIZE, 3), 100, np.uint8)
     mask = box(10, 10, 50, 50)
-    drawn = draw_overlay(grey, mask, [(30, 30), (75, 30)], [1, 0], box=(5, 5, 55, 55))
+    drawn = draw_overlay(gray, mask, [(30, 30), (75, 30)], [1, 0], box=(5, 5, 55, 55))
     assert drawn[45, 45].tolist() == [round((100 + c) / 2) for c in MASK_COLOR]
     assert drawn[10, 30].tolist() == [255, 255, 255]
     assert tuple(drawn[30, 30]) == FOREGROUND_COLOR
@@ -90,4 +90,4 @@ def test_the_overlay_tints_the_mask_and_marks_the_prompts():
     assert tuple(drawn[5, 30]) == BOX_COLOR
     assert (drawn[58:, :] == 100).all()
     with pytest.raises(ValueError, match="zip"):
-        draw_overlay(grey, mask, [(30, 30)], [])
+        draw_overlay(gray, mask, [(30, 30)], [])

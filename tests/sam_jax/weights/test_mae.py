@@ -117,7 +117,7 @@ DAMAGED = {
         lambda s: s.update({"norm.weight": s["norm.weight"][1:]}),
         r"norm.weight \(63,\) instead of \(64,\)",
     ),
-    "learnt positions": (
+    "learned positions": (
         lambda s: s.update(pos_embed=s["pos_embed"] + 1),
         "pos_embed must be the sines and cosines",
     ),

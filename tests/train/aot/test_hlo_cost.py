@@ -103,7 +103,7 @@ def test_kernels_with_a_cost_model_have_a_bound_and_others_are_listed():
     assert cost.kernel_seconds_bound["upscales"] == pytest.approx(4 * 8 * 5217 / SECOND)
     assert cost.kernel_seconds_bound["among"] == pytest.approx(1210 * (64 + 2) / SECOND)
     # There is no cost model for 51 tokens.
-    assert cost.unmodelled_kernels == ["mystery", "token_attention_backward"]
+    assert cost.unmodeled_kernels == ["mystery", "token_attention_backward"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def fold(key, *numbers):
 
 
 def upsample(x, scale):
-    """Upsamples '... h w' by `scale`: bilinear, with pixel centres at +0.5."""
+    """Upsamples '... h w' by `scale`: bilinear, with pixel centers at +0.5."""
     for axis in (-2, -1) if scale > 1 else ():
         size = x.shape[axis]
         positions = np.clip((np.arange(scale * size) + 0.5) / scale - 0.5, 0, size - 1)
@@ -110,7 +110,7 @@ def round_values(config, focal, dice, true_iou, predicted_iou):
 def target_and_inside(model, config, mask, size):
     """Returns the target of a mask and the allowed pixels of clicks, at the loss's resolution.
 
-    Clicks are allowed on pixels whose centre is in the image, and on the target. Both results are
+    Clicks are allowed on pixels whose center is in the image, and on the target. Both results are
     'lh lw' bool.
     """
     stride = model.patch_size // (4 * config.loss_scale)
@@ -126,7 +126,7 @@ def target_and_inside(model, config, mask, size):
 
 
 def normalize(image, size):
-    """Normalises the colours of an image 'h w 3' uint8 and then sets the padding to zero."""
+    """Normalizes the colors of an image 'h w 3' uint8 and then sets the padding to zero."""
     rows, columns = (np.arange(side) for side in image.shape[:2])
     inside = (rows[:, None] < size[0]) & (columns < size[1])
     colors = (image - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)

@@ -264,7 +264,7 @@ def test_clicks_are_on_the_mask_without_errors_and_background(sample_click):
     assert (labels == FOREGROUND).all()
 
 
-def test_a_single_wrong_pixel_is_clicked_at_its_centre(sample_click):
+def test_a_single_wrong_pixel_is_clicked_at_its_center(sample_click):
     prediction = TARGET.copy()
     prediction[4, 6] = True
     for stride, expected in [(1, [6, 4]), (2, [12.5, 8.5]), (4, [25.5, 17.5])]:

@@ -33,7 +33,7 @@ def test_loss_uses_only_hidden_patches_and_normalizes_each():
     np.testing.assert_allclose(losses, [(1 + 9) / 2, 4], rtol=1e-4)
 
 
-def test_loss_without_normalization_compares_colours():
+def test_loss_without_normalization_compares_colors():
     image = np.random.default_rng(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
     patches = image.reshape(1, 2, 2, 2, 2, 3).swapaxes(2, 3).reshape(1, 4, 12) + 2
     hidden = np.array([[True, True, False, False]])

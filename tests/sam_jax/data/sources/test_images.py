@@ -36,10 +36,10 @@ def test_files_are_found_recursively_and_sorted_by_name(tmp_path):
 
 
 KINDS = {
-    "grey": (RAMP // 256).astype(np.uint8),
+    "gray": (RAMP // 256).astype(np.uint8),
     "sixteen bits": RAMP,
     "alpha": np.dstack([(RAMP // 256).astype(np.uint8)] * 3 + [np.full((24, 20), 7, np.uint8)]),
-    "grey and alpha": np.dstack([(RAMP // 256).astype(np.uint8)] * 2),
+    "gray and alpha": np.dstack([(RAMP // 256).astype(np.uint8)] * 2),
 }
 
 
@@ -47,7 +47,7 @@ KINDS = {
 def test_pixel_formats(tmp_path, kind):
     """Checks pixel formats. All files decode to the same gray pixels."""
     pixels = KINDS[kind].copy()
-    if kind == "grey and alpha":
+    if kind == "gray and alpha":
         pixels[..., 1] = 0
     write(tmp_path / "x.png", pixels)
     image = open_source(f"images:{tmp_path}").image(0)
