@@ -8,7 +8,8 @@ the functions of `segment_anything.utils.amg` below.
 Source: segment-anything `build_sam.py` and `utils/amg.py`.
 
 Differences: arrays are numpy's, also where names or the source say PyTorch. A model has no `to`:
-JAX computes on its default device. What only handles tensors of the generator is left out.
+JAX computes on its default device. Functions that only handle tensors of the generator are left
+out.
 """
 
 import functools

@@ -14,7 +14,7 @@ from sam_jax.io import storage
 from sam_jax.io.settings_guard import differences
 from train.run_record import RecordError, read_record, versions
 
-# Packages that read checkpoints. If one of them has changed, an error is no proof of damage.
+# Packages that read checkpoints. If one of them has changed, an error does not prove damage.
 READERS = ("jax", "orbax-checkpoint", "tensorstore")
 READ_SIZE = 2**26  # bytes read at once
 

@@ -226,11 +226,11 @@ class Checkpoints:
         def rename() -> None:
             if jax.process_index():
                 return
-            names = {path.name for path in self.folder.iterdir()}
-            name = f"{step}.damaged"
-            for i in range(2, len(names) + 2):
-                name = name if name not in names else f"{step}.damaged_{i}"
             try:
+                names = {path.name for path in self.folder.iterdir()}
+                name = f"{step}.damaged"
+                for i in range(2, len(names) + 2):
+                    name = name if name not in names else f"{step}.damaged_{i}"
                 (folder / "reason.txt").write_text(f"{reason}\n")
                 storage.rename_folder(str(folder), str(self.folder / name))
             except OSError as error:
@@ -283,10 +283,11 @@ def open_manager(folder: epath.Path) -> ocp.CheckpointManager:
 
 
 def on_all_hosts(action: Callable[[], Result]) -> Result:
-    """Calls a function on all hosts. If it fails on some of them, it fails on all.
+    """Calls a function on all hosts. If it raises one of two errors on some of them, all raise it.
 
     Args:
-      action: The function, which may raise DamagedError or CheckpointError.
+      action: The function, which may raise DamagedError or CheckpointError. Another error would
+        leave the other hosts waiting, until the watchdog ends them.
 
     Returns:
       Its result on this host.

@@ -117,7 +117,7 @@ class Optimizer:
     lr_decay_factor: float = 0.1  # factor of each drop
     cosine_steps: int = 0  # step at which a half-cosine reaches 0; 0: none
     cosine_start: int = 0  # step at which the half-cosine begins; 0: after the warm-up
-    weight_decay: float = 0.1  # not applied to biases, norms, embeddings and positions
+    weight_decay: float = 0.1  # not of biases, norms, positions and some tokens
     layer_decay: float = 0.8  # learning rate of an encoder block, as a fraction of the next one's
     b1: float = 0.9
     b2: float = 0.999

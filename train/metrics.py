@@ -64,7 +64,7 @@ class Metrics:
         self._is_failing = False
 
     def begin_stage(self, batch_size: int, peak_step_seconds: float | None = None) -> None:
-        """Sets what the speed is measured by.
+        """Sets the units of the speed for the steps that follow.
 
         Args:
           batch_size: Images per step.
@@ -89,7 +89,9 @@ class Metrics:
         self.bar.update()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Writes the values of a step.
+        """Writes the values of a step, and the speed since the row before.
+
+        The time between two rows includes that of evaluations, checkpoints and compilation.
 
         Args:
           step: The number of steps done.

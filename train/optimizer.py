@@ -1,8 +1,9 @@
 """AdamW with warm-up, step drops, and a learning rate that depends on the encoder block.
 
 Source: Kirillov et al. 2023, appendix A. Layer-wise decay follows ViTDet (`get_vit_lr_decay_rate`).
-The paper does not say which parameters have no weight decay: here biases, norms, embeddings, tokens
-and positions.
+The paper does not say which parameters have no weight decay: here biases, norms, positions, and the
+embeddings and tokens of the prompt encoder and the mask decoder. Masked autoencoders decay their
+class and mask tokens, as in the code of He et al. 2021.
 """
 
 from collections.abc import Callable

@@ -78,7 +78,7 @@ def train_stage(
       state: The state to start from.
       start: The number of steps done.
       stop: The number of steps done at the end of the stage.
-      context: What the stages share.
+      context: The parts that the stages share.
 
     Returns:
       The last state.

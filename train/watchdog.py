@@ -76,7 +76,7 @@ class Watchdog:
         """Allows more time for something that is done between two steps.
 
         Args:
-          activity: What it is, for messages: "compilation", "evaluation" or "save".
+          activity: Its name in messages: "compilation", "evaluation" or "save".
         """
         self._activity, self._last, self._has_warned = activity, self._clock(), False
 

@@ -64,7 +64,7 @@ class Transform(Protocol):
         Args:
           example: The example.
           rng: The source of randomness.
-          view_rng: The source of randomness of what is done to the image; `rng` by default.
+          view_rng: The source of randomness of the changes to the image; `rng` by default.
 
         Raises:
           BadSample: If the example cannot be used.

@@ -29,7 +29,7 @@ def exclusive_lock(path: str | os.PathLike[str], name: str) -> Iterator[None]:
 
     Args:
       path: The lock file, whose folder must exist. It is removed at the end.
-      name: What the lock guards, for the error message.
+      name: The name of the guarded file or folder, for the error message.
 
     Raises:
       LockedError: If another process holds the lock.

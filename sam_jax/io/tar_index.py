@@ -67,7 +67,7 @@ def members(path: str) -> Iterator[Member]:
     """
     with open_reader(path) as (read, end):
         if end < BLOCK_BYTES:
-            raise TarError(f"{path} is no tar: it has {end} bytes")
+            raise TarError(f"{path} is not a tar file: it has {end} bytes")
         offset = 0
         extended: dict[str, Any] = {}  # the extended headers of the next member
         while offset + BLOCK_BYTES <= end and any(header := read(offset, BLOCK_BYTES)):
@@ -167,7 +167,7 @@ def _text(name: bytes) -> str:
 
 def _damaged(path: str, offset: int, error: ValueError) -> str:
     if offset == 0:
-        return f"{path} is no tar; a compressed one has to be unpacked first, as by gunzip"
+        return f"{path} is not a tar file; a compressed one must be unpacked first, as with gunzip"
     return (
         f"{path}: the header at byte {offset} is damaged: {error}; fetch the file again, or "
         "remove it"

@@ -6,9 +6,9 @@ Differences, all exact up to rounding:
 - Folded projections: between tokens and image, where tokens are few and channels many, the
   projections of the image are folded into the tokens. `q (x W_k + b_k)^T` is `(q W_k^T) x^T` plus a
   constant per row, which softmax drops, and `P (x W_v + b_v)` is `(P x) W_v + b_v`, since the rows
-  of P sum to one. The image is never projected. With 256 channels this pays for up to 16 tokens.
-- All objects may share one image (n = 1) until the first block updates it. The products of the
-  first attention over it are then shared, too.
+  of P sum to one. The image is never projected. If every object has an image of its own, this takes
+  fewer FLOPs for up to 16 tokens of 256 channels.
+- All objects may share one image (n = 1) until the first block updates it.
 - Only the tokens that are read afterwards query the image in the last attention.
 - Absent tokens are masked out as keys.
 """
@@ -26,7 +26,7 @@ from sam_jax.model.ops import dispatch, image_to_token
 from sam_jax.model.ops.image_to_token import MASKED_LOGIT, FoldedTokens
 from sam_jax.model.ops.softmax import masked_softmax, unnormalized_softmax
 
-CROSS_DOWNSAMPLE = 2  # channels over the inner channels of the attention between tokens and image
+CROSS_DOWNSAMPLE = 2  # ratio of the channels to the inner channels of the cross-attention
 NORM_EPSILON = image_to_token.NORM_EPSILON
 
 
@@ -363,7 +363,11 @@ class ImageToToken(nn.Module):
 
 
 def should_fold_projections(t: int, c: int, num_heads: int) -> bool:
-    """Returns True if folding the projections takes fewer FLOPs than projecting every pixel."""
+    """Returns True if folding the projections takes fewer FLOPs than projecting every pixel.
+
+    This holds if every object has an image of its own. The rule is the same for objects that share
+    one, so that results do not depend on their number.
+    """
     return num_heads * t <= c // CROSS_DOWNSAMPLE
 
 

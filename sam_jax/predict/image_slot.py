@@ -67,7 +67,7 @@ class ImageSlot:
         return content
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what is pickled and copied."""
+        """Returns the state for pickling and copying."""
         return {"content": self.content}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

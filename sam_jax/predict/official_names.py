@@ -163,7 +163,7 @@ class OfficialNames:
 
     @property
     def predict_torch(self) -> NoReturn:
-        """Is missing: `predict_many` predicts many objects at once."""
+        """Raises AttributeError: `predict_many` predicts many objects at once."""
         raise AttributeError(
             "predict_torch takes tensors of PyTorch, which sam_jax does not use: "
             "predict_many(prompts) predicts any number of objects of the image at once, with "
@@ -172,7 +172,7 @@ class OfficialNames:
 
     @property
     def set_torch_image(self) -> NoReturn:
-        """Is missing: `set_image` and `predict_batch` take images."""
+        """Raises AttributeError: `set_image` and `predict_batch` take images."""
         raise AttributeError(
             "set_torch_image takes tensors of PyTorch, which sam_jax does not use: call "
             "set_image(image) with the uint8 image, or predict_batch(images, prompts) for several "

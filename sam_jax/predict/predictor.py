@@ -95,15 +95,15 @@ class SamPredictor(OfficialNames):
     ) -> None:
         """Encodes an image for the predictions that follow, or plans its tiles.
 
-        With tiles, an object is seen in a part of the image, which the model sees enlarged. A box
-        is seen in the tile of which it takes about 0.7. Points are seen in tiles of several sizes,
-        and the best prediction counts: that of the highest predicted IoU times stability score,
-        where masks that are cut off or small in their tile count less. It then moves to a tile of
-        which it takes about half. An object with `mask_input`, which must be of an earlier
-        prediction on this image, stays in its tile while it takes 0.3 to 0.9 of the tile's side and
-        all points are inside. Otherwise it moves, with the logits, to the tile for its box. Tiles
-        are read and encoded when a prompt needs them, so that the image may be a `np.memmap`; it
-        must not change meanwhile.
+        With tiles, each object is predicted in a part of the image, which is enlarged to the
+        model's input. The tile for a box has about 1.4 times its size. Points are predicted in
+        tiles of several sizes; the best mask is then predicted again in a tile of about twice its
+        size. The best mask has the highest predicted IoU times stability score; masks that are cut
+        off by their tile, or small in it, count less. An object with `mask_input`, the logits of an
+        earlier prediction on this image, keeps its tile while it takes 0.3 to 0.9 of the tile's
+        side and all points are inside; otherwise it moves to the tile for its box. Tiles are read
+        and encoded when a prompt needs them, so that the image may be a `np.memmap`; it must not
+        change meanwhile.
 
         Args:
           image: 'h w 3' uint8, values 0 to 255.

@@ -47,8 +47,8 @@ class MaskTiles:
         tile = self._tiles.get(_digest(logits))
         if tile is None:
             raise ValueError(
-                "mask_input must be low-resolution logits, unchanged, of an earlier prediction on "
-                "this image, which tell its tile; got others"
+                "mask_input must be the unchanged low-resolution logits of an earlier prediction "
+                "on this image, which identify its tile; these are unknown"
             )
         return tile
 

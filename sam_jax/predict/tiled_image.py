@@ -106,7 +106,7 @@ class TiledImage:
         return embedding
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what is pickled and copied: all but the lock."""
+        """Returns the state for pickling and copying: everything but the lock."""
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

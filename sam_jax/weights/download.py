@@ -83,7 +83,8 @@ def fetch(name: str, *, cache_dir: str | Path | None = None, base_url: str = BAS
 
     A file in the cache is neither requested nor read: either it was verified before it was renamed,
     or the user put it there. A partial download is kept as `<file>.part`, and the next call resumes
-    it. While another process downloads the file, this one waits and logs for whom.
+    it. While another process downloads the file, this one waits, and logs which process it waits
+    for.
 
     Args:
       name: A key of `OFFICIAL`.

@@ -316,7 +316,9 @@ def _find(path: str | os.PathLike[str]) -> Path:
 
 def _expand(path: str | os.PathLike[str]) -> Path:
     """Returns a path in which ~ and ~user stand for a home folder, as in a shell."""
-    return Path(os.path.expanduser(path))  # unlike Path.expanduser, keeps the name of no user
+    return Path(
+        os.path.expanduser(path)
+    )  # unlike Path.expanduser, does not raise for an unknown user
 
 
 def _read_state(path: Path) -> dict[Any, Any]:

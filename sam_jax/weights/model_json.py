@@ -180,7 +180,7 @@ def validated(model: Validated, source: str) -> Validated:
 
     Args:
       model: The model.
-      source: What the fields are from, for the error message.
+      source: The file or object that has the fields, for the error message.
 
     Raises:
       WeightsError: If they do not. The message names the field.

@@ -32,7 +32,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         that numpy lacks.
       FileNotFoundError: If there is no such file.
     """
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for ever
+    if Path(path).exists() and not Path(path).is_file():  # opening a pipe would hang
         raise SafetensorsFileError(f"{path} is not a regular file")
     try:
         return safetensors.numpy.load_file(path)

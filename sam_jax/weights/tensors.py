@@ -66,7 +66,7 @@ def check_names(source: str, names: Collection[str], expected: Collection[str]) 
     """Checks that names are exactly the expected ones.
 
     Args:
-      source: What has these names, for the error message.
+      source: The file or object that has these names, for the error message.
       names: The names.
       expected: The expected names.
 
@@ -127,7 +127,7 @@ def check_shapes(fault: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[i
     """Checks that shapes are the expected ones.
 
     Args:
-      fault: What is wrong if they are not, for the error message.
+      fault: The fault if they are not, for the error message.
       shapes: By name, the shape and the expected shape.
 
     Raises:

@@ -15,8 +15,8 @@ Differences from `torch.load`:
   - `OrderedDict` and `argparse.Namespace` become dicts, parameters and storages become arrays;
     gradient flags, hooks, devices and attributes (`_metadata`) are dropped;
   - other values (a Counter, a size, a device, a dtype, a set, bytes, a complex, quantized or float8
-    tensor, an integer over 64 bits) are skipped: a `Global` with the name of what would have made
-    the value stands for it. Items of a dict whose key is not a plain value are dropped;
+    tensor, an integer over 64 bits) are skipped, and replaced by a `Global` that names their type
+    or constructor. Items of a dict whose key is not a plain value are dropped;
   - a tensor with more elements than its storage (`expand`) is an error, since a copy of it would be
     larger than the file;
   - only little-endian files are read; the checksum of every entry that is used is verified.
@@ -57,7 +57,8 @@ _SKIPPED = re.compile(
     r"|torch\._utils _rebuild_\w+|torch\.serialization _get_layout"
     r"|numpy(\._?core\.multiarray)? (scalar|dtype|_reconstruct|ndarray)"
 )
-_KEYS = (str, int, float, bool, type(None))  # of dicts; no two of them can be made to collide often
+# Types of the keys of dicts: an attacker cannot find many values of them whose hashes collide.
+_KEYS = (str, int, float, bool, type(None))
 
 # The number of values that an opcode pops from the stack; None pops all values above the last mark.
 _NUM_POPPED = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
@@ -92,8 +93,8 @@ def read(path: str | os.PathLike[str]) -> dict[str | int, Any]:
       each value that was skipped.
 
     Raises:
-      TorchFileError: If `torch.save` would not have written the file so, or if it has content that
-        is not allowed.
+      TorchFileError: If the file is not one that `torch.save` writes, or if it has content that is
+        not allowed.
       OSError: If the file cannot be opened.
     """
     path = Path(path)
@@ -145,9 +146,13 @@ def _read(file: BinaryIO) -> dict[str | int, Any]:
     folder = next(iter(entries), "").split("/")[0]
     pickle, order = entries.get(f"{folder}/data.pkl"), entries.get(f"{folder}/byteorder")
     if pickle is None or pickle.file_size > _MAX_PICKLE:
-        raise TorchFileError(f"no checkpoint: needs data.pkl of at most {_MAX_PICKLE} bytes")
+        raise TorchFileError(
+            f"not a checkpoint: it must have a data.pkl of at most {_MAX_PICKLE} bytes"
+        )
     if order and (order.file_size != 6 or archive.read(order) != b"little"):
-        raise TorchFileError(f"not little-endian; save it again on a usual machine: {_RESAVE}")
+        raise TorchFileError(
+            f"not little-endian; save it again on a little-endian machine: {_RESAVE}"
+        )
     content = functools.cache(archive.read)
 
     def storage(dtype: np.dtype, key: str, numel: int) -> np.ndarray:
@@ -250,10 +255,16 @@ def _unpickle(data: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) 
             case "EMPTY_LIST" | "EMPTY_DICT":
                 stack.append([] if name == "EMPTY_LIST" else {})
             case "APPEND" | "APPENDS":
-                _check(isinstance(stack[-1], list), f"data.pkl appends to no list; {_DAMAGED}")
+                _check(
+                    isinstance(stack[-1], list),
+                    f"data.pkl appends to a value that is not a list; {_DAMAGED}",
+                )
                 stack[-1].extend(items)
             case "SETITEM" | "SETITEMS":
-                _check(isinstance(stack[-1], dict), f"data.pkl adds items to no dict; {_DAMAGED}")
+                _check(
+                    isinstance(stack[-1], dict),
+                    f"data.pkl adds items to a value that is not a dict; {_DAMAGED}",
+                )
                 pairs = zip(items[::2], items[1::2], strict=True)
                 stack[-1].update((key, item) for key, item in pairs if type(key) in _KEYS)
             case "GLOBAL":

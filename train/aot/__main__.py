@@ -1,6 +1,6 @@
 """Compiles a program for a TPU pod that is not attached, and reports memory and estimated time.
 
-    python -m train.compile configs/X.py --topology v5e:16x16 [--what step|encode|decode] [--json]
+    python -m train.compile configs/X.py --topology v5e:16x16 [--what encode] [--json]
 
 Needs the extra [tpu], and no TPU.
 """

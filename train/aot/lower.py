@@ -175,8 +175,22 @@ def compile_report(config: TrainConfig, topology: str, what: str = "step") -> di
       what: A key of `LOWER`.
 
     Returns:
-      A JSON object, described in the README. Without room for the program it contains only the
-      facts about the topology, the reason, and the memory that would be needed.
+      Values by name, which JSON can express:
+      - topology, what: The arguments.
+      - chips, hosts: Their numbers.
+      - hbm_bytes: The memory of a chip.
+      - reference_flops: The FLOPs of the program by the reference's operation count.
+      - fits: Whether the program fits into the memory of a chip.
+      - peak_hbm_bytes: The memory that it needs; None if that is unknown.
+      - reason: The compiler's message, if the program does not fit. The values below are missing
+        then.
+      - estimated_seconds: The time of one call, kernels included.
+      - kernel_seconds_bound: A lower bound of the time of the kernels.
+      - phases: The time by phase.
+      - unmodeled_kernels: Kernels without a known cost, whose time is missing.
+      - estimated_mfu: The reference's FLOPs over those that the chips could do in this time.
+      - collectives: The collectives by kind.
+      - compile_seconds: The time that the compilation took.
 
     Raises:
       ConfigError: If the compiler is missing, or the config has no such program.

@@ -156,7 +156,7 @@ class InteractiveObjective:
         """Adds the round's clicks and predicts masks.
 
         Args:
-          inputs: What masks are predicted from, besides the prompts.
+          inputs: The inputs of the decoder other than the prompts.
           targets: The true masks.
           state: The prompts after the last round.
           index: The round, from 0.
@@ -279,7 +279,7 @@ class InteractiveObjective:
         """Sums the losses and values of all rounds of all chunks of masks.
 
         Args:
-          inputs: What masks are predicted from.
+          inputs: The inputs of the decoder other than the prompts.
           prepare: A function of a chunk that returns its `Targets` and first `PromptState`.
           chunks: The chunks, from `split_masks`.
 

@@ -90,7 +90,12 @@ def draw_curve(
     color: str,
     label: str | None,
 ) -> None:
-    """Draws the values of single batches, and over them their moving mean if they are many."""
+    """Draws the values of single batches, and over them their moving mean if they are many.
+
+    Without values, for instance because no loss was finite, nothing is drawn.
+    """
+    if not values:
+        return
     window = max(1, len(values) // 15)
     weights = np.ones(window)
     mean = np.convolve(values, weights, "same") / np.convolve(np.ones(len(values)), weights, "same")

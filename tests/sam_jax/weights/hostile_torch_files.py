@@ -211,9 +211,9 @@ REFUSED = {
     "BINPUT of nothing": (archive(b"\x80\x02q\x00}."), "damaged"),
     "an unknown memo entry": (checkpoint(b"h\x07"), "damaged"),
     "a key without a value": (archive(b"\x80\x02}(Nu."), ""),
-    "SETITEM of a list": (checkpoint(b"]NNs"), "adds items to no dict"),
-    "APPEND to a dict": (checkpoint(b"}Na"), "appends to no list"),
-    "APPENDS to a string": (checkpoint(push("a") + b"(Ne"), "appends to no list"),
+    "SETITEM of a list": (checkpoint(b"]NNs"), "adds items to a value that is not a dict"),
+    "APPEND to a dict": (checkpoint(b"}Na"), "appends to a value that is not a list"),
+    "APPENDS to a string": (checkpoint(push("a") + b"(Ne"), "appends to a value that is not"),
     # Archives.
     "compressed": (archive(b"\x80\x02}.", zipfile.ZIP_DEFLATED), "packed or encrypted"),
     "a zip bomb": (
@@ -241,7 +241,7 @@ REFUSED = {
     "a zip64 directory of nothing": (zip64(VALID, 0), ""),
     "big-endian": (archive(b"\x80\x02}.", byteorder=b"big"), "not little-endian"),
     "no byte order": (archive(b"\x80\x02}.", byteorder=b"middle"), "not little-endian"),
-    "no data.pkl": (VALID.replace(b"data.pkl", b"code.pkl"), "no checkpoint"),
+    "no data.pkl": (VALID.replace(b"data.pkl", b"code.pkl"), "not a checkpoint"),
     "data.pkl in another folder": (VALID.replace(b"a/data.pkl", b"b/data.pkl"), ""),
     # Other files.
     "an empty file": (b"", "not as a zip file"),
@@ -251,7 +251,7 @@ REFUSED = {
     "a web page": (b"<!DOCTYPE html><html></html>", "not as a zip file"),
     "only a zip's first bytes": (b"PK\x03\x04", "cut off"),
     "a zip without entries": (b"PK\x05\x06" + bytes(18), "not as a zip file"),
-    "first bytes and an empty zip": (b"PK\x03\x04PK\x05\x06" + bytes(18), "no checkpoint"),
+    "first bytes and an empty zip": (b"PK\x03\x04PK\x05\x06" + bytes(18), "not a checkpoint"),
     "bytes after the end": (VALID + b"more", "cut off"),
     "a comment": (VALID[:-2] + b"\x02\x00hi", "cut off"),
 }  # fmt: skip

@@ -462,7 +462,7 @@ def test_errors_of_opening(tmp_path):
     with pytest.raises(SourceError, match=r"no sa_\*.jpg or sa_\*.json in .*gunzip"):
         open_sa1b(str(tmp_path))
     (tmp_path / "a.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
-    with pytest.raises(SourceError, match=r"a.tar is no tar; a compressed one has to be unpacked"):
+    with pytest.raises(SourceError, match=r"a.tar is not a tar file; a compressed one"):
         open_sa1b(str(tmp_path))
 
 
