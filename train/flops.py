@@ -7,7 +7,7 @@ activations are left out, as is usual.
 """
 
 from sam_jax.model.mae import MaskedAutoencoder
-from sam_jax.model.mask_decoder import NUM_MASK_TOKENS
+from sam_jax.model.mask_decoder import NUM_MASK_TOKENS, NUM_OUTPUT_TOKENS
 from sam_jax.model.sam import Sam
 from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE
 from train.config import Interactive
@@ -23,7 +23,6 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-NUM_OUTPUT_TOKENS = 1 + NUM_MASK_TOKENS  # the IoU token and the mask tokens
 
 
 def peak_flops(device_kind: str) -> float | None:

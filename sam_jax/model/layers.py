@@ -10,6 +10,8 @@ of any width.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +24,14 @@ from jaxtyping import Array, Float, Float32
 
 Initializer = Callable[..., Array]
 Activation = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
+
+
+def matmul_precision(dtype: str) -> AbstractContextManager[Any]:
+    """Sets the precision of matrix products while a model with this compute type is traced.
+
+    By default, TPUs multiply float32 matrices in bfloat16, and GPUs in TF32.
+    """
+    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def xavier_uniform(

@@ -8,7 +8,6 @@ Differences: the patches to remove are sampled from one key per image.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +27,7 @@ from sam_jax.model.image_encoder import (
     patch_rules,
     rematted,
 )
-from sam_jax.model.layers import PatchConv, xavier_uniform
+from sam_jax.model.layers import PatchConv, matmul_precision, xavier_uniform
 from sam_jax.model.sam import Sam, sam_tiny, sam_vit_b, sam_vit_h, sam_vit_l
 
 EPSILON = 1e-6  # of norms, and added to a patch's variance
@@ -137,10 +136,6 @@ class MaskedAutoencoder(nn.Module):
     def _layer_norm(self) -> nn.Module:
         return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        # By default, TPUs multiply float32 matrices in bfloat16 and GPUs in TF32.
-        return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
-
     def __call__(
         self, image: Shaped[Array | np.ndarray, "..."], keys: Key[Array, " b"]
     ) -> ReconstructedPatches:
@@ -164,7 +159,7 @@ class MaskedAutoencoder(nn.Module):
         self.validate()
         order = jax.vmap(self.sample_order)(keys)
         visible = order[:, : self.num_visible]
-        with self._precision():
+        with matmul_precision(self.dtype):
             patches = self.decode(self.encode(image, visible), order)
         rank = jnp.argsort(order, axis=1)
         return ReconstructedPatches(patches.astype(jnp.float32), rank >= self.num_visible)

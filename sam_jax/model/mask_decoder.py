@@ -28,6 +28,7 @@ from sam_jax.model.prompt_encoder import PromptFeatures
 from sam_jax.model.two_way_transformer import CROSS_DOWNSAMPLE, TwoWayTransformer
 
 NUM_MASK_TOKENS = 4  # token 0 is the single-mask output; 1 to 3 are those of an ambiguous prompt
+NUM_OUTPUT_TOKENS = 1 + NUM_MASK_TOKENS  # one for the IoUs and one per mask
 
 
 @flax.struct.dataclass

@@ -8,7 +8,6 @@ and `postprocess_masks` are for code that was written for the reference.
 """
 
 import math
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from sam_jax.model.fields import Rule, check_rules
 from sam_jax.model.image_encoder import Dtype, ImageEncoder, check_normalized
+from sam_jax.model.layers import matmul_precision
 from sam_jax.model.mask_decoder import DecoderState, MaskDecoder, Masks
 from sam_jax.model.prompt_encoder import PromptEncoder, PromptFeatures, Prompts
 
@@ -136,11 +136,11 @@ class Sam(nn.Module):
 
         Raises:
           ValueError: If the image has another rank, sides that the patch does not divide, or
-            pixels that are not normalized; or if a field of the model has a value that is not
-            allowed.
+            pixels that are not normalized; or if a field of the image encoder has a value that is
+            not allowed.
         """
         self._check_image(image)
-        with self._precision():
+        with matmul_precision(self.dtype):
             return self.image_encoder(image.astype(self.dtype), train)
 
     def encode_trunk(
@@ -159,7 +159,7 @@ class Sam(nn.Module):
           ValueError: As for `encode`.
         """
         self._check_image(image)
-        with self._precision():
+        with matmul_precision(self.dtype):
             return self.image_encoder(image.astype(self.dtype), train, part="trunk")
 
     def apply_neck(self, tokens: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "b gh gw c"]:
@@ -177,7 +177,7 @@ class Sam(nn.Module):
         e = self.image_encoder.embed_dim
         if tokens.ndim != 4 or tokens.shape[-1] != e:
             raise ValueError(f"tokens must have shape (b, gh, gw, {e}); got {tokens.shape}")
-        with self._precision():
+        with matmul_precision(self.dtype):
             return self.image_encoder(tokens.astype(self.dtype), part="neck")
 
     def decode(
@@ -196,7 +196,7 @@ class Sam(nn.Module):
         Raises:
           ValueError: If the shapes disagree.
         """
-        with self._precision():
+        with matmul_precision(self.dtype):
             features, grid_pe = self._encode_prompts(embedding, prompts)
             return self.mask_decoder(embedding, features, grid_pe, train)
 
@@ -215,7 +215,7 @@ class Sam(nn.Module):
         Raises:
           ValueError: If the shapes disagree.
         """
-        with self._precision():
+        with matmul_precision(self.dtype):
             features, grid_pe = self._encode_prompts(embedding, prompts)
             return self.mask_decoder.decode_tokens(embedding, features, grid_pe)
 
@@ -236,7 +236,7 @@ class Sam(nn.Module):
         Returns:
           The logits that `decode` returns for these objects and masks.
         """
-        with self._precision():
+        with matmul_precision(self.dtype):
             return self.mask_decoder.upscale_masks(image, hypernetwork_out, gh)
 
     def preprocess(self, image: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "*b 3 h w"]:
@@ -302,7 +302,7 @@ class Sam(nn.Module):
 
     def _check_image(self, image: Array | np.ndarray) -> None:
         """Raises ValueError if the model or the images are not as `encode` describes them."""
-        self.validate()
+        check_rules(self.image_encoder.rules(), "image_encoder.")
         p = self.patch_size
         sides = image.shape[1:3]
         if image.ndim != 4 or image.shape[-1] != 3 or any(s % p or not s for s in sides):
@@ -311,10 +311,6 @@ class Sam(nn.Module):
                 f"pixels, e.g. {(1, *self.image_size, 3)}; got {image.shape}"
             )
         check_normalized(image)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        # By default, TPUs multiply float32 matrices in bfloat16 and GPUs in TF32.
-        return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
 
 
 def _check_prompts(embedding: Array | np.ndarray, prompts: Prompts, embedding_dim: int) -> None:

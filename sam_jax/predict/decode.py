@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32, Shaped
 
-from sam_jax.model.mask_decoder import NUM_MASK_TOKENS, Masks, choose_masks
+from sam_jax.model.mask_decoder import NUM_OUTPUT_TOKENS, Masks, choose_masks
 from sam_jax.model.prompt_encoder import Prompts
 from sam_jax.model.sam import Sam
 from sam_jax.predict.encode import device_of
@@ -22,7 +22,6 @@ from sam_jax.predict.prompts import ObjectPrompt, stack_prompts
 
 CHUNK_SIZE = 4  # objects decoded together: their activations fit into the cache of a CPU
 GROUP_SIZE = 32  # objects in one call of a program, where there are that many
-NUM_OUTPUT_TOKENS = 1 + NUM_MASK_TOKENS  # one for the IoUs and one per mask
 
 
 @functools.partial(jax.jit, static_argnames="model")

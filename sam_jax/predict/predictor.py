@@ -189,14 +189,14 @@ class SamPredictor(OfficialNames):
           ValueError: If a prompt is invalid. The message names the prompt and the argument.
         """
         image = self._require_image()
-        answers = image.answer(prompts, multimask_output)
-        self.tiles_used = [answer.tile for answer in answers]
-        outputs = len(answers), NUM_MASK_TOKENS - 1 if multimask_output else 1
+        predictions = image.predict(prompts, multimask_output)
+        self.tiles_used = [prediction.tile for prediction in predictions]
+        outputs = len(predictions), NUM_MASK_TOKENS - 1 if multimask_output else 1
         dtype = np.float32 if return_logits else bool
         masks = np.empty((*outputs, *image.pyramid.image_size), dtype)
         scores = np.empty(outputs, np.float32)
         low_res = np.empty((*outputs, *self.model.low_res), np.float32)
-        for i, (tile, logits, iou) in enumerate(answers):
+        for i, (tile, logits, iou) in enumerate(predictions):
             paste(masks[i], self._resize(logits, tile.size, return_logits), tile)
             scores[i], low_res[i] = iou, logits
         return masks, scores, low_res
@@ -221,11 +221,11 @@ class SamPredictor(OfficialNames):
           RuntimeError: If no image is set, or another thread has replaced it.
           ValueError: If a prompt is invalid. The message names the prompt and the argument.
         """
-        answers = self._require_image().answer(prompts, multimask_output)
-        self.tiles_used = [answer.tile for answer in answers]
+        predictions = self._require_image().predict(prompts, multimask_output)
+        self.tiles_used = [prediction.tile for prediction in predictions]
         return [
             TilePrediction(tile, self._resize(logits, tile.size, return_logits), iou, logits)
-            for tile, logits, iou in answers
+            for tile, logits, iou in predictions
         ]
 
     def predict_batch(

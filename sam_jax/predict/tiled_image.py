@@ -1,4 +1,4 @@
-"""Answers the prompts of one image, each in the tile that shows its object best."""
+"""Predicts the prompted objects of one image, each in the tile that shows it best."""
 
 import sys
 import threading
@@ -27,21 +27,21 @@ from sam_jax.predict.tiles import (
 MAX_MOVES = 3  # of an object whose points do not tell the size of its tile
 
 
-class Question(NamedTuple):
-    """A prompt in one of the tiles in which it may be answered.
+class TilePrompt(NamedTuple):
+    """A prompt in one of the tiles in which it may be predicted.
 
     Attributes:
-      number: The number of the object.
+      object_index: The index of the prompt among those of the call.
       tile: The tile.
       prompt: The prompt in that tile.
     """
 
-    number: int
+    object_index: int
     tile: Tile
     prompt: ObjectPrompt
 
 
-class Answer(NamedTuple):
+class Prediction(NamedTuple):
     """The masks of one object in its tile.
 
     Attributes:
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 class TiledImage:
     """An image and its tiles, or one that is its only tile.
 
-    Threads may share it: they are answered one after another.
+    Threads may share it. Their predictions run one after another.
 
     Attributes:
       pyramid: The tiles.
@@ -113,7 +113,7 @@ class TiledImage:
         """Restores a pickled or copied image."""
         vars(self).update(state, _lock=threading.Lock())
 
-    def answer(self, prompts: Sequence[Prompt], multimask_output: bool) -> list[Answer]:
+    def predict(self, prompts: Sequence[Prompt], multimask_output: bool) -> list[Prediction]:
         """Decodes each object in the tile that shows it best.
 
         Args:
@@ -124,71 +124,73 @@ class TiledImage:
           ValueError: If a prompt is invalid. The message names it; nothing is computed then.
         """
         with self._lock:
-            return self._answer(prompts, multimask_output)
+            return self._predict(prompts, multimask_output)
 
-    def _answer(self, prompts: Sequence[Prompt], multimask_output: bool) -> list[Answer]:
-        questions = []
+    def _predict(self, prompts: Sequence[Prompt], multimask_output: bool) -> list[Prediction]:
+        tile_prompts = []
         for i, prompt in enumerate(prompts):
             with named_in_errors(f"prompts[{i}]" if len(prompts) > 1 else ""):
-                questions += [Question(i, *candidate) for candidate in self._candidates(prompt)]
-        best: dict[int, tuple[float, int, Answer]] = {}
-        for i, answer in self._decode(questions, multimask_output):
+                tile_prompts += [
+                    TilePrompt(i, *candidate) for candidate in self._candidates(prompt)
+                ]
+        best: dict[int, tuple[float, int, Prediction]] = {}
+        for i, prediction in self._decode(tile_prompts, multimask_output):
             # Of equal scores, that of the finer tile is kept.
-            rank = self._score(answer), -answer.tile.height * answer.tile.width
+            rank = self._score(prediction), -prediction.tile.height * prediction.tile.width
             if i not in best or rank > best[i][:2]:
-                best[i] = (*rank, answer)
-        answers = [best[i][-1] for i in range(len(prompts))]
+                best[i] = (*rank, prediction)
+        predictions = [best[i][-1] for i in range(len(prompts))]
         if not self._is_only_tile:
-            self._move_to_fitting_tiles(prompts, answers, multimask_output)
-            for answer in answers:
-                self._mask_tiles.add(answer.logits, answer.tile)
-        return answers
+            self._move_to_fitting_tiles(prompts, predictions, multimask_output)
+            for prediction in predictions:
+                self._mask_tiles.add(prediction.logits, prediction.tile)
+        return predictions
 
     def _decode(
-        self, questions: Sequence[Question], multimask_output: bool
-    ) -> Iterator[tuple[int, Answer]]:
-        """Yields the number of the object and the answer for each question, tile by tile."""
-        by_tile: dict[Tile, list[Question]] = {}
-        for question in questions:
-            by_tile.setdefault(question.tile, []).append(question)
+        self, tile_prompts: Sequence[TilePrompt], multimask_output: bool
+    ) -> Iterator[tuple[int, Prediction]]:
+        """Yields each object's index and its prediction, tile by tile."""
+        by_tile: dict[Tile, list[TilePrompt]] = {}
+        for tile_prompt in tile_prompts:
+            by_tile.setdefault(tile_prompt.tile, []).append(tile_prompt)
         for tile, embedding in zip(by_tile, self._embedder.embed(list(by_tile)), strict=True):
             indices, _, objects = zip(*by_tile[tile], strict=True)
             ((logits, iou),) = decode_objects(
                 self._model, self._variables, embedding, [objects], multimask_output
             )
-            yield from zip(indices, map(Answer, [tile] * len(iou), logits, iou), strict=True)
+            yield from zip(indices, map(Prediction, [tile] * len(iou), logits, iou), strict=True)
 
     def _move_to_fitting_tiles(
-        self, prompts: Sequence[Prompt], answers: list[Answer], multimask_output: bool
+        self, prompts: Sequence[Prompt], predictions: list[Prediction], multimask_output: bool
     ) -> None:
-        """Answers points again in the tile that fits the predicted mask, at most MAX_MOVES times.
+        """Predicts points again in the tile that fits the predicted mask, at most MAX_MOVES times.
 
         Points alone do not tell the size of their object; the first prediction does.
         """
         moving = {i for i, prompt in enumerate(prompts) if _has_only_points(prompt)}
         for _ in range(MAX_MOVES):
-            questions = []
+            tile_prompts = []
             for i in sorted(moving):
                 points, _ = _points_and_corners(prompts[i])
-                tile = self._fitting_tile(answers[i], _located(prompts[i]))
-                if tile == answers[i].tile:
+                tile = self._fitting_tile(predictions[i], _located(prompts[i]))
+                if tile == predictions[i].tile:
                     moving.discard(i)
                 else:
                     shifted = _shift(prompts[i], points, np.zeros((0, 2)), None, tile)
-                    questions.append(Question(i, tile, self._prepare(shifted, tile)))
-            for i, answer in self._decode(questions, multimask_output):
-                answers[i] = answer
+                    tile_prompts.append(TilePrompt(i, tile, self._prepare(shifted, tile)))
+            for i, prediction in self._decode(tile_prompts, multimask_output):
+                predictions[i] = prediction
 
-    def _fitting_tile(self, answer: Answer, points: Float[np.ndarray, "k 2"]) -> Tile:
-        """Returns the tile for the box of an answer's best mask; its own if the mask is empty."""
-        mask = answer.logits[np.argmax(answer.iou)]
-        corners = mask_corners(mask, answer.tile, self.pyramid.canvas)
+    def _fitting_tile(self, prediction: Prediction, points: Float[np.ndarray, "k 2"]) -> Tile:
+        """Returns the tile for the box of the best mask; the same tile if the mask is empty."""
+        mask = prediction.logits[np.argmax(prediction.iou)]
+        corners = mask_corners(mask, prediction.tile, self.pyramid.canvas)
         if not len(corners):
-            return answer.tile
+            return prediction.tile
         return tile_for_box(self.pyramid, corners.ravel(), points, MASK_SHARE)
 
     def _candidates(self, prompt: Prompt) -> list[tuple[Tile, ObjectPrompt]]:
-        """Returns the tiles in which a prompt may be answered, and the prompt in each of them."""
+        """Returns the tiles in which a prompt may be predicted, and the prompt in each of them."""
         prepared = self._prepare(prompt, self.pyramid.image_tile)
         if self._is_only_tile:
             return [(self.pyramid.image_tile, prepared)]
@@ -224,8 +226,8 @@ class TiledImage:
     def _prepare(self, prompt: Prompt, tile: Tile) -> ObjectPrompt:
         return prepare_prompt(prompt, tile.size, self._model.image_size, self._model.low_res)
 
-    def _score(self, answer: Answer) -> float:
-        return score_masks(answer.logits, answer.iou, answer.tile, self.pyramid)
+    def _score(self, prediction: Prediction) -> float:
+        return score_masks(prediction.logits, prediction.iou, prediction.tile, self.pyramid)
 
     @property
     def _is_only_tile(self) -> bool:

@@ -1,4 +1,4 @@
-"""Chooses the part of an image, a tile, in which a prompt is answered.
+"""Chooses the part of an image, a tile, in which a prompted object is predicted.
 
 The tiles of an image form a pyramid. A level has tiles of one size, which overlap by seven eighths
 in each direction; the last level is the entire image. All choices depend on the image's size and

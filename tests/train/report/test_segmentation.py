@@ -362,6 +362,12 @@ def test_texts_are_on_the_figure_and_do_not_overlap(draw, monkeypatch):
         assert not a.overlaps(b), f"{one} and {other}"
 
 
+def test_curves_of_a_run_without_a_finite_loss_show_its_evaluations():
+    figure = curves.draw_curves([{"step": 1, "loss": None}], [EVALUATION | {"step": 1}])
+    loss, iou = figure.axes
+    assert (len(loss.lines), len(iou.lines)) == (0, 2)
+
+
 def test_curves_with_nan_losses_can_be_drawn():
     nan_rows = [row | {"loss": float("nan")} for row in make_rows(3)]
     figure = curves.draw_curves(nan_rows, [{"step": 30} | EVALUATION])
