@@ -82,6 +82,9 @@ def train_stage(
 
     Returns:
       The last state.
+
+    Raises:
+      Stopped: If a signal stops the run.
     """
     mesh, metrics, watchdog = context.mesh, context.metrics, context.watchdog
     watchdog.begin("compilation")
@@ -106,21 +109,8 @@ def train_stage(
     if metrics:
         metrics.begin_stage(config.batch_size, peak_step_seconds(config, task, mesh))
 
-    def is_due(done: int, every: int) -> bool:
-        return every > 0 and done % every == 0
-
-    def evaluate(done: int, state: TrainState) -> None:
-        watchdog.begin("evaluation")
-        variables = gather_variables(mesh, state)
-        if metrics and not metrics.has_evaluation(done):
-            # A signal ends the evaluation, and then the run after a step that all hosts agree on.
-            with contextlib.suppress(Stopped), context.signals.interruptible():
-                metrics.log_evaluation(
-                    done, context.run_task.evaluate(variables, context.eval_split)[0]
-                )
-
     if start and is_due(start, config.evaluate_every):
-        evaluate(start, state)  # unless it was evaluated before the run was stopped
+        evaluate(start, state, context)  # unless it was evaluated before the run was stopped
     loaded = loader.batches(start, stop, config.data.workers)
     watchdog.describe = loaded.describe
     profiler = Profiler(context.remote.folder / "profile", config.profile if metrics else ())
@@ -138,23 +128,59 @@ def train_stage(
             profiler.end_step(done, values)
             if metrics:
                 metrics.advance()
-            # Everything is due by step and never by the clock, so that all hosts do it together.
-            is_last = done == config.num_steps
-            if is_last or is_due(done, config.log_every):
-                context.bad_steps.read()
-                if metrics:
-                    row = summarize(jax.device_get(values))
-                    metrics.log(done, row | {"bad_steps": context.bad_steps.take_count()})
-            if not is_last and is_due(done, config.evaluate_every):
-                evaluate(done, state)
-            is_stopped = context.signals.reached(done)
-            if is_last or is_stopped or is_due(done, config.checkpoint_every):
-                context.bad_steps.read()
-                check_finite(state, done)
-                save(done, state, context)
-            if is_stopped:
-                raise context.signals.stopped(done)
+            finish_step(done, config, state, values, context)
     return state
+
+
+def finish_step(
+    done: int, config: TrainConfig, state: TrainState, values: dict[str, Any], context: Context
+) -> None:
+    """Logs, evaluates and saves what is due after a step.
+
+    Everything is due by step and never by the clock, so that all hosts do it together.
+
+    Args:
+      done: The number of steps done.
+      config: The configuration of the stage.
+      state: The state after the step.
+      values: The values that the step returned.
+      context: The parts that the stages share.
+
+    Raises:
+      Stopped: If a signal stops the run after this step.
+    """
+    is_last = done == config.num_steps
+    if is_last or is_due(done, config.log_every):
+        context.bad_steps.read()
+        if context.metrics:
+            row = summarize(jax.device_get(values))
+            context.metrics.log(done, row | {"bad_steps": context.bad_steps.take_count()})
+    if not is_last and is_due(done, config.evaluate_every):
+        evaluate(done, state, context)
+    is_stopped = context.signals.reached(done)
+    if is_last or is_stopped or is_due(done, config.checkpoint_every):
+        context.bad_steps.read()
+        check_finite(state, done)
+        save(done, state, context)
+    if is_stopped:
+        raise context.signals.stopped(done)
+
+
+def is_due(done: int, every: int) -> bool:
+    """Returns True after every `every` steps; never if `every` is 0."""
+    return every > 0 and done % every == 0
+
+
+def evaluate(done: int, state: TrainState, context: Context) -> None:
+    """Evaluates the model during the run, unless the evaluation of this step was written."""
+    context.watchdog.begin("evaluation")
+    variables = gather_variables(context.mesh, state)
+    metrics = context.metrics
+    if metrics and not metrics.has_evaluation(done):
+        # A signal ends the evaluation, and then the run after a step that all hosts agree on.
+        with contextlib.suppress(Stopped), context.signals.interruptible():
+            evaluation, _ = context.run_task.evaluate(variables, context.eval_split)
+            metrics.log_evaluation(done, evaluation)
 
 
 @contextlib.contextmanager
