@@ -40,7 +40,7 @@ HEARTBEAT_TIMEOUT = 14  # seconds; JAX aborts after 7 to 14 seconds of silence
 INTERVAL = 1.0  # seconds between two messages of a process
 SILENCE_LIMIT = 6  # messages that a process may miss while steps are trained
 SUSPICIOUS = 3  # missed messages after which a process is named if JAX aborts
-MEETING_LIMIT = 3600  # seconds in which all processes must be ready
+BARRIER_LIMIT = 3600  # seconds in which all processes must be ready
 LINGER = 2.0  # seconds for which process 0 stays, so that the others learn why it ends
 FOLDER = "sam_jax/peers/"  # of the keys, one for each process
 DONE = "done"  # the last message of a process that has trained all steps
@@ -55,13 +55,13 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
-def meet(name: str) -> None:
+def wait_for_all_hosts(name: str) -> None:
     """Waits until every process of the run has called this function with the same name.
 
     A collective does the same, but those of CPUs give up after 30 seconds.
     """
     if client := distributed.global_state.client:
-        client.wait_at_barrier(name, MEETING_LIMIT * 1000)
+        client.wait_at_barrier(name, BARRIER_LIMIT * 1000)
 
 
 class Peers:

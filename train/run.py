@@ -23,7 +23,7 @@ from train.divergence import BadSteps
 from train.mask_summary import print_mask_summary
 from train.metrics import Metrics
 from train.optimizer import check_trainable, keep_schedule, make_optimizer
-from train.peers import leave, meet, watch_peers
+from train.peers import leave, wait_for_all_hosts, watch_peers
 from train.preemption import StopSignals
 from train.remote_workdir import RemoteWorkdir
 from train.run_record import describe_data
@@ -104,7 +104,7 @@ def run(config: TrainConfig, workdir: str | Path, signals: StopSignals | None = 
             if isinstance(config.model, Sam):
                 print_mask_summary(config.model, make_loader(config, task, train_split))
         remote.push()
-        meet("start of the training")
+        wait_for_all_hosts("start of the training")
         state = train_loop(config, task, remote, mesh, variables, train_split, eval_split, signals)
         variables = gather_variables(mesh, state)
         failure: BaseException | None = None

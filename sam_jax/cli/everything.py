@@ -21,7 +21,7 @@ from sam_jax.engine.folder import (
     acquire,
     find_results,
     finished_ids,
-    hold_number,
+    reserve_process_number,
     skipped_ids,
     write_json,
     write_names,
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     generators = make_generators(model, variables, options)
 
     settings = run_settings(args, images, model, variables, options)
-    with hold_number(folder, args.process):
+    with reserve_process_number(folder, args.process):
         return label_share(args, folder, settings, images, generators)
 
 
@@ -183,7 +183,9 @@ def label_share(
         overlays=args.overlays,
     )
     try:
-        num_masks, skipped = follow(findings, len(assigned) - len(remaining), len(assigned))
+        num_masks, skipped = report_progress(
+            findings, len(assigned) - len(remaining), len(assigned)
+        )
         write_json(folder / f"skipped_{args.process}.json", skipped, process=args.process, indent=1)
     except OSError as error:
         raise OSError(f"{error}: what is finished stays; run the same command again") from error
@@ -262,7 +264,7 @@ def explain_no_masks(generator: SamAutomaticMaskGenerator, source: Source, index
     )
 
 
-def follow(
+def report_progress(
     findings: Iterable[Finding], num_done: int, total: int
 ) -> tuple[int, list[dict[str, Any]]]:
     """Consumes findings, with a progress bar and a line for each image that cannot be used.

@@ -10,7 +10,8 @@
 Files are written atomically, under a temporary name that contains the number of the process.
 Several processes, on one host or on several hosts that share the folder, can therefore fill it
 without communicating. A restarted process removes only its unfinished files, see `acquire`. While
-a process runs, it holds a lock, so that no other one works under its number; see `hold_number`.
+a process runs, it holds a lock, so that no other one works under its number; see
+`reserve_process_number`.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ UNFINISHED = re.compile(
 
 
 @contextlib.contextmanager
-def hold_number(folder: Path, process: int) -> Iterator[None]:
+def reserve_process_number(folder: Path, process: int) -> Iterator[None]:
     """Reserves the number of a process in a folder while the block runs.
 
     Args:

@@ -384,7 +384,7 @@ FLAT_FIELDS = {
     "scan_blocks": ("image_encoder.scan_blocks",),
     "dtype": ("image_encoder.dtype", "prompt_encoder.dtype", "mask_decoder.dtype"),
 }
-OWN_FIELDS = ("object_share",)  # of a Sam, and of none of its parts
+TOP_LEVEL_FIELDS = ("object_share",)  # of a Sam, and of none of its parts
 
 
 def replace_fields(model: Sam, **fields: Any) -> Sam:
@@ -400,10 +400,10 @@ def replace_fields(model: Sam, **fields: Any) -> Sam:
     Raises:
       TypeError: If there is no such field.
     """
-    known = (*FLAT_FIELDS, *OWN_FIELDS)
+    known = (*FLAT_FIELDS, *TOP_LEVEL_FIELDS)
     if unknown := sorted(fields.keys() - set(known)):
         raise TypeError(f"Sam has no field {unknown[0]!r}; its fields are {', '.join(known)}")
-    own = {name: fields[name] for name in OWN_FIELDS if name in fields}
+    own = {name: fields[name] for name in TOP_LEVEL_FIELDS if name in fields}
     changes: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         for path in FLAT_FIELDS.get(name, ()):

@@ -13,7 +13,7 @@ from PIL import Image
 from sam_jax.cli import everything
 from sam_jax.cli.main import main
 from sam_jax.data.open import open_source
-from sam_jax.engine.folder import hold_number
+from sam_jax.engine.folder import reserve_process_number
 from sam_jax.everything import generator
 from sam_jax.masks import rle
 from tests.sam_jax.engine import bright
@@ -347,7 +347,7 @@ def test_wrong_arguments_are_reported_in_one_line(
 def test_a_second_process_of_the_same_number_is_rejected(fake_generator, photos, tmp_path, capsys):
     out = tmp_path / "out"
     unfinished = out / ".sa_0.jpg.process0.ab12.tmp"
-    with hold_number(out, 0):
+    with reserve_process_number(out, 0):
         unfinished.touch()
         assert run(photos, out) == 1
         message = f"process number 0 of {out} is in use by process {os.getpid()} on "
@@ -363,7 +363,7 @@ def test_a_second_process_of_the_same_number_is_rejected(fake_generator, photos,
 def test_unfinished_files_of_a_process_that_runs_are_kept(fake_generator, photos, tmp_path):
     out = tmp_path / "out"
     unfinished = out / ".sa_9.jpg.process3.ab12.tmp"
-    with hold_number(out, 3):
+    with reserve_process_number(out, 3):
         unfinished.touch()
         assert run(photos, out) == 0
         assert unfinished.exists()
