@@ -10,6 +10,7 @@ install: .venv/test
 .venv/test: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing the package and what its tests need in .venv. This takes some minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test]'
 	touch $@
 

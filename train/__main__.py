@@ -1,19 +1,15 @@
 """Trains a model: `python -m train configs/sam_tiny.py --workdir runs/tiny [--set a.b=c ...]`."""
 
 import argparse
-import contextlib
-import hashlib
 import logging
 import os
-import platform
 import sys
-from pathlib import Path
-from typing import Any
 
 import jax
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sam_jax.data.example import SourceError
+from sam_jax.io.compilation_cache import use_compilation_cache
 from sam_jax.io.console import escape_output
 from sam_jax.io.tpu import has_tpu, silence_libtpu
 from train import peers
@@ -23,9 +19,6 @@ from train.divergence import DivergedError
 from train.overrides import load_config, override, to_json
 from train.preemption import Stopped, StopSignals, kill_children
 from train.run import run
-
-# Large programs take minutes to compile. The next run finds them here.
-COMPILATION_CACHE = Path.home() / ".cache" / "sam_jax" / "compiled"
 
 log = logging.getLogger("train")
 
@@ -62,25 +55,11 @@ def main() -> int:
 
 def train(args: argparse.Namespace, signals: StopSignals) -> None:
     """Runs the config of the command line."""
-    jax_config: Any = jax.config  # whose options are not known to type checkers
     config = override(load_config(args.config), args.set)
-    if not jax_config.jax_compilation_cache_dir:
-        # Programs for CPUs run on CPUs with the same instructions only.
-        kind = _cpu_digest() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
-        folder = COMPILATION_CACHE / kind.replace(" ", "_")
-        jax_config.update("jax_compilation_cache_dir", str(folder))
+    use_compilation_cache()
     if args.verbose:
         print(to_json(config), end="", flush=True)
     run(config, args.workdir, signals)
-
-
-def _cpu_digest() -> str:
-    """Returns a digest of the instructions that this machine's CPU has."""
-    text = platform.machine() + platform.processor()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        text += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"cpu_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -62,6 +62,7 @@ class Metrics:
         self._last_line = -math.inf
         self._waited = 0.0
         self._is_failing = False
+        self._is_first_step = True
 
     def begin_stage(self, batch_size: int, peak_step_seconds: float | None = None) -> None:
         """Sets the units of the speed for the steps that follow.
@@ -71,6 +72,7 @@ class Metrics:
           peak_step_seconds: Seconds per step at the devices' peak FLOP/s, if that is known.
         """
         self.batch_size, self.peak_step_seconds = batch_size, peak_step_seconds
+        self._is_first_step = True
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields the batches and measures the time spent waiting for them."""
@@ -85,7 +87,14 @@ class Metrics:
             yield batch
 
     def advance(self) -> None:
-        """Moves the progress bar by one step."""
+        """Moves the progress bar by one step.
+
+        The bar does not count the first step of a stage, which includes the compilation, in the
+        speed that it predicts the end by.
+        """
+        if self._is_first_step:
+            self._is_first_step = False
+            self.bar.unpause()
         self.bar.update()
 
     def log(self, step: int, values: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stopped(BaseException):
     """The end of a run that a signal stopped.
 
-    It is no `Exception`, so that nothing handles it as an error.
+    It is not an `Exception`, so that nothing handles it as an error.
 
     Attributes:
       exit_code: The exit code of the process, 128 plus the number of the signal.
@@ -147,16 +147,27 @@ class StopSignals:
                 raise Stopped(signum)
 
     def _watch(self, reader: int) -> None:
-        """Handles the signals whose numbers are written to a pipe: forwards the first to JAX."""
+        """Handles the signals whose numbers are written to a pipe.
+
+        The first one is forwarded to JAX, and the user is told what happens next. The second one
+        ends the process.
+        """
         with open(reader, "rb", buffering=0) as pipe:
             if (first := pipe.read(1)) and self._notify_jax:
                 self._notify_jax(first[0])
+            if first and self._is_deferred:
+                os.write(2, f"\ntrain: {_describe_stop(first[0])}\n".encode())
             if not (second := pipe.read(1)):
                 return
         name = signal.Signals(second[0]).name
         os.write(2, f"\ntrain: ended by a second signal, {name}, without a checkpoint\n".encode())
         kill_children()
         os._exit(128 + second[0])
+
+
+def _describe_stop(signum: int) -> str:
+    name = signal.Signals(signum).name
+    return f"{name} stops the run after this step, which is saved; a second one ends it at once"
 
 
 def kill_children() -> None:

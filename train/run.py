@@ -176,6 +176,8 @@ def train_loop(
     done = int(state.step)
     if done:
         log.info("resuming from step %d", done)
+    if done > config.num_steps:
+        log.info("this is more than num_steps=%d: only the evaluation remains", config.num_steps)
 
     folder = remote.folder
     bad_samples = BadSamples(

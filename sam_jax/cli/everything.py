@@ -29,6 +29,7 @@ from sam_jax.engine.folder import (
 from sam_jax.engine.instances import write_instances
 from sam_jax.everything.generator import SamAutomaticMaskGenerator
 from sam_jax.everything.options import sa1b_preset
+from sam_jax.io.compilation_cache import use_compilation_cache
 from sam_jax.io.output import check_folder
 from sam_jax.model.sam import Sam, replace_fields
 from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles
@@ -128,8 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tiles",
         type=parse_tiles,
         metavar="SIZE|auto|none",
-        help="also segment overlapping tiles of SIZE pixels per side, auto for the side of the "
-        f"model's input, or none; {DEFAULT_TILES_HELP}",
+        help="also segment overlapping tiles of SIZE pixels per side; auto: tiles of the size of "
+        f"the model's input, and of 2, 4, ... times that; none: no tiles; {DEFAULT_TILES_HELP}",
     )
     parallel = parser.add_argument_group(
         "several processes",
@@ -148,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb and returns the exit code."""
     folder = check_arguments(args)
     images = select(open_image_source(args.images), args.index)
+    use_compilation_cache()
     model, variables = load(args.weights)
     model = replace_fields(model, dtype=args.dtype or model.dtype)
     options = generator_options(args)
@@ -192,10 +194,13 @@ def label_share(
     for reason, count in Counter(entry["reason"] for entry in skipped).most_common():
         print(f"{count:7d}  {reason}")
     num_usable, num_new = len(assigned) - len(skipped), len(remaining) - len(skipped)
-    print(
-        f"segmented {num_usable} of {len(assigned)} images, {num_new} of them in this run: "
-        f"{num_masks} masks"
-    )
+    if num_usable and not remaining.size:
+        print(f"all {len(assigned)} images were segmented before; their masks are in {args.out}")
+    else:
+        print(
+            f"segmented {num_usable} of {len(assigned)} images, {num_new} of them in this run: "
+            f"{num_masks} masks are in {args.out}"
+        )
     if num_new and not num_masks:
         unusable = {entry["index"] for entry in skipped}
         index = next(index for index in remaining.tolist() if index not in unusable)

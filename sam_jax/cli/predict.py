@@ -13,6 +13,7 @@ from PIL import Image
 from sam_jax.cli.help_texts import WEIGHTS_HELP
 from sam_jax.images.read import read_image
 from sam_jax.io.atomic import atomic_path, write_json
+from sam_jax.io.compilation_cache import use_compilation_cache
 from sam_jax.io.output import check_folder
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--box must have X0 < X1 and Y0 < Y1; got {prompt.box}")
     folder = check_folder(args.out, "--out")
     num_masks = args.masks or (3 if prompt.is_single else 1)
+    use_compilation_cache()
     predictor = SamPredictor(*load(args.weights))
     image = read_image(args.image)
     predictor.set_image(image, tiles=args.tiles)

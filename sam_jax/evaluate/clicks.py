@@ -35,6 +35,7 @@ from sam_jax.evaluate.object_scores import (
 )
 from sam_jax.evaluate.resolution import cut_to_tile, resolution_bound
 from sam_jax.io.atomic import write_json_lines
+from sam_jax.io.compilation_cache import use_compilation_cache
 from sam_jax.io.output import check_file
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.objects:
         check_file(args.objects, "--objects")
     images = select(open_source(args.source), args.index)
+    use_compilation_cache()
     predictor = SamPredictor(*load(args.weights))
     progress = tqdm(range(len(images)), unit=" images", disable=None)
     tiles = resolve_tiles(predictor.model, args.tiles)
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def format_table(scores: dict[str, Any]) -> str:
     """See `Evaluation`."""
     columns = [scores, scores["tiles"]] if "tiles" in scores else [scores]
-    titles = f"{'predicted best':>16}  oracle" * len(columns)
+    titles = f"{'chosen':>16}  oracle" * len(columns)
     lines = [f"mean IoU over {scores['objects']} objects", f"{'':10}{titles}"]
     if "tiles" in scores:
         lines.insert(

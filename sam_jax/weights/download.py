@@ -116,7 +116,7 @@ def fetch(name: str, *, cache_dir: str | Path | None = None, base_url: str = BAS
         except (OSError, http.client.HTTPException) as error:
             raise DownloadError(
                 f"could not download {url}: {error}. Call again to continue; or download it with "
-                f"a browser and put it at exactly {path}, or pass its path to sam_jax.load."
+                f"a browser and put it at exactly {path}, or pass its path as the weights."
             ) from error
     if (size := path.stat().st_size) != official.size:
         raise DownloadError(

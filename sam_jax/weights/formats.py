@@ -328,8 +328,11 @@ def _read_state(path: Path) -> dict[Any, Any]:
     if path.is_file():
         return safetensors_file.read(path) if _is_safetensors(path) else torch_file.read(path)
     names = [*download.OFFICIAL, *PACKAGED]
-    near = difflib.get_close_matches(str(path), names, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    # The official names of files are known too, so that a missing one suggests its model.
+    known = {name: name for name in names}
+    known |= {file.name: name for name, file in download.OFFICIAL.items()}
+    near = difflib.get_close_matches(path.name, known, n=1)
+    hint = f" (did you mean {known[near[0]]}?)" if near else ""
     raise FileNotFoundError(
         f"no weights at {path}{hint}: pass a weights directory, a .pth or safetensors file, a "
         f"Hugging Face folder, or one of {', '.join(names)}"

@@ -39,7 +39,7 @@ def draw_curves(rows: list[Row], evaluations: list[Row]) -> Figure:
         values = [row["clicks"][clicks]["chosen"] for row in evaluations]
         draw_markers(iou, evaluated, values, color, marker, f"held out, {count_clicks(clicks)}")
     loss.set_ylabel("loss")
-    loss.set_ylim(bottom=0)
+    loss.set_ylim(bottom=0, top=1.1 * max(loss.get_ylim()))
     iou.set_ylabel("mean IoU")
     iou.set_ylim(0, 1)
     label_steps(iou, [*steps, *evaluated])
@@ -71,7 +71,7 @@ def draw_loss(rows: list[Row], evaluations: list[Row]) -> Figure:
     losses = [row["loss"] for row in evaluations]
     draw_markers(axes, evaluated, losses, ORANGE, "s", "held out")
     axes.set_ylabel("loss")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.1 * max(axes.get_ylim()))
     label_steps(axes, [*steps, *evaluated])
     tidy(axes)
     figure.legend(loc="outside upper left", ncols=2, fontsize=11, frameon=False)
