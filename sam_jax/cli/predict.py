@@ -1,6 +1,7 @@
 """`sam-jax predict`: masks of one object of an image, from points and a box."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,15 +13,19 @@ from PIL import Image
 
 from sam_jax.cli.help_texts import WEIGHTS_HELP
 from sam_jax.images.read import read_image
+from sam_jax.images.resize import MAX_ZOOM
 from sam_jax.io.atomic import atomic_path, write_json
 from sam_jax.io.compilation_cache import use_compilation_cache
 from sam_jax.io.output import check_folder
 from sam_jax.masks import rle
 from sam_jax.masks.boxes import box_of_mask, xyxy_to_xywh
 from sam_jax.predict.predictor import SamPredictor
+from sam_jax.predict.tiles import Tile
 from sam_jax.predict.tiles_option import DEFAULT_TILES_HELP, parse_tiles, resolve_tiles
 from sam_jax.visualize.overlay import draw_overlay
 from sam_jax.weights.formats import load
+
+CLOSEUP_SIDE = 512  # pixels
 
 
 class Prompt(NamedTuple):
@@ -47,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Segments one object of an image, prompted by points and a box. Writes DIR/overlay.png "
         "with the best mask, DIR/mask_0.png and so on, best first, and DIR/masks.json with run "
-        "lengths, boxes and scores."
+        "lengths, boxes and scores. If the object was seen in a tile, DIR/closeup.png shows the "
+        "best mask in that tile."
     )
     parser.epilog = (
         "example: sam-jax predict photo.jpg --weights sam_vit_b --point 500,375 --out masks/"
@@ -116,7 +122,10 @@ def run(args: argparse.Namespace) -> None:
     # Last: the folder is complete if it has a masks.json.
     description = describe(args.image, image, prompt)
     if resolve_tiles(predictor.model, args.tiles) is not None:
-        description["tile"] = predictor.tiles_used[0]._asdict()
+        (tile,) = predictor.tiles_used
+        description["tile"] = tile._asdict()
+        if tile.size != image.shape[:2]:
+            _write_png(folder / "closeup.png", draw_closeup(image, masks[0], prompt, tile))
     write_json(folder / "masks.json", description | {"masks": records})
     for record in records:
         print(
@@ -221,6 +230,33 @@ def write_pictures(
     _write_png(folder / "overlay.png", overlay)
     for mask, record in zip(masks, records, strict=True):
         _write_png(folder / record["file"], mask)
+
+
+def draw_closeup(
+    image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], prompt: Prompt, tile: Tile
+) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Draws a mask and its prompt over a tile of the image, which is enlarged if it is small.
+
+    Args:
+      image: The image.
+      mask: The mask.
+      prompt: The prompt, in pixels of the image.
+      tile: The tile.
+
+    Returns:
+      RGB pixels. The longer side is at least CLOSEUP_SIDE if that needs no factor above MAX_ZOOM.
+    """
+    zoom = min(math.ceil(CLOSEUP_SIDE / max(tile.size)), int(MAX_ZOOM))
+    size = (zoom * tile.width, zoom * tile.height)
+    pixels = Image.fromarray(image[tile.region]).resize(size, Image.Resampling.BICUBIC)
+    enlarged = mask[tile.region].repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+    def move(coords: object) -> Float[np.ndarray, "n 2"]:  # centers of pixels are integers
+        offset = np.array(tile.corner) - 0.5
+        return zoom * (np.reshape(np.array(coords, float), (-1, 2)) - offset) - 0.5
+
+    box = None if prompt.box is None else move(prompt.box).ravel()
+    return draw_overlay(np.array(pixels), enlarged, move(prompt.points), prompt.labels, box)
 
 
 def _write_png(path: Path, pixels: UInt8[np.ndarray, "h w 3"] | Bool[np.ndarray, "h w"]) -> None:

@@ -19,6 +19,7 @@ from sam_jax.evaluate.protocol import EVALUATIONS
 from sam_jax.masks import rle
 from sam_jax.model.init import init_variables
 from sam_jax.model.mae import mae_tiny
+from sam_jax.visualize.overlay import BOX_COLOR
 from sam_jax.weights.formats import read, save
 
 
@@ -173,7 +174,14 @@ def test_predict_in_tiles_names_the_tile(weights, tmp_path):
         mask = rle.decode(record["segmentation"])
         assert mask.shape == (200, 300)
         assert mask[rows, columns].sum() == mask.sum()
+    closeup = np.asarray(Image.open(tmp_path / "auto" / "closeup.png"))
+    zoom = closeup.shape[0] // tile["height"]
+    assert closeup.shape == (zoom * tile["height"], zoom * tile["width"], 3)
+    assert 512 <= closeup.shape[0] < 512 + tile["height"]
+    x, y = (zoom * (c - start + 0.5) - 0.5 for c, start in ((101, tile["left"]), (60, tile["top"])))
+    assert closeup[round(y), round(x)].tolist() == list(BOX_COLOR)
     assert main([*command, "500", "--out", str(tmp_path / "one")]) == 0
+    assert not (tmp_path / "one" / "closeup.png").exists()
     result = json.loads((tmp_path / "one" / "masks.json").read_text())
     assert result["tile"] == {"top": 0, "left": 0, "height": 200, "width": 300}
 
