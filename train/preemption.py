@@ -167,7 +167,7 @@ class StopSignals:
 
 def _describe_stop(signum: int) -> str:
     name = signal.Signals(signum).name
-    return f"{name} stops the run after this step, which is saved; a second one ends it at once"
+    return f"{name} stops the run after this step, which is saved; a second signal ends it at once"
 
 
 def kill_children() -> None:

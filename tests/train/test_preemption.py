@@ -64,7 +64,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_second_signal_ends_the_process_and_its_children_at_once(tmp_path):
+def test_a_first_signal_is_explained_and_a_second_one_ends_the_process_and_its_children(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SECOND_SIGNAL)
     process = subprocess.run(
@@ -75,7 +75,10 @@ def test_a_second_signal_ends_the_process_and_its_children_at_once(tmp_path):
         timeout=240,
     )
     assert process.returncode == 130
-    assert process.stderr == "\ntrain: ended by a second signal, SIGINT, without a checkpoint\n"
+    assert process.stderr == (
+        "\ntrain: SIGTERM stops the run after this step, which is saved; a second signal ends it "
+        "at once\n\ntrain: ended by a second signal, SIGINT, without a checkpoint\n"
+    )
     deadline = time.monotonic() + 60
     while os.path.exists(f"/proc/{process.stdout.strip()}") and time.monotonic() < deadline:
         time.sleep(0.01)
