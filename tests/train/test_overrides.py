@@ -147,7 +147,7 @@ def test_the_overridden_model_is_a_module():
         ("objective.num_click=3", "num_clicks", "Interactive", Interactive),
         ("optimizer.peak_rl=3", "peak_lr", "Optimizer", Optimizer),
         ("data.sorce=x", "source", "Data", Data),
-        ("optimizer.peak_lr=3", "optimizer", "TrainConfig", TrainConfig),
+        ("optimizers.peak_lr=3", "optimizer", "TrainConfig", TrainConfig),
         ("model.image_encoder.embed_dims=3", "embed_dim", "ImageEncoder", None),
         ("model.image_encode.depth=3", "image_encoder", "Sam", None),
     ],

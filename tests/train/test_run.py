@@ -168,7 +168,7 @@ def error_of(monkeypatch, capsys, config, workdir, *settings):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("optimizer.peak_lr=1", "did you mean optimizer?"),
+        ("optimizers.peak_lr=1", "did you mean optimizer?"),
         ("optimizer.peak_lr=fast", "optimizer.peak_lr must be of type float; got 'fast'"),
         ("batch_size=0", "batch_size must be at least 1; got 0"),
         (

@@ -319,7 +319,7 @@ def test_refused_connections_are_errors_with_instructions(cache):
     with pytest.raises(DownloadError) as error:
         fetch("small", base_url=url)
     message = str(error.value)
-    for part in (f"{url}{NAME}", "refused", f"put it at exactly {cache / NAME}", "sam_jax.load"):
+    for part in (f"{url}{NAME}", "refused", f"put it at exactly {cache / NAME}", "as the weights"):
         assert part in message
     assert files(cache) == {}
 
