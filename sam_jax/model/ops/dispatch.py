@@ -236,9 +236,8 @@ def attend_globally(
     Returns:
       The attended values, '(head d)' channels.
     """
-    head_channels = qkv.shape[-1] // (3 * num_heads)
-    queries = (*qkv.shape[:-1], num_heads, head_channels)
-    row = choose("attend_globally", queries, qkv.dtype, implementation)
+    query_shape = (*qkv.shape[:-1], num_heads, qkv.shape[-1] // (3 * num_heads))
+    row = choose("attend_globally", query_shape, qkv.dtype, implementation)
     return row.function(qkv, rel_h, rel_w, num_heads)
 
 
