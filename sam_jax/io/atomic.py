@@ -111,7 +111,7 @@ def append_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
     Args:
       path: The file.
-      data: The bytes to append. When this function returns, they have left the process.
+      data: The bytes to append.
 
     Raises:
       OSError: If not all of them can be written. The file then has its former content.
