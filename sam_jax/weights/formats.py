@@ -316,9 +316,8 @@ def _find(path: str | os.PathLike[str]) -> Path:
 
 def _expand(path: str | os.PathLike[str]) -> Path:
     """Returns a path in which ~ and ~user stand for a home folder, as in a shell."""
-    return Path(
-        os.path.expanduser(path)
-    )  # unlike Path.expanduser, does not raise for an unknown user
+    # Unlike Path.expanduser, this does not raise for an unknown user.
+    return Path(os.path.expanduser(path))
 
 
 def _read_state(path: Path) -> dict[Any, Any]:
